@@ -1,0 +1,1 @@
+"""The contract that every room shares (`registry.contract`) and the store of cubins (`registry.store`)."""
