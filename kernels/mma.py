@@ -1,0 +1,69 @@
+"""Warp-level matrix products (mma.sync m16n8k16) over tiles in shared memory and registers."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import warp
+
+
+def tiled_mma(dtype: type[cutlass.Numeric], warps: int) -> cute.TiledMma:
+    """Warps stacked along the rows: each owns 16 of every 16·warps rows, and B fragments come in pairs (n = 16)."""
+    op = warp.MmaF16BF16Op(dtype, cutlass.Float32, (16, 8, 16))
+    return cute.make_tiled_mma(op, (warps, 1, 1), permutation_mnk=(16 * warps, 16, 16))
+
+
+def ldmatrix(dtype: type[cutlass.Numeric], transpose: bool = False) -> cute.CopyAtom:
+    return cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=transpose, num_matrices=4), dtype)
+
+
+def rows_columns(acc: cute.Tensor) -> cute.Tensor:
+    """View an accumulator ((2, 2), M, N) as (row, column) of this thread: row = (half, M), column = (pair, N)."""
+    full = cute.make_layout(acc.layout.shape)
+    view = cute.make_layout(
+        ((full.shape[0][1], full.shape[1]), (full.shape[0][0], full.shape[2])),
+        stride=((full.stride[0][1], full.stride[1]), (full.stride[0][0], full.stride[2])),
+    )
+    return cute.make_tensor(acc.iterator, cute.composition(acc.layout, view))
+
+
+def as_a_operand(rP: cute.Tensor) -> cute.Tensor:
+    """View a converted accumulator as the A operand of the next product: two n = 8 columns make one k = 16 step."""
+    layout = cute.logical_divide(rP.layout, (None, None, 2))
+    view = cute.make_layout(
+        ((layout.shape[0], layout.shape[2][0]), layout.shape[1], layout.shape[2][1]),
+        stride=((layout.stride[0], layout.stride[2][0]), layout.stride[1], layout.stride[2][1]),
+    )
+    return cute.make_tensor(rP.iterator, view)
+
+
+@cute.jit
+def gemm_ss(
+    mma: cute.TiledMma, tid: cutlass.Int32, acc: cute.Tensor, sA: cute.Tensor, sB: cute.Tensor, dtype: cutlass.Constexpr
+):
+    """acc += A·Bᵀ with A (m, k) and B (n, k) in shared memory."""
+    copy_a = cute.make_tiled_copy_A(ldmatrix(dtype), mma).get_slice(tid)
+    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype), mma).get_slice(tid)
+    thread = mma.get_slice(tid)
+    rA = thread.make_fragment_A(thread.partition_A(sA))
+    rB = thread.make_fragment_B(thread.partition_B(sB))
+    tAsA, tBsB = copy_a.partition_S(sA), copy_b.partition_S(sB)
+    rA_view, rB_view = copy_a.retile(rA), copy_b.retile(rB)
+    for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
+        cute.copy(copy_a, tAsA[None, None, k], rA_view[None, None, k])
+        cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
+        cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)
+
+
+@cute.jit
+def gemm_rs(
+    mma: cute.TiledMma, tid: cutlass.Int32, acc: cute.Tensor, rA: cute.Tensor, sB: cute.Tensor, dtype: cutlass.Constexpr
+):
+    """acc += A·B with A in registers (`as_a_operand`) and B (k, n) in shared memory, n contiguous."""
+    columns, depth = cute.size(sB, mode=[1]), cute.size(sB, mode=[0])
+    sBt = cute.composition(sB, cute.make_layout((columns, depth), stride=(depth, 1)))
+    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=True), mma).get_slice(tid)
+    thread = mma.get_slice(tid)
+    rB = thread.make_fragment_B(thread.partition_B(sBt))
+    tBsB, rB_view = copy_b.partition_S(sBt), copy_b.retile(rB)
+    for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
+        cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
+        cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)
