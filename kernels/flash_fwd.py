@@ -91,16 +91,20 @@ class FlashForward:
         mV = matrix_of(v, seqlen_k, self.head_dim_v, v_stride_s, v_stride_h, v_stride_b, head_kv, entry)
         mO = matrix_of(o, seqlen_q, self.head_dim_v, o_stride_s, o_stride_h, o_stride_b, head, entry)
 
-        state = self.state(tid, m_block * self.tile_m, mK, mV)
+        state = self.state(tid)
+        state.mK, state.mV, state.scale_log2 = mK, mV, scale_log2
+        state.m_start = m_block * self.tile_m
+        state.seqlen_q, state.seqlen_k, state.left, state.right = seqlen_q, seqlen_k, window_left, window_right
         first, inner_first, inner_end, end = mask.block_ranges(
             state.m_start, self.tile_m, self.tile_n, seqlen_q, seqlen_k, window_left, window_right
         )
         # Visiting order: right edge downwards, left edge upwards, interior downwards.
         right_edge = end - inner_end
         edges = right_edge + inner_first - first
+        state.count = end - first
 
         load_tile(state.copy_qk, mQ, state.sQ, m_block, tid, bounded=True)
-        if end > first:
+        if state.count > 0:
             n_block = self.visit(0, first, inner_end, end, right_edge, edges)
             load_tile(state.copy_qk, mK, state.sK[None, None, 0], n_block, tid, bounded=True)
             if cutlass.const_expr(self.stages > 1):
@@ -109,18 +113,14 @@ class FlashForward:
         for i in cutlass.range(0, edges, 1, unroll=1):
             n_block = self.visit(i, first, inner_end, end, right_edge, edges)
             n_next = self.visit(i + 1, first, inner_end, end, right_edge, edges)
-            self.one_block(
-                state, i, n_block, n_next, end - first, scale_log2, True, seqlen_q, seqlen_k, window_left, window_right
-            )
-        for i in cutlass.range(edges, end - first, 1, unroll=1):
+            self.one_block(state, i, n_block, n_next, masked=True)
+        for i in cutlass.range(edges, state.count, 1, unroll=1):
             n_block = inner_end - 1 - (i - edges)
-            self.one_block(
-                state, i, n_block, n_block - 1, end - first, scale_log2, False, seqlen_q, seqlen_k, 0, 0
-            )
-        self.epilogue(state, m_block, mO, lse, entry * lse_stride_b + head * lse_stride_h, seqlen_q, scale_log2)
+            self.one_block(state, i, n_block, n_block - 1, masked=False)
+        self.epilogue(state, m_block, mO, lse, entry * lse_stride_b + head * lse_stride_h)
 
-    def state(self, tid: Int32, m_start: Int32, mK: cute.Tensor, mV: cute.Tensor) -> SimpleNamespace:
-        """Everything of a block that lives through its loops: tiles in shared memory, accumulators, copies."""
+    def state(self, tid: Int32) -> SimpleNamespace:
+        """What a block keeps through its loops: tiles in shared memory, accumulators, softmax statistics, copies."""
         memory = cute.arch.get_dyn_smem(self.dtype, alignment=1024)
         sQ = cute.make_tensor(memory, smem_layout(self.tile_m, self.head_dim))
         sO = cute.make_tensor(memory, smem_layout(self.tile_m, self.head_dim_v))
@@ -136,7 +136,7 @@ class FlashForward:
         row_max.fill(-Float32.inf)
         row_sum.fill(0.0)
         return SimpleNamespace(
-            tid=tid, m_start=m_start, mK=mK, mV=mV, sQ=sQ, sO=sO, sK=sK, sV=sV, mma=mma,
+            tid=tid, sQ=sQ, sO=sO, sK=sK, sV=sV, mma=mma,
             acc_O=acc_O, row_max=row_max, row_sum=row_sum,
             copy_qk=tile_copy(self.dtype, self.head_dim, self.threads, True),
             copy_v=tile_copy(self.dtype, self.head_dim_v, self.threads, True),
@@ -159,20 +159,7 @@ class FlashForward:
         return n_block
 
     @cute.jit
-    def one_block(
-        self,
-        state: SimpleNamespace,
-        i: Int32,
-        n_block: Int32,
-        n_next: Int32,
-        count: Int32,
-        scale_log2: Float32,
-        masked: cutlass.Constexpr,
-        seqlen_q: Int32,
-        seqlen_k: Int32,
-        left: Int32,
-        right: Int32,
-    ):
+    def one_block(self, state: SimpleNamespace, i: Int32, n_block: Int32, n_next: Int32, masked: cutlass.Constexpr):
         """Add key block n_block to the output, and start the loads of n_next, the block after it."""
         acc_S = cute.make_rmem_tensor(
             state.mma.get_slice(state.tid).partition_shape_C((self.tile_m, self.tile_n)), Float32
@@ -187,20 +174,23 @@ class FlashForward:
             load_tile(state.copy_v, state.mV, state.sV[None, None, 0], n_block, tid, bounded=masked)
         else:
             stage = i % 2
-            if i + 1 < count:
+            if i + 1 < state.count:
                 self.load_pair(state, n_next, 1 - stage, masked)
         cute.arch.cp_async_commit_group()
         gemm_ss(state.mma, tid, acc_S, state.sQ, state.sK[None, None, stage], self.dtype)
         if cutlass.const_expr(self.stages == 1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
-            if i + 1 < count:
+            if i + 1 < state.count:
                 load_tile(state.copy_qk, state.mK, state.sK[None, None, 0], n_next, tid, bounded=masked)
             cute.arch.cp_async_commit_group()
         if cutlass.const_expr(masked):
             tScS = state.mma.get_slice(tid).partition_C(cute.make_identity_tensor((self.tile_m, self.tile_n)))
-            mask.apply(acc_S, tScS, state.m_start, n_block * self.tile_n, seqlen_q, seqlen_k, left, right)
-        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, scale_log2, masked)
+            mask.apply(
+                acc_S, tScS, state.m_start, n_block * self.tile_n,
+                state.seqlen_q, state.seqlen_k, state.left, state.right,
+            )  # fmt: skip
+        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, state.scale_log2, masked)
         rP = cute.make_fragment_like(acc_S, self.dtype)
         rP.store(acc_S.load().to(self.dtype))
         gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), state.sV[None, None, stage], self.dtype)
@@ -211,26 +201,17 @@ class FlashForward:
         load_tile(state.copy_v, state.mV, state.sV[None, None, stage], n_block, state.tid, bounded=bounded)
 
     @cute.jit
-    def epilogue(
-        self,
-        state: SimpleNamespace,
-        m_block: Int32,
-        mO: cute.Tensor,
-        lse: cute.Pointer,
-        lse_offset: Int64,
-        seqlen_q: Int32,
-        scale_log2: Float32,
-    ):
+    def epilogue(self, state: SimpleNamespace, m_block: Int32, mO: cute.Tensor, lse: cute.Pointer, lse_offset: Int64):
         """Normalise, write the LSE where it is wanted, and store O through the shared memory that held Q."""
-        softmax.finish(state.acc_O, state.row_max, state.row_sum, scale_log2)
+        softmax.finish(state.acc_O, state.row_max, state.row_sum, state.scale_log2)
         if lse.toint() != 0:
-            mLSE = cute.make_tensor(lse + lse_offset, cute.make_layout(seqlen_q))
+            mLSE = cute.make_tensor(lse + lse_offset, cute.make_layout(state.seqlen_q))
             cO = cute.make_identity_tensor((self.tile_m, self.head_dim_v))
             place = rows_columns(state.mma.get_slice(state.tid).partition_C(cO))
             if place[0, 0][1] == 0:
                 for r in cutlass.range_constexpr(cute.size(state.row_sum)):
                     row = state.m_start + place[r, 0][0]
-                    if row < seqlen_q:
+                    if row < state.seqlen_q:
                         mLSE[row] = state.row_sum[r]
         rO = cute.make_fragment_like(state.acc_O, self.dtype)
         rO.store(state.acc_O.load().to(self.dtype))
@@ -242,9 +223,7 @@ class FlashForward:
         ).get_slice(state.tid)
         cute.copy(to_smem, to_smem.retile(rO), to_smem.partition_D(state.sO))
         cute.arch.barrier()
-        store_tile(
-            tile_copy(self.dtype, self.head_dim_v, self.threads, False), state.sO, mO, m_block, state.tid
-        )
+        store_tile(tile_copy(self.dtype, self.head_dim_v, self.threads, False), state.sO, mO, m_block, state.tid)
 
 
 def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:

@@ -50,12 +50,13 @@ def apply(
     right: cutlass.Int32,
 ):
     """Set scores outside the window or past seqlen_k to −inf. tScS: (row, column) of each score within the tile."""
-    S, coordinate = rows_columns(acc_S), rows_columns(tScS)
-    for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+    scores, coordinate = rows_columns(acc_S), rows_columns(tScS)
+    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         # Both bounds are relative to the block's first column, so that columns stay compile-time offsets.
         diagonal = m_start + coordinate[r, 0][0] + seqlen_k - seqlen_q - n_start
         low = diagonal - left
         high = cutlass.min(diagonal + right, seqlen_k - n_start - 1)
-        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+        for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             column = coordinate[0, c][1]
-            S[r, c] = -cutlass.Float32.inf if (column < low) | (column > high) else S[r, c]
+            hidden = (column < low) | (column > high)
+            scores[r, c] = -cutlass.Float32.inf if hidden else scores[r, c]

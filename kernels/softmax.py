@@ -38,12 +38,12 @@ def update(
     row_max holds raw scores; row_sum is this thread's part of the sum only, added over the quad at the end.
     masked: acc_S may hold −inf, and a row none of whose scores is visible yet keeps row_max = −inf.
     """
-    S, O = rows_columns(acc_S), rows_columns(acc_O)
+    scores, out = rows_columns(acc_S), rows_columns(acc_O)
     rows = cute.size(row_max)
     grown = cute.make_rmem_tensor(rows, cutlass.Float32)
     rescale = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(rows):
-        block_max = S[r, None].load().reduce(cute.ReductionOp.MAX, -cutlass.Float32.inf, 0)
+        block_max = scores[r, None].load().reduce(cute.ReductionOp.MAX, -cutlass.Float32.inf, 0)
         grown[r] = cute.arch.fmax(row_max[r], quad_max(block_max))
         rescale = rescale | ((grown[r] - row_max[r]) * scale_log2 > RESCALE_LOG2)
     if cute.arch.vote_any_sync(rescale):
@@ -55,23 +55,23 @@ def update(
             factor = cute.math.exp2(step, fastmath=True)
             row_max[r] = grown[r]
             row_sum[r] = row_sum[r] * factor
-            O[r, None] = O[r, None].load() * factor
+            out[r, None] = out[r, None].load() * factor
     for r in cutlass.range_constexpr(rows):
         shift = row_max[r] * scale_log2
         if cutlass.const_expr(masked):
             shift = cutlass.Float32(0.0) if row_max[r] == -cutlass.Float32.inf else shift
-        P = cute.math.exp2(S[r, None].load() * scale_log2 - shift, fastmath=True)
-        row_sum[r] = P.reduce(cute.ReductionOp.ADD, row_sum[r], 0)
-        S[r, None] = P
+        weights = cute.math.exp2(scores[r, None].load() * scale_log2 - shift, fastmath=True)
+        row_sum[r] = weights.reduce(cute.ReductionOp.ADD, row_sum[r], 0)
+        scores[r, None] = weights
 
 
 @cute.jit
 def finish(acc_O: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, scale_log2: cutlass.Float32):
     """Divide acc_O by the row sums and leave the LSE (natural log, fp32) in row_sum. Empty rows: 0 and −inf."""
-    O = rows_columns(acc_O)
+    out = rows_columns(acc_O)
     for r in cutlass.range_constexpr(cute.size(row_sum)):
         total = quad_sum(row_sum[r])
         empty = row_max[r] == -cutlass.Float32.inf
-        O[r, None] = O[r, None].load() * (cutlass.Float32(0.0) if empty else cute.arch.rcp_approx(total))
+        out[r, None] = out[r, None].load() * (cutlass.Float32(0.0) if empty else cute.arch.rcp_approx(total))
         lse = (row_max[r] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
         row_sum[r] = -cutlass.Float32.inf if empty else lse

@@ -82,9 +82,7 @@ def load_tile(
 
 
 @cute.jit
-def store_tile(
-    copy: cute.TiledCopy, sX: cute.Tensor, mX: cute.Tensor, block: cutlass.Int32, tid: cutlass.Int32
-):
+def store_tile(copy: cute.TiledCopy, sX: cute.Tensor, mX: cute.Tensor, block: cutlass.Int32, tid: cutlass.Int32):
     """Write the rows of sX that exist in mX as row block `block`, 16 bytes a thread."""
     tile = (cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))
     thread = copy.get_slice(tid)
