@@ -4,6 +4,7 @@ One block computes one (query tile, head, batch entry). Scores never leave regis
 first, then the interior ones in a loop of its own without any mask code; softmax does not mind the order.
 """
 
+import re
 from types import SimpleNamespace
 
 import cutlass
@@ -240,4 +241,7 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
         for p in FWD.params
     ]
     compiled = cute.compile(op, *arguments, options=f"--keep-ptx --dump-dir={dump_dir}")
-    return Generated(compiled.__ptx__, symbol, op.threads, op.smem, Grid("tiles_heads_batch", op.tile_m))
+    ptx = compiled.__ptx__.rstrip("\0")
+    entry = re.search(r"\.entry\s+(\w+)", ptx)  # the DSL appends the number of the kernel within its trace, always 0
+    assert entry is not None and entry[1].startswith(symbol), f"the DSL named the kernel {entry and entry[1]!r}"
+    return Generated(ptx, entry[1], op.threads, op.smem, Grid("tiles_heads_batch", op.tile_m))

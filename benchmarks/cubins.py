@@ -1,0 +1,183 @@
+"""Cubins straight from a registry file and a raw launcher for them: what a sweep over unlisted variants needs.
+
+It goes around `runtime` on purpose: candidates stand in no index, and the launch's shared memory is varied. Needs
+cuda.bindings, torch and a CUDA device only where a kernel is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sqlite3
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from benchmarks.occupancy import SM90, SM120, blocks_per_sm, padded_smem
+from kernels.abi import ABIS
+from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, sha256_hex
+
+LOG2_E = 1.4426950408889634
+
+
+class BenchmarkError(CubineryError):
+    """A benchmark cannot run as asked, or the driver refuses a call."""
+
+    reason = "benchmark"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant as it runs on this device, and the artifact of the same PTX for sm_120 if the registry has one."""
+
+    artifact: Artifact
+    sm120: Artifact | None
+    abi: Abi
+    cubin: bytes
+
+    @property
+    def key(self) -> str:
+        return self.artifact.variant
+
+    @property
+    def variant(self) -> Variant:
+        return Variant.parse(self.key)
+
+    def target_blocks(self) -> int:
+        """Blocks that share an SM120 multiprocessor. BenchmarkError without an sm_120 artifact of the same PTX."""
+        a = self.sm120
+        if a is None:
+            raise BenchmarkError(f"{self.key}: no sm_120 artifact of PTX {self.artifact.ptx_sha256[:12]} to emulate")
+        return blocks_per_sm(SM120, a.threads, a.registers, a.static_smem + a.smem)
+
+    def emulated_smem(self) -> int:
+        """Dynamic shared memory with which an H200 SM holds as many blocks as an SM120 SM would."""
+        return padded_smem(self.target_blocks(), self.artifact.static_smem, SM90)
+
+
+def read(path: Path, arch: str, op: str = "fwd", only: str = "*") -> list[Candidate]:
+    """Every variant of `op` in the registry file's artifacts table for `arch`, the newest row of each, by key."""
+    database = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True)
+    try:
+        # By rowid: a variant that was built again has a newer row.
+        rows = database.execute("SELECT json FROM artifacts WHERE arch IN (?, 'sm_120') ORDER BY rowid", (arch,))
+        artifacts = [Artifact.from_json(json.loads(text)) for (text,) in rows]
+        chosen = {a.variant: a for a in artifacts if a.arch == arch and fnmatchcase(a.variant, only)}
+        same_ptx = {(a.variant, a.ptx_sha256): a for a in artifacts if a.arch == "sm_120"}
+        return [
+            Candidate(a, same_ptx.get((key, a.ptx_sha256)), _abi(a, op), _cubin(database, a))
+            for key, a in sorted(chosen.items())
+            if Variant.parse(key).op == op
+        ]
+    finally:
+        database.close()
+
+
+def _abi(artifact: Artifact, op: str) -> Abi:
+    if ABIS[op].digest != artifact.abi:
+        raise BenchmarkError(f"{artifact.variant}: built for another ABI than kernels/abi.py states; build it again")
+    return ABIS[op]
+
+
+def _cubin(database: sqlite3.Connection, artifact: Artifact) -> bytes:
+    row = database.execute("SELECT frame FROM blobs WHERE sha256 = ?", (artifact.frame_sha256,)).fetchone()
+    if row is None:
+        raise BenchmarkError(f"{artifact.variant}: the registry lacks its blob {artifact.frame_sha256}")
+    cubin = decompress(row[0])
+    if sha256_hex(cubin) != artifact.cubin_sha256:
+        raise BenchmarkError(f"{artifact.variant}: the cubin's SHA-256 is not the artifact's")
+    return cubin
+
+
+def decompress(frame: bytes) -> bytes:
+    """The content of one zstd frame."""
+    try:
+        from compression import zstd  # type: ignore[import-not-found]  # Python 3.14
+    except ImportError:
+        from backports import zstd
+    return zstd.decompress(frame)
+
+
+class Kernel:
+    """One cubin loaded into torch's current context, with its own shared-memory setting.
+
+    smem: dynamic shared memory of a launch in bytes; carveout: percent of the SM's memory preferred as shared.
+    """
+
+    def __init__(self, candidate: Candidate, smem: int | None = None, carveout: int | None = None):
+        import torch
+        from cuda.bindings import driver
+
+        torch.zeros(1, device="cuda")  # torch creates its context with its first allocation
+        self.driver, self.artifact, self.abi = driver, candidate.artifact, candidate.abi
+        self.smem = candidate.artifact.smem if smem is None else smem
+        self.library = check(driver.cuLibraryLoadData(candidate.cubin, [], [], 0, [], [], 0))
+        kernel = check(driver.cuLibraryGetKernel(self.library, candidate.artifact.symbol.encode()))
+        self.function = check(driver.cuKernelGetFunction(kernel))
+        attribute = driver.CUfunction_attribute
+        self._set(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.smem)
+        if carveout is not None:
+            self._set(attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, carveout)
+
+    def _set(self, attribute: Any, value: int) -> None:
+        check(self.driver.cuFuncSetAttribute(self.function, attribute, value))
+
+    @property
+    def occupancy(self) -> int:
+        """Blocks per SM of this device, as the driver computes it for this launch."""
+        query = self.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        return check(query(self.function, self.artifact.threads, self.smem))
+
+    def bind(self, params: bytearray, blocks: int) -> Launch:
+        return Launch(self, params, blocks)
+
+
+class Launch:
+    """A kernel with its parameters packed: calling it enqueues one launch on torch's current stream."""
+
+    def __init__(self, kernel: Kernel, params: bytearray, blocks: int):
+        self.kernel, self.blocks = kernel, blocks
+        # The driver reads the values through these addresses at every launch: both buffers live as long as this.
+        self.buffer = (ctypes.c_char * len(params)).from_buffer(params)
+        base = ctypes.addressof(self.buffer)
+        self.pointers = (ctypes.c_void_p * len(kernel.abi.layout))(*(base + at for at, _ in kernel.abi.layout))
+        self.address = ctypes.addressof(self.pointers)
+
+    def __call__(self) -> None:
+        import torch
+
+        kernel, stream = self.kernel, torch.cuda.current_stream().cuda_stream
+        threads = kernel.artifact.threads
+        launch = kernel.driver.cuLaunchKernel
+        check(launch(kernel.function, self.blocks, 1, 1, threads, 1, 1, kernel.smem, stream, self.address, 0))
+
+
+def fwd_values(abi: Abi, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool, scale: float) -> dict[str, Any]:
+    """Every parameter of the forward's ABI for dense tensors of shape (batch, seqlen, heads, head_dim)."""
+    values: dict[str, Any] = {p.name: 0.0 if p.type == "f32" else 0 for p in abi.params}
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("o", o)):
+        values[name] = tensor.data_ptr()
+        values[f"{name}_stride_b"], values[f"{name}_stride_s"], values[f"{name}_stride_h"] = tensor.stride()[:3]
+    values["lse"] = lse.data_ptr()
+    values["lse_stride_b"], values["lse_stride_h"] = lse.stride()[:2]
+    values["batch"], values["seqlen_q"], values["heads_q"] = q.shape[:3]
+    values["seqlen_k"], values["heads_kv"] = k.shape[1:3]
+    values["window_left"], values["window_right"] = WINDOW_OPEN, 0 if causal else WINDOW_OPEN
+    values["num_splits"], values["scale_log2"] = 1, scale * LOG2_E
+    return values
+
+
+def bind_fwd(kernel: Kernel, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool) -> Launch:
+    """A launch of `kernel` on these tensors with scale 1/√head_dim."""
+    values = fwd_values(kernel.abi, q, k, v, o, lse, causal=causal, scale=q.shape[3] ** -0.5)
+    facts = {"batch": q.shape[0], "seqlen_q": q.shape[1], "heads_q": q.shape[2]}
+    return kernel.bind(kernel.abi.pack(values), kernel.artifact.grid.blocks(facts))
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The value of a cuda.bindings call, or BenchmarkError with the driver's own name of the error."""
+    status, *values = result
+    if int(status) != 0:
+        raise BenchmarkError(f"CUDA driver: {getattr(status, 'name', status)}")
+    return values[0] if values else None

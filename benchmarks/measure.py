@@ -1,0 +1,165 @@
+"""Timing, environment facts and result files that all benchmarks share."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+ROTATED_BYTES = 256 << 20  # several times the 60 MB of L2 of an H200: no run finds its inputs in the cache
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+DEVICE = "cuda"  # tests of the scripts themselves set "cpu"
+
+Run = Callable[[int], object]  # enqueues one call on input set i
+
+
+def interleaved(runs: Mapping[str, Run], sets: int, repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of each run, `repeats` times: one call of every run a round, so that clocks drift alike for all.
+
+    Input sets rotate from call to call. On a GPU, events are recorded around each call while the queue is kept full,
+    so host time stays out of the figures.
+    """
+    for i in range(warmup):
+        for run in runs.values():
+            run(i % sets)
+    time_round = _cuda_round if DEVICE == "cuda" else _cpu_round
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name, ms in time_round(runs, repeat, sets).items():
+            times[name].append(ms)
+    return times
+
+
+def _cuda_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, float]:
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000)  # about 1 ms: the host fills the queue meanwhile
+    marks = {}
+    for i, (name, run) in enumerate(runs.items()):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run((repeat + i) % sets)
+        end.record()
+        marks[name] = (start, end)
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) for name, (start, end) in marks.items()}
+
+
+def _cpu_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, float]:
+    times = {}
+    for i, (name, run) in enumerate(runs.items()):
+        start = time.perf_counter()
+        run((repeat + i) % sets)
+        times[name] = (time.perf_counter() - start) * 1e3
+    return times
+
+
+def device_arch() -> str:
+    """The architecture whose cubins run here, e.g. 'sm_90'."""
+    import torch
+
+    return "sm_{}{}".format(*torch.cuda.get_device_capability()) if DEVICE == "cuda" else "sm_90"
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    import torch
+
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_inputs(case: Case, dtype: str) -> list[tuple[Any, Any, Any]]:
+    """Sets of random q, k, v of shape (batch, seqlen, heads, head_dim), enough of them to outgrow the L2 cache."""
+    import torch
+
+    kind = getattr(torch, DTYPES[dtype])
+    shapes = [(case.batch, case.seqlen, heads, case.head_dim) for heads in (case.heads_q, case.heads_kv, case.heads_kv)]
+    nbytes = 2 * sum(math.prod(shape) for shape in shapes)
+    sets = max(2, min(16, -(-ROTATED_BYTES // nbytes))) if DEVICE == "cuda" else 2
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> Any:
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(kind)
+
+    return [(draw(shapes[0]), draw(shapes[1]), draw(shapes[2])) for _ in range(sets)]
+
+
+def sdpa(q: Any, k: Any, v: Any, causal: bool) -> Any:
+    """The peer: F.scaled_dot_product_attention on (batch, heads, seqlen, head_dim) views of the same data.
+
+    Call it inside `flash_backend()`, so that on a GPU nothing but FlashAttention-2 can serve it.
+    """
+    import torch.nn.functional as F
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flash_backend() -> Any:
+    """A context manager that forces SDPA's FlashAttention backend; on the CPU, for self-tests, its plain one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION if DEVICE == "cuda" else SDPBackend.MATH)
+
+
+def relative_error(out: Any, reference: Any) -> float:
+    """‖out − reference‖ / ‖reference‖; NaN where either holds one."""
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def geomean(values: Iterable[float]) -> float:
+    """The geometric mean of positive values; NaN for none."""
+    logs = [math.log(value) for value in values]
+    return math.exp(statistics.fmean(logs)) if logs else math.nan
+
+
+@cache
+def environment() -> dict[str, str]:
+    """gpu, driver, torch, commit and date, as every result file states them."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "none (CPU)"
+    return {
+        "gpu": gpu,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
+        "torch": torch.__version__,
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown",
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def result(mode: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+    """One result file's content. Rows carry case, ours, peer, ratio (> 1: ours is faster), variant, ptx_sha256."""
+    ratios = geomean(row["ratio"] for row in rows)
+    mean = None if math.isnan(ratios) else round(ratios, 4)
+    return {**environment(), "mode": mode, "rows": list(rows), "geomean": mean, **more}
+
+
+def write(folder: Path, name: str, value: Mapping[str, Any]) -> Path:
+    """Write `<folder>/<name>.json` and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
+    return path
