@@ -19,6 +19,7 @@ from kernels.mma import as_a_operand, gemm_rs, gemm_ss, rows_columns, tiled_mma
 from kernels.tiles import VECTOR, load_tile, matrix_of, smem_layout, store_tile, tile_copy
 from registry.contract import Grid, Variant
 
+SECTION = 64  # heads whose query tiles run side by side; docs/tuning.md
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -31,6 +32,8 @@ class FlashForward:
         self.tile_m, self.tile_n = variant.size("m"), variant.size("n")
         self.warps, self.stages = variant.size("w"), variant.size("s")
         self.threads = 32 * self.warps
+        # A narrow accumulator is cheaper to rescale at every block than to branch around.
+        self.lazy_rescale = self.head_dim_v > 64
 
     @property
     def smem(self) -> int:
@@ -81,11 +84,7 @@ class FlashForward:
     ):  # fmt: skip
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        # Query tiles of one head run side by side and share its K and V in L2; the last tile, the longest under a
-        # causal mask, goes first.
-        num_m = cute.ceil_div(seqlen_q, self.tile_m)
-        m_block = num_m - 1 - block % num_m
-        head, entry = (block // num_m) % heads_q, block // num_m // heads_q
+        m_block, head, entry = self.schedule(block, cute.ceil_div(seqlen_q, self.tile_m), heads_q, batch)
         head_kv = head // (heads_q // heads_kv)
         mQ = matrix_of(q, seqlen_q, self.head_dim, q_stride_s, q_stride_h, q_stride_b, head, entry)
         mK = matrix_of(k, seqlen_k, self.head_dim, k_stride_s, k_stride_h, k_stride_b, head_kv, entry)
@@ -119,6 +118,20 @@ class FlashForward:
             n_block = inner_end - 1 - (i - edges)
             self.one_block(state, i, n_block, n_block - 1, masked=False)
         self.epilogue(state, m_block, mO, lse, entry * lse_stride_b + head * lse_stride_h)
+
+    @cute.jit
+    def schedule(self, block: Int32, num_m: Int32, heads_q: Int32, batch: Int32) -> tuple[Int32, Int32, Int32]:
+        """(query tile, head, batch entry) of a block.
+
+        Heads go in sections of SECTION (of any batch entries) and within one from the last query tile to the first:
+        under a causal mask the longest tiles start first and the short ones fill the tail, while the keys and values
+        of a section's heads stay in L2.
+        """
+        done = block // (num_m * SECTION) * SECTION
+        width = cutlass.min(SECTION, heads_q * batch - done)
+        within = block - done * num_m
+        pair = done + within % width
+        return num_m - 1 - within // width, pair % heads_q, pair // heads_q
 
     def state(self, tid: Int32) -> SimpleNamespace:
         """What a block keeps through its loops: tiles in shared memory, accumulators, softmax statistics, copies."""
@@ -191,7 +204,7 @@ class FlashForward:
                 acc_S, tScS, state.m_start, n_block * self.tile_n,
                 state.seqlen_q, state.seqlen_k, state.left, state.right,
             )  # fmt: skip
-        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, state.scale_log2, masked)
+        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, state.scale_log2, masked, self.lazy_rescale)
         rP = cute.make_fragment_like(acc_S, self.dtype)
         rP.store(acc_S.load().to(self.dtype))
         gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), state.sV[None, None, stage], self.dtype)

@@ -32,37 +32,60 @@ def update(
     row_sum: cute.Tensor,
     scale_log2: cutlass.Float32,
     masked: cutlass.Constexpr,
+    lazy: cutlass.Constexpr,
 ):
     """Turn raw scores in acc_S into P = 2**(scale_log2 · (S − row_max)), and carry row_max, row_sum and acc_O along.
 
     row_max holds raw scores; row_sum is this thread's part of the sum only, added over the quad at the end.
     masked: acc_S may hold −inf, and a row none of whose scores is visible yet keeps row_max = −inf.
+    lazy: leave acc_O alone, and row_max behind the true maximum, while no row of the warp has grown by RESCALE_LOG2.
     """
-    scores, out = rows_columns(acc_S), rows_columns(acc_O)
+    scores = rows_columns(acc_S)
     rows = cute.size(row_max)
     grown = cute.make_rmem_tensor(rows, cutlass.Float32)
-    rescale = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(rows):
         block_max = scores[r, None].load().reduce(cute.ReductionOp.MAX, -cutlass.Float32.inf, 0)
         grown[r] = cute.arch.fmax(row_max[r], quad_max(block_max))
-        rescale = rescale | ((grown[r] - row_max[r]) * scale_log2 > RESCALE_LOG2)
-    if cute.arch.vote_any_sync(rescale):
+    if cutlass.const_expr(lazy):
+        behind = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(rows):
-            # −inf − (−inf) is NaN: a row that is still empty has nothing to rescale.
-            step = (row_max[r] - grown[r]) * scale_log2
-            if cutlass.const_expr(masked):
-                step = cutlass.Float32(0.0) if grown[r] == -cutlass.Float32.inf else step
-            factor = cute.math.exp2(step, fastmath=True)
-            row_max[r] = grown[r]
-            row_sum[r] = row_sum[r] * factor
-            out[r, None] = out[r, None].load() * factor
+            behind = behind | ((grown[r] - row_max[r]) * scale_log2 > RESCALE_LOG2)
+        if cute.arch.vote_any_sync(behind):
+            rescale(acc_O, row_max, row_sum, grown, scale_log2, masked)
+    else:
+        rescale(acc_O, row_max, row_sum, grown, scale_log2, masked)
     for r in cutlass.range_constexpr(rows):
-        shift = row_max[r] * scale_log2
-        if cutlass.const_expr(masked):
-            shift = cutlass.Float32(0.0) if row_max[r] == -cutlass.Float32.inf else shift
+        shift = reference_point(row_max[r], masked) * scale_log2
         weights = cute.math.exp2(scores[r, None].load() * scale_log2 - shift, fastmath=True)
         row_sum[r] = weights.reduce(cute.ReductionOp.ADD, row_sum[r], 0)
         scores[r, None] = weights
+
+
+@cute.jit
+def rescale(
+    acc_O: cute.Tensor,
+    row_max: cute.Tensor,
+    row_sum: cute.Tensor,
+    grown: cute.Tensor,
+    scale_log2: cutlass.Float32,
+    masked: cutlass.Constexpr,
+):
+    """Move row_max up to `grown` and scale row_sum and acc_O down to match."""
+    out = rows_columns(acc_O)
+    for r in cutlass.range_constexpr(cute.size(row_max)):
+        factor = cute.math.exp2((row_max[r] - reference_point(grown[r], masked)) * scale_log2, fastmath=True)
+        row_max[r] = grown[r]
+        row_sum[r] = row_sum[r] * factor
+        out[r, None] = out[r, None].load() * factor
+
+
+@cute.jit
+def reference_point(row_max: cutlass.Float32, masked: cutlass.Constexpr) -> cutlass.Float32:
+    """What exponents are taken relative to: the row's maximum, or 0 while it is −inf, since −inf − (−inf) is NaN."""
+    point = row_max
+    if cutlass.const_expr(masked):
+        point = cutlass.Float32(0.0) if row_max == -cutlass.Float32.inf else row_max
+    return point
 
 
 @cute.jit
