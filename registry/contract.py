@@ -308,7 +308,10 @@ class Condition:
         """Whether the fact meets the condition. A fact that the caller does not state is a ContractError."""
         if self.fact not in facts:
             raise ContractError(f"condition on {self.fact!r}, a fact this client does not know; update the client")
-        return bool(_CONDITIONS[self.op](facts[self.fact], self.value))
+        try:
+            return bool(_CONDITIONS[self.op](facts[self.fact], self.value))
+        except TypeError:  # such as 'bf16' <= 64
+            raise ContractError(f"condition {self}: cannot be compared with {facts[self.fact]!r:.100}") from None
 
     def __str__(self) -> str:
         return f"{self.fact} {self.op} {list(self.value) if isinstance(self.value, tuple) else self.value}"

@@ -1,0 +1,214 @@
+"""Plan → compile → assemble → inspect → store → index. One process writes the registry; workers do the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder import checks, misplaced
+from builder.errors import ToolchainError
+from builder.examine import Candidate, artifact, examine
+from builder.toolchain import Toolchain, closure
+from builder.verified import Verified
+from builder.worker import TIME_LIMIT, Answer, Pool, Task
+from registry import __version__
+from registry.contract import Abi, Artifact, DispatchRow, Index, Variant, sha256_hex
+from registry.store import ConflictError, Store
+
+BATCH = 16  # cubins of one architecture that share an nvdisasm run
+
+
+@dataclass(frozen=True)
+class Table:
+    """What to build. sources: op → the modules whose import closure shapes its PTX; generator: 'module:function',
+    called in a worker as `generate(variant, dump_dir)` and giving ptx, symbol, threads, smem and grid."""
+
+    variants: tuple[Variant, ...]
+    rows: tuple[DispatchRow, ...]
+    abis: Mapping[str, Abi]
+    sources: Mapping[str, tuple[str, ...]]
+    generator: str
+    folder: Path | None = None  # where the sources lie, if not beside the builder
+
+    @classmethod
+    def ours(cls) -> Table:
+        """The dispatch table of `kernels/`. ToolchainError if another project's `kernels` is in the way."""
+        if problem := misplaced("kernels"):
+            raise ToolchainError(problem)
+        from kernels import abi, dispatch, generate
+
+        sources = {op: (generate.__name__, module) for op, module in generate.MODULES.items()}
+        return cls(dispatch.variants(), dispatch.rows(), abi.ABIS, sources, f"{generate.__name__}:generate")
+
+    def source_hashes(self, op: str) -> dict[str, str]:
+        return closure(self.sources[op]) if self.folder is None else closure(self.sources[op], folder=self.folder)
+
+
+@dataclass
+class Job:
+    """One variant of the plan. missing: architectures without an artifact of the current fingerprint."""
+
+    variant: Variant
+    ptx_fingerprint: str
+    fingerprints: dict[str, str]  # arch → artifact fingerprint
+    missing: tuple[str, ...] = ()
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return self.variant.key
+
+
+@dataclass
+class Result:
+    """What a build did. artifacts: of the selected variants, by (variant key, arch); indexes: arch → digest."""
+
+    variants: int
+    artifacts: dict[tuple[str, str], Artifact] = field(default_factory=dict)
+    built: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    indexes: dict[str, str] = field(default_factory=dict)
+    indexed: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def plan(table: Table, archs: Sequence[str], toolchain: Toolchain, store: Store | None) -> list[Job]:
+    """A job for every variant of the table, with what `store` lacks of it. None stands for an empty store."""
+    hashes = {op: table.source_hashes(op) for op in {v.op for v in table.variants}}
+    jobs = []
+    for variant in table.variants:
+        ptx = toolchain.ptx_fingerprint(variant.key, hashes[variant.op])
+        abi = table.abis[variant.op].digest
+        wanted = {arch: toolchain.artifact_fingerprint(ptx, arch, abi) for arch in archs}
+        missing = tuple(a for a in archs if store is None or store.get_artifact(wanted[a]) is None)
+        jobs.append(Job(variant, ptx, wanted, missing))
+    return jobs
+
+
+class Build:
+    """One run over a store. `select` picks the variants to build; the index covers the whole table regardless."""
+
+    def __init__(self, table: Table, archs: Sequence[str], store: Store, *, toolchain: Toolchain | None = None):
+        self.table, self.archs, self.store = table, tuple(dict.fromkeys(archs)), store
+        self.toolchain = toolchain or Toolchain.current()
+        self.jobs = {job.key: job for job in plan(table, self.archs, self.toolchain, store)}
+        self._pending: dict[str, list[Candidate]] = {arch: [] for arch in self.archs}
+
+    def run(
+        self,
+        select: Callable[[Variant], bool] = lambda variant: True,
+        *,
+        jobs: int = 1,
+        channel: str = "stable",
+        verified: Verified | None = None,
+        progress: Callable[[int, int, str], None] = lambda done, total, key: None,
+        time_limit: float = TIME_LIMIT,
+    ) -> Result:
+        """Build what is missing, index what is there, and move the channel if nothing failed.
+
+        verified: require every indexed variant to be verified. progress(done, total, key) is called as variants end.
+        time_limit: seconds that one variant may take. Raises StoreError; a variant's own faults go to `failed`.
+        """
+        started = time.monotonic()
+        chosen = [job for job in self.jobs.values() if select(job.variant)]
+        todo = [job for job in chosen if job.missing]
+        progress(0, len(todo), "")
+        if todo:
+            self._make(todo, min(jobs, len(todo)), progress, time_limit)
+        result = Result(len(chosen))
+        for job in chosen:
+            if job.reasons:
+                result.failed[job.key] = "; ".join(job.reasons)
+            else:
+                (result.built if job.missing else result.cached).append(job.key)
+        self._index(result, channel, verified)
+        chosen_keys = {job.key for job in chosen}
+        result.artifacts = {at: a for at, a in result.artifacts.items() if at[0] in chosen_keys}
+        result.seconds = time.monotonic() - started
+        return result
+
+    def _make(self, todo: list[Job], jobs: int, progress: Callable[[int, int, str], None], time_limit: float) -> None:
+        with Pool(jobs, time_limit) as pool:
+            for done, answer in enumerate(pool.run([self._task(job) for job in todo]), 1):
+                self._take(self.jobs[answer.key], answer)
+                progress(done, len(todo), answer.key)
+            for arch in self.archs:
+                self._settle(arch)
+
+    def _task(self, job: Job) -> Task:
+        stored = self.store.get_ptx(job.ptx_fingerprint)
+        return Task(job.key, job.missing, self.table.generator, stored.ptx if stored else None)
+
+    def _take(self, job: Job, answer: Answer) -> None:
+        """Check and store what a worker made; its cubins wait for their nvdisasm run."""
+        if answer.error is not None or answer.ptx is None:
+            job.reasons.append(answer.error or "worker: gave no PTX")
+            return
+        facts = answer.facts or self._stored_facts(job)
+        job.reasons += checks.ptx_reasons(answer.ptx, facts, self.table.abis[job.variant.op])
+        if job.reasons:
+            return
+        if answer.facts and not self._kept(
+            job, self.store.put_ptx, job.ptx_fingerprint, job.key, answer.ptx, answer.facts
+        ):
+            return
+        job.reasons += answer.errors.values()
+        ptx_sha256 = sha256_hex(answer.ptx.encode())
+        for arch, cubin in answer.cubins.items():
+            self._pending[arch].append(Candidate(job.key, cubin, facts, ptx_sha256))
+            if len(self._pending[arch]) >= BATCH:
+                self._settle(arch)
+
+    def _stored_facts(self, job: Job) -> dict[str, Any]:
+        stored = self.store.get_ptx(job.ptx_fingerprint)
+        assert stored is not None  # the task was made of it
+        return stored.facts
+
+    def _settle(self, arch: str) -> None:
+        """Examine the cubins that wait, and store those that pass."""
+        waiting, self._pending[arch] = self._pending[arch], []
+        for candidate, found in examine(waiting, arch):
+            job = self.jobs[candidate.key]
+            if isinstance(found, list):
+                job.reasons += found
+            else:
+                made = artifact(candidate, found, arch, self.table.abis[job.variant.op], self.toolchain)
+                self._kept(job, self.store.put_artifact, job.fingerprints[arch], made, candidate.cubin.frame)
+
+    def _kept(self, job: Job, put: Callable[..., object], *arguments: object) -> bool:
+        """Store; that another build stored something else under the same fingerprint is this variant's fault alone."""
+        try:
+            put(*arguments)
+            return True
+        except ConflictError as error:
+            job.reasons.append(f"{error.reason}: {error}")
+            return False
+
+    def _index(self, result: Result, channel: str, verified: Verified | None) -> None:
+        """Write each architecture's index of every artifact that is there; the channel moves if nothing failed."""
+        found = {(job.key, arch): a for job in self.jobs.values() for arch, f in job.fingerprints.items()
+                 if (a := self.store.get_artifact(f)) is not None}  # fmt: skip
+        result.artifacts = found
+        if verified is not None:
+            for key, reason in sorted(unverified(found, verified).items()):
+                result.failed.setdefault(key, reason)
+        abis = tuple(self.table.abis.values())
+        for arch in self.archs:
+            artifacts = tuple(a for (_, at), a in found.items() if at == arch)
+            if artifacts:
+                index = Index(arch, __version__, artifacts, self.table.rows, abis)
+                result.indexes[arch] = self.store.put_index(index, None if result.failed else channel)
+                result.indexed[arch] = len(artifacts)
+
+
+def unverified(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified) -> dict[str, str]:
+    """Variant key → reason, for every artifact whose PTX the ledger does not show as verified."""
+    reasons = {}
+    for (key, _), a in artifacts.items():
+        if lacking := verified.lacking(a.ptx_sha256, Variant.parse(key).op):
+            reasons[key] = f"unverified: PTX {a.ptx_sha256}: {'; '.join(lacking)}"
+    return reasons

@@ -1,0 +1,193 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder import ROOT, verified
+from builder.__main__ import main
+from builder.build import Table
+from registry.contract import Index
+from registry.store import Store
+from tests.builder import toys
+
+pytestmark = pytest.mark.usefixtures("cached_nvdisasm")
+
+
+def run_json(capsys: pytest.CaptureFixture[str], table: Table, *argv: str) -> tuple[int, dict[str, Any]]:
+    code = main([*argv, "--json"], lambda: table)
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_json_is_printed_last_and_states_the_build(
+    good: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.db"
+    code, first = run_json(capsys, good, "--registry", str(path))
+    assert code == 0
+    assert first.keys() == {"variants", "built", "cached", "bytes", "seconds", "failed", "index"}
+    assert (first["variants"], first["built"], first["cached"], first["failed"]) == (3, 3, 0, [])
+    with Store(path, readonly=True) as store:
+        index = Index.from_bytes(store.get_index(first["index"]) or b"")
+    assert first["bytes"] == sum(a.cubin_size for a in index.artifacts)
+    assert isinstance(first["seconds"], float)
+    code, second = run_json(capsys, good, "--registry", str(path))
+    assert (code, second["built"], second["cached"], second["index"]) == (0, 0, 3, first["index"])
+    code, both = run_json(
+        capsys, good, "--registry", str(path), "--arch", "sm_120", "--arch", "sm_90", "--arch", "sm_90"
+    )
+    assert code == 0 and both["index"].keys() == {"sm_120", "sm_90"} and both["index"]["sm_120"] == first["index"]
+
+
+def test_the_default_registry_and_the_end_table(good: Table, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([], lambda: good) == 0
+    out = capsys.readouterr().out
+    for variant in good.variants:
+        assert variant.key in out
+    assert Path(os.environ["CUBINERY_REGISTRY"]).exists()
+    with Store(os.environ["CUBINERY_REGISTRY"], readonly=True) as store:
+        assert store.channel("stable")["sm_120"] in out
+    assert "3 built, 0 cached, 0 failed" in out and "now channel stable" in out
+
+
+def test_a_failure_is_reported_with_its_reason_and_exit_code_1(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = toys.table(toys.variant("raises"), toys.variant(), folder=sources)
+    code, found = run_json(capsys, table)
+    assert code == 1 and (found["variants"], found["built"]) == (2, 1)
+    (failure,) = found["failed"]
+    assert failure["key"] == toys.variant("raises").key and failure["reason"].startswith(
+        "generate: ValueError: planted"
+    )
+    assert main([], lambda: table) == 1
+    out = capsys.readouterr().out
+    assert f"FAILED {failure['key']}: generate: ValueError" in out and "channel stable left as it was" in out
+
+
+def test_nothing_indexed_gives_no_digest(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = run_json(capsys, toys.table(toys.variant("raises"), folder=sources))
+    assert code == 1 and found["index"] is None
+
+
+def test_dry_run_lists_and_writes_nothing(good: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deep" / "r.db"
+    code, found = run_json(capsys, good, "--dry-run", "--registry", str(path))
+    assert code == 0 and not path.parent.exists()
+    assert found["would_build"] == [{"key": v.key, "archs": ["sm_120"]} for v in good.variants]
+    assert (found["variants"], found["built"], found["cached"], found["index"]) == (3, 0, 0, None)
+    assert main(["--registry", str(path)], lambda: good) == 0
+    capsys.readouterr()
+    before = path.read_bytes()
+    code, found = run_json(capsys, good, "--dry-run", "--registry", str(path), "--arch", "sm_120", "--arch", "sm_90")
+    assert {tuple(w["archs"]) for w in found["would_build"]} == {("sm_90",)}
+    assert main(["--dry-run", "--registry", str(path)], lambda: good) == 0
+    assert "0 of 3 variants would be built" in capsys.readouterr().out
+    assert path.read_bytes() == before
+
+
+def test_only_and_op_pick_variants(good: Table, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = run_json(capsys, good, "--op", "toy", "--only", "*-n3?")
+    assert code == 0 and (found["variants"], found["built"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "toy-bf16-d64-dv64-m64-n65"], "near: toy-bf16-d64-dv64-m64-n64"),
+        (["--only", "*zzz*"], "matches none of 3 variants; near: toy-"),
+        (["--op", "fwd"], "--op fwd: the table has toy"),
+        (["--arch", "sm_120a"], "--arch sm_120a: not one of sm_80, "),
+        (["--arch", "gfx90a"], "--arch gfx90a: not one of"),
+        (["--channel", "No Channel"], "--channel: 'No Channel' is not"),
+        (["--jobs", "0"], "'0' is not a positive whole number"),
+        (["--jobs", "many"], "'many' is not a positive whole number"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+)
+def test_usage_errors_exit_2_and_say_what_would_do(
+    argv: list[str], message: str, good: Table, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(argv, lambda: good)
+    except SystemExit as error:  # argparse's own way
+        code = int(str(error.code))
+    captured = capsys.readouterr()
+    assert code == 2 and message in captured.err and captured.out == ""
+    assert not Path(os.environ["CUBINERY_REGISTRY"]).exists()
+
+
+def test_other_errors_exit_1_in_one_line(good: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.db"
+    path.write_bytes(b"no database at all" * 1000)
+    assert main(["--registry", str(path)], lambda: good) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and err[0].startswith("builder: not_a_registry: ")
+
+
+def test_require_verified_names_each_variant(
+    good: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gpu" / "ledger").mkdir(parents=True)
+    (tmp_path / "gpu" / "conformance.json").write_text('{"suite": 1, "ops": {"toy": ["yardstick"]}}')
+    monkeypatch.setattr(verified, "FOLDER", tmp_path / "gpu")
+    code, found = run_json(capsys, good, "--require-verified")
+    assert code == 1
+    assert [f["key"] for f in found["failed"]] == [v.key for v in good.variants]
+    assert all("yardstick: never run" in f["reason"] for f in found["failed"])
+    with Store(os.environ["CUBINERY_REGISTRY"], readonly=True) as store:
+        assert store.channels() == {}
+        rows = [
+            {"ptx_sha256": a.ptx_sha256, "variant": a.variant, "arch": "sm_90", "test": "yardstick", "suite": 1}
+            | {"result": "pass", "gpu": "H200", "driver": "580", "date": "2026-11-21T00:00:00Z"}
+            for a in store.artifacts().values()
+        ]
+    (tmp_path / "gpu" / "ledger" / "run.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, found = run_json(capsys, good, "--require-verified")
+    assert code == 0 and found["failed"] == []
+
+
+def test_ctrl_c_exits_130_and_leaves_a_sound_registry(tmp_path: Path, sources: Path, calls: Path) -> None:
+    """As in a terminal: SIGINT while one worker hangs and others have finished."""
+    code = (
+        "import sys; from pathlib import Path; from builder.__main__ import main; from tests.builder import toys\n"
+        "variants = [toys.variant(n=8), toys.variant('hangs')]\n"
+        "table = toys.table(*variants, folder=Path(sys.argv[1]))\n"
+        "sys.exit(main(['--registry', sys.argv[2], '--jobs', '1', '--json'], lambda: table))"
+    )
+    path = tmp_path / "r.db"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(sources), str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    deadline = time.monotonic() + 60
+    while "hangs" not in calls.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "interrupted" in err and "Traceback" not in err
+    assert list(scratch.iterdir()) == [], "no worker's files stay behind"
+    with Store(path) as store:
+        assert store.verify() == [] and store.channels() == {}
+        assert store.counts()["ptx"] == 1
+
+
+def test_the_real_table_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "builder", "--dry-run", "--json", "--registry", str(tmp_path / "r.db")]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["variants"] == len(found["would_build"]) >= 12
+    assert time.monotonic() - started < 10  # it takes 0.5 s; a compiler's import alone would not fit 2

@@ -1,0 +1,150 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from builder import ROOT, misplaced, nvjitlink
+from builder.errors import ToolchainError
+from builder.toolchain import Toolchain, closure, min_driver, nvdisasm_path
+from tests.builder import toys
+
+
+def package(folder: Path, **modules: str) -> Path:
+    for name, text in modules.items():
+        path = folder / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_closure_follows_every_form_of_import_inside_the_packages(tmp_path: Path) -> None:
+    package(
+        tmp_path,
+        kernels__main="import cutlass\nfrom kernels import a\nimport kernels.b\nfrom . import c\nfrom .sub.d import X",
+        kernels__a="def f():\n    from kernels.e import Y  # also where it hides\n",
+        kernels__b="from registry.contract import Grid\nfrom registry.store import Store\n",
+        kernels__c="",
+        kernels__e="from kernels import main  # a cycle\n",
+        kernels__unused="import kernels.c",
+        kernels__sub__d="from ..f import Z\n",
+        kernels__f="",
+        registry__contract="import json\n",
+        registry__store="import kernels.unused\n",
+    )
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    (tmp_path / "kernels" / "sub" / "__init__.py").write_text("from . import g\n")
+    (tmp_path / "kernels" / "sub" / "g.py").write_text("")
+    found = closure(["kernels.main"], folder=tmp_path)
+    letters = {f"kernels.{x}" for x in "abcef"}
+    assert found.keys() == letters | {"kernels", "kernels.main", "kernels.sub", "kernels.sub.d", "kernels.sub.g"} | {
+        "registry.contract"
+    }
+
+
+def test_closure_depends_on_contents_and_not_on_the_folder(tmp_path: Path) -> None:
+    here, there = toys.write_sources(tmp_path / "here"), toys.write_sources(tmp_path / "there")
+    before = closure(["kernels.toy"], folder=here)
+    assert before == closure(["kernels.toy"], folder=there)
+    (there / "kernels" / "unrelated.py").write_text("VALUE = 3\n")
+    assert before == closure(["kernels.toy"], folder=there)
+    (there / "kernels" / "helper.py").write_text("VALUE = 3\n")
+    after = closure(["kernels.toy"], folder=there)
+    assert {name for name in after if after[name] != before[name]} == {"kernels.helper"}
+
+
+def test_closure_of_the_forward_covers_its_device_code_and_not_the_table() -> None:
+    found = closure(["kernels.generate", "kernels.flash_fwd"])
+    assert {"kernels.flash_fwd", "kernels.softmax", "kernels.mask", "kernels.mma", "registry.contract"} <= found.keys()
+    assert not {"kernels.dispatch", "registry.store", "registry"} & found.keys()
+
+
+def test_closure_of_a_missing_module_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match=r"kernels\.nowhere"):
+        closure(["kernels.nowhere"], folder=tmp_path)
+
+
+def test_fingerprints_cover_all_that_shapes_the_result() -> None:
+    toolchain = Toolchain.current()
+    base = toolchain.ptx_fingerprint("k", {"m": "1"})
+    assert base == toolchain.ptx_fingerprint("k", {"m": "1"})
+    others = [
+        toolchain.ptx_fingerprint("l", {"m": "1"}),
+        toolchain.ptx_fingerprint("k", {"m": "2"}),
+        *(
+            Toolchain({**toolchain.generate, name: "other"}, toolchain.assemble, (12, 9)).ptx_fingerprint(
+                "k", {"m": "1"}
+            )
+            for name in toolchain.generate
+        ),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+    artifact = toolchain.artifact_fingerprint(base, "sm_120", "abi")
+    others = [
+        toolchain.artifact_fingerprint("x", "sm_120", "abi"),
+        toolchain.artifact_fingerprint(base, "sm_121", "abi"),
+        toolchain.artifact_fingerprint(base, "sm_120", "other"),
+        *(
+            Toolchain(toolchain.generate, {**toolchain.assemble, name: "other"}, (12, 9)).artifact_fingerprint(
+                base, "sm_120", "abi"
+            )
+            for name in toolchain.assemble
+        ),
+    ]
+    assert len({artifact, *others}) == 1 + len(others)
+    assert {"nvidia-cutlass-dsl", "python"} <= toolchain.generate.keys()
+    assert {"nvidia-nvjitlink-cu12", "nvidia-cuda-nvdisasm", "checks.py", "sass.py"} <= toolchain.assemble.keys()
+
+
+def test_oldest_driver_of_each_architecture() -> None:
+    assert [min_driver(a, (12, 9)) for a in ("sm_90", "sm_120", "sm_121")] == [12000, 12080, 12090]
+    assert [min_driver(a, (13, 1)) for a in ("sm_90", "sm_120")] == [13000, 13000]
+    assert all(12000 <= min_driver(arch, nvjitlink.version()) <= 12090 for arch in nvjitlink.ARCHS)
+
+
+def test_nvdisasm_is_the_wheels() -> None:
+    assert nvdisasm_path().is_file()
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.toolchain._version", lambda name: None)
+    with pytest.raises(ToolchainError, match=r"nvidia-cutlass-dsl, nvidia-nvjitlink-cu12.*pip install"):
+        Toolchain.current()
+
+
+def test_planning_the_real_table_imports_no_compiler() -> None:
+    code = (
+        "import sys; from builder.build import Table, plan; from builder.toolchain import Toolchain\n"
+        "jobs = plan(Table.ours(), ['sm_120'], Toolchain.current(), None)\n"
+        "assert jobs and all(job.missing == ('sm_120',) for job in jobs)\n"
+        "print([name for name in ('cutlass', 'torch', 'triton', 'elftools') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_own_packages_are_beside_the_builder(tmp_path: Path) -> None:
+    assert misplaced("kernels") is None
+    assert misplaced("registry") is None
+    message = misplaced("kernels", tmp_path)
+    assert message is not None
+    assert str(ROOT / "kernels" / "__init__.py") in message and str(tmp_path / "kernels" / "__init__.py") in message
+    assert "nowhere" in str(misplaced("no_such_package_here"))
+
+
+@pytest.mark.parametrize("name", ["kernels", "registry"])
+def test_a_foreign_package_of_the_same_name_is_refused_with_both_paths(name: str, tmp_path: Path) -> None:
+    foreign = tmp_path / name / "__init__.py"
+    foreign.parent.mkdir()
+    foreign.write_text("")
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; from builder.__main__ import main; sys.exit(main(['--dry-run']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(ROOT)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert str(foreign) in done.stderr and str(ROOT / name / "__init__.py") in done.stderr
+    assert "Traceback" not in done.stderr
