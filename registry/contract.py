@@ -29,10 +29,11 @@ class CubineryError(Exception):
     `reason` is a short stable code for programs; the message is for people.
 
     CubineryError
-    ├── ContractError        (ValueError) a key, ABI or index that does not follow the contract
-    ├── registry.store: StoreError …
-    ├── builder: BuildError …
-    └── runtime.errors: ArgumentError, NoKernelError, SourceError, IntegrityError, DriverError …
+    ├── ContractError (ValueError)  a key, ABI or index that does not follow the contract
+    ├── registry.errors: StoreError, ConflictError
+    ├── builder.errors: BuildError, …
+    ├── benchmarks.cubins: BenchmarkError
+    └── runtime.errors: ArgumentError, NoKernelError, SourceError, IntegrityError, DriverError, …
     """
 
     reason = "error"
@@ -365,6 +366,8 @@ class Index:
         object.__setattr__(self, "by_variant", {a.variant: a for a in self.artifacts})
         if len(self.by_variant) != len(self.artifacts):
             raise ContractError("index: a variant is listed twice")
+        if len({(abi.op, abi.version) for abi in self.abis}) != len(self.abis):
+            raise ContractError("index: an ABI of one op and version is listed twice")
         digests = {abi.digest for abi in self.abis}
         for a in self.artifacts:
             if a.arch != self.arch:
