@@ -1,0 +1,378 @@
+"""`python -m runtime doctor|prefetch|explain`. Works without a GPU and without torch, and says so."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import runtime
+from registry.contract import DTYPES, Artifact, ContractError, Index, check_arch
+from runtime import backend, select, session, stages, trust
+from runtime.driver import CudaDriver
+from runtime.errors import ArgumentError, CubineryError, NoKernelError
+
+DOWNLOADS = 8  # at a time
+SHAPE = {"dtype": str, "head_dim": int, "heads_q": int, "heads_kv": int, "batch": int, "seqlen_q": int,
+         "seqlen_k": int, "causal": int}  # fmt: skip
+SAMPLE = {
+    "dtype": "bf16",
+    "head_dim": 128,
+    "head_dim_v": 128,
+    "batch": 1,
+    "heads_q": 8,
+    "heads_kv": 8,
+    "seqlen_q": 256,
+    "seqlen_k": 256,
+    "group": 1,
+    "causal": 0,
+}  # fmt: skip  doctor's call
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all is well. 1: something is missing or wrong, as the output says. 2: wrong usage."""
+    args = _parser().parse_args(argv)
+    try:
+        given = {name: getattr(args, name) for name in ("registry", "index", "cache", "channel")}
+        runtime.configure(**given, offline=args.offline or None)
+        report, code = args.run(args)
+    except CubineryError as error:
+        report, code = {"error": {"type": type(error).__name__, "reason": error.reason, "message": str(error)}}, 1
+        if not args.json:
+            print(f"{type(error).__name__} ({error.reason}): {error}", file=sys.stderr)
+            return code
+    print(json.dumps(report) if args.json else args.show(report))
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--registry", help="registry file or http(s) URL (default: CUBINERY_REGISTRY)")
+    shared.add_argument("--index", help="digest(s) that may be loaded (default: CUBINERY_INDEX)")
+    shared.add_argument("--cache", help="folder of the disk cache (default: CUBINERY_CACHE)")
+    shared.add_argument("--channel", help="channel of a local registry (default: stable)")
+    shared.add_argument("--offline", action="store_true", help="never open a connection")
+    shared.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser = argparse.ArgumentParser(prog="python -m runtime", description="Cubinery's runtime: what it would do.")
+    commands = parser.add_subparsers(required=True, metavar="doctor|prefetch|explain")
+
+    doctor = commands.add_parser("doctor", parents=[shared], help="GPU, driver, registry, cache, what would be loaded")
+    doctor.set_defaults(run=_doctor, show=_show_doctor)
+
+    prefetch = commands.add_parser("prefetch", parents=[shared], help="fetch and verify kernels ahead of time")
+    prefetch.add_argument("--arch", type=_arch, help="sm_120, … (default: every architecture that may be loaded)")
+    prefetch.add_argument(
+        "--shapes", type=_read_shapes, default=[], help="JSON file: a list of objects with any of " + ", ".join(SHAPE)
+    )
+    prefetch.add_argument("--heads", type=_heads, default={}, help="query/kv heads of one model, e.g. 32/8")
+    prefetch.add_argument("--head-dim", type=int)
+    prefetch.add_argument("--dtype", choices=DTYPES)
+    prefetch.set_defaults(run=_prefetch, show=_show_prefetch)
+
+    explain = commands.add_parser("explain", parents=[shared], help="the kernel for a described call, or why none")
+    explain.add_argument("--arch", required=True, type=_arch)
+    explain.add_argument("--dtype", choices=DTYPES, default="bf16")
+    for name, default in (("head-dim", 128), ("batch", 1), ("seqlen-q", 1024), ("heads-q", 32)):
+        explain.add_argument(f"--{name}", type=int, default=default)
+    explain.add_argument("--seqlen-k", type=int, help="default: seqlen-q")
+    explain.add_argument("--heads-kv", type=int, help="default: heads-q")
+    explain.add_argument("--causal", action="store_true")
+    explain.add_argument("--window", help="left,right; an empty side is open, e.g. 128, or 128,0")
+    explain.set_defaults(run=_explain, show=_show_explain)
+    return parser
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Every part by itself, so that one failure does not hide the others."""
+    problems: list[str] = []
+    now = session.current()
+    report: dict[str, Any] = {
+        "gpu": _gpus(),
+        "torch": _torch(),
+        "registry": {"where": now.config.registry, "remote": trust.why_remote(now.source)},
+        "cache": _cache(now, problems),
+        "indexes": {},
+        "would_load": {},
+    }
+    try:
+        report["indexes"] = now.digests()
+        archs = {select.pick_arch(report["indexes"], tuple(gpu["capability"])) for gpu in report["gpu"]["devices"]}
+        for gpu in report["gpu"]["devices"]:
+            if select.pick_arch(report["indexes"], tuple(gpu["capability"])) is None:
+                problems.append(str(select.no_arch(tuple(gpu["capability"]), report["indexes"], now.source.where)))
+        for arch in sorted({a for a in archs if a} or report["indexes"]):
+            report["would_load"][arch] = _would_load(now, arch)
+    except CubineryError as error:
+        problems.append(f"{type(error).__name__} ({error.reason}): {error}")
+    if report["gpu"]["devices"] and report["torch"]["cuda"] and not problems:
+        problems.extend(_first_call())
+    report |= {"problems": problems, "ledger": stages.ledger()}
+    return report, 1 if problems else 0
+
+
+def _gpus() -> dict[str, Any]:
+    """The driver and its GPUs; no context is created."""
+    try:
+        driver = CudaDriver()
+        devices = [
+            {"name": driver.device_name(i), "capability": list(driver.capability(i))}
+            for i in range(driver.device_count())
+        ]
+        return {"driver": driver.version(), "devices": devices, "note": None if devices else "no GPU"}
+    except CubineryError as error:
+        return {"driver": None, "devices": [], "note": f"no GPU can be used here: {error}"}
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        return {"version": None, "cuda": False, "note": "torch is not installed: flash_attn cannot be called here"}
+    usable = torch.cuda.is_available()
+    return {"version": torch.__version__, "cuda": usable, "note": None if usable else "torch sees no CUDA device"}
+
+
+def _cache(now: session.Session, problems: list[str]) -> dict[str, Any]:
+    used = now.config.remote
+    cache = getattr(now.source, "cache", None)
+    if cache is not None:
+        try:
+            cache.check_owner()
+        except CubineryError as error:
+            problems.append(str(error))
+    return {"folder": now.config.cache, "note": None if used else "not used: the registry is a local file"}
+
+
+def _would_load(now: session.Session, arch: str) -> dict[str, Any]:
+    """An index's facts, and a sample call taken as far as verified bytes."""
+    index = now.index_of(arch)
+    found: dict[str, Any] = {"release": index.release, "variants": sorted(index.by_variant)}
+    try:
+        artifact = select.select(index, "fwd", SAMPLE)
+    except NoKernelError:
+        return found | {"sample": None}
+    now.cubin(artifact)
+    return found | {"sample": artifact.variant, "min_driver": artifact.min_driver}
+
+
+def _first_call() -> list[str]:
+    """One small call on the GPU, for the ledger. What went wrong."""
+    torch = backend.TorchBackend().torch
+    try:
+        q = torch.zeros(1, 256, 8, 128, dtype=torch.bfloat16, device="cuda")
+        runtime.flash_attn(q, q, q)
+        torch.cuda.synchronize()
+    except CubineryError as error:
+        return [f"{type(error).__name__} ({error.reason}): {error}"]
+    return []
+
+
+def _show_doctor(report: dict[str, Any]) -> str:
+    gpu, torch, registry = report["gpu"], report["torch"], report["registry"]
+    lines = [f"driver    {gpu['driver'] or '-'}"]
+    lines += [f"gpu       {d['name']}, sm_{d['capability'][0]}{d['capability'][1]}" for d in gpu["devices"]]
+    lines += [f"gpu       {gpu['note']}"] if gpu["note"] else []
+    lines += [f"torch     {torch['version'] or '-'}{', ' + torch['note'] if torch['note'] else ''}"]
+    lines += [f"registry  {registry['where']}" + (f" (remote: {registry['remote']})" if registry["remote"] else "")]
+    lines += [f"cache     {report['cache']['folder']} {report['cache']['note'] or ''}".rstrip()]
+    for arch, digest in report["indexes"].items():
+        loads = report["would_load"].get(arch)
+        detail = f", {len(loads['variants'])} kernels of {loads['release']}, e.g. {loads['sample']}" if loads else ""
+        lines.append(f"index     {arch} {digest}{detail}")
+    lines += [f"time      {r['ms']:9.3f} ms  {r['stage']}  {r['what']}".rstrip() for r in report["ledger"]]
+    lines += [f"PROBLEM   {problem}" for problem in report["problems"]] or ["all is well"]
+    return "\n".join(lines)
+
+
+# -- prefetch ---------------------------------------------------------------------------------------------------------
+
+
+def _prefetch(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    now = session.current()
+    digests = now.digests()
+    archs = [args.arch] if args.arch else sorted(digests)
+    missing: list[dict[str, str]] = []
+    wanted: dict[str, Artifact] = {}
+    for arch in archs:
+        if arch not in digests:
+            missing.append({"key": arch, "reason": f"{now.source.where} has no index for {arch} that may be loaded"})
+            continue
+        for artifact in _wanted(now.index_of(arch), _shapes(args), missing):
+            wanted[artifact.frame_sha256] = artifact
+    fetched = nbytes = 0
+    for artifact, error in _progress(_all_cubins(now, wanted.values()), len(wanted)):
+        if error is None:
+            fetched, nbytes = fetched + 1, nbytes + artifact.frame_size
+        else:
+            missing.append({"key": f"{artifact.arch} {artifact.variant}", "reason": str(error)})
+    report = {"indexes": {a: digests[a] for a in archs if a in digests}, "wanted": len(wanted), "verified": fetched,
+              "bytes": nbytes, "missing": missing}  # fmt: skip
+    return report, 1 if missing or not wanted else 0
+
+
+def _shapes(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """Partly known call facts; None: everything."""
+    one = {"head_dim": args.head_dim, "dtype": args.dtype, **args.heads}
+    one = {name: value for name, value in one.items() if value is not None}
+    return [_facts(shape) for shape in [*args.shapes, *([one] if one else [])]] or None
+
+
+def _arch(text: str) -> str:
+    try:
+        return check_arch(text)
+    except ContractError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _heads(text: str) -> dict[str, int]:
+    try:
+        heads_q, heads_kv = (int(n) for n in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 32/8") from None
+    return {"heads_q": heads_q, "heads_kv": heads_kv}
+
+
+def _read_shapes(path: str) -> list[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            shapes = json.load(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    if not isinstance(shapes, list) or not shapes or not all(_is_shape(shape) for shape in shapes):
+        names = ", ".join(name for name in SHAPE if name != "dtype")
+        message = f"{path}: not a list of objects with dtype ('bf16' or 'fp16') or integers for any of {names}"
+        raise argparse.ArgumentTypeError(message)
+    return shapes
+
+
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, dict)
+        and bool(shape)
+        and all(isinstance(value, SHAPE.get(name, ())) for name, value in shape.items())
+    )
+
+
+def _facts(shape: dict[str, Any]) -> dict[str, Any]:
+    """Call facts as far as a model's shape tells them."""
+    facts = dict(shape)
+    if "head_dim" in facts:
+        facts["head_dim_v"] = facts["head_dim"]
+    if facts.get("heads_kv") and "heads_q" in facts:
+        facts["group"] = facts["heads_q"] // facts["heads_kv"]
+    return facts
+
+
+def _wanted(index: Index, shapes: list[dict[str, Any]] | None, missing: list[dict[str, str]]) -> Iterable[Artifact]:
+    """The artifacts of an index that may serve one of the shapes; what should and does not exist goes to `missing`."""
+    if shapes is None:
+        shapes = [{}]
+    for facts in shapes:
+        found, lacking = select.candidates(index, "fwd", facts)
+        missing += [{"key": f"{index.arch} {key}", "reason": "a dispatch row names it, the index lacks it"}
+                    for key in lacking]  # fmt: skip
+        if not found and not lacking:
+            missing.append({"key": f"{index.arch} {json.dumps(facts)}", "reason": "no dispatch row serves it"})
+        yield from found
+        if not facts:
+            yield from index.artifacts
+
+
+def _all_cubins(now: session.Session, artifacts: Iterable[Artifact]) -> Iterable[tuple[Artifact, CubineryError | None]]:
+    def fetch(artifact: Artifact) -> tuple[Artifact, CubineryError | None]:
+        try:
+            now.cubin(artifact)
+        except CubineryError as error:
+            return artifact, error
+        return artifact, None
+
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        yield from pool.map(fetch, list(artifacts))
+
+
+def _progress(done: Iterable[Any], total: int) -> Iterable[Any]:
+    """A bar on stderr: rich's where it is installed and stderr is a terminal, else one line a tenth."""
+    track = _rich_track() if sys.stderr.isatty() else None
+    if track is not None:
+        yield from track(done, total)
+        return
+    for n, item in enumerate(done, 1):
+        if n == total or n * 10 // total > (n - 1) * 10 // total:
+            print(f"prefetch {n}/{total}", file=sys.stderr)
+        yield item
+
+
+def _rich_track() -> Callable[[Iterable[Any], int], Iterable[Any]] | None:
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return None
+    return lambda done, total: track(done, "prefetch", total=total, console=Console(stderr=True))
+
+
+def _show_prefetch(report: dict[str, Any]) -> str:
+    lines = [f"{arch} {digest}" for arch, digest in report["indexes"].items()]
+    lines += [f"MISSING {m['key']}: {m['reason']}" for m in report["missing"]]
+    return "\n".join([*lines, f"{report['verified']} of {report['wanted']} kernels here and verified, "
+                              f"{report['bytes']} bytes"])  # fmt: skip
+
+
+# -- explain ----------------------------------------------------------------------------------------------------------
+
+
+def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    now = session.current()
+    digests = now.digests()
+    if args.arch not in digests:
+        raise select.no_arch(divmod(int(args.arch.removeprefix("sm_")), 10), digests, now.source.where)
+    index = now.index_of(args.arch)
+    facts = _described(args)
+    report: dict[str, Any] = {"arch": args.arch, "index": digests[args.arch], "facts": facts}
+    try:
+        artifact = select.select(index, "fwd", facts)
+    except NoKernelError as error:
+        rejections = [{"key": key, "why": why} for key, why in error.rejections]
+        return report | {"variant": None, "rejections": rejections, "message": str(error)}, 1
+    return report | {"variant": artifact.variant, "artifact": artifact.to_json(), "rejections": []}, 0
+
+
+def _described(args: argparse.Namespace) -> dict[str, Any]:
+    heads_kv = args.heads_q if args.heads_kv is None else args.heads_kv
+    if min(args.heads_q, heads_kv) < 1 or args.heads_q % heads_kv:
+        raise ArgumentError("--heads-q", f"{args.heads_q} is not a multiple of --heads-kv {heads_kv}", reason="heads")
+    right = (args.window or "").partition(",")[2]
+    return {
+        "dtype": args.dtype,
+        "head_dim": args.head_dim,
+        "head_dim_v": args.head_dim,
+        "batch": args.batch,
+        "heads_q": args.heads_q,
+        "heads_kv": heads_kv,
+        "seqlen_q": args.seqlen_q,
+        "seqlen_k": args.seqlen_q if args.seqlen_k is None else args.seqlen_k,
+        "group": args.heads_q // heads_kv,
+        "causal": int(args.causal or right.strip() == "0"),
+    }
+
+
+def _show_explain(report: dict[str, Any]) -> str:
+    if report["variant"] is None:
+        rejected = [f"  {r['key']}: {r['why']}" for r in report["rejections"]]
+        return "\n".join([report["message"], "every row:", *rejected])
+    a = report["artifact"]
+    return (
+        f"{report['variant']}\n  {a['arch']}, {a['threads']} threads, {a['smem']} B dynamic shared memory, "
+        f"{a['registers']} registers, {a['blocks_per_sm']} blocks an SM\n"
+        f"  cubin {a['cubin_sha256']}\n  ptx   {a['ptx_sha256']}\n  index {report['index']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Refuses a `registry` package that is not the one beside this package: the name is a common one.
+
+The error cannot come from the common tree, which stands in the very package that is in doubt.
+"""
+
+import os
+
+import registry
+
+
+class MisplacedError(ImportError):
+    """`registry` comes from elsewhere; the message names both paths."""
+
+    reason = "install"
+
+
+_expected = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "registry")
+_found = os.path.abspath(next(iter(registry.__path__), ""))
+if os.path.realpath(_found) != os.path.realpath(_expected):
+    raise MisplacedError(
+        f"cubinery's `registry` should come from {_expected}, but Python found {_found}: remove that package, or put "
+        "cubinery's folder before it on sys.path"
+    )

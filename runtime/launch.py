@@ -1,0 +1,107 @@
+"""Plans: what one thread keeps for calls that look alike, and the launch itself."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from registry.contract import PARAM_FORMATS, Artifact
+from runtime.errors import ArgumentError, IntegrityError
+from runtime.load import Kernel
+
+MAX_PLANS = 1024  # a thread keeps; the oldest goes first
+MAX_BLOCKS = 2**31 - 1  # of grid.x
+
+# The parameters that change with every call. They lead the ABI, so that one pack_into of five addresses suffices.
+CALL_SLOTS = ("q", "k", "v", "o", "lse")
+
+# For benchmarks: artifact -> bytes to add to the dynamic shared memory, so that an H200 SM holds as many blocks as an
+# SM120 SM would. Set it before the first call; configure() forgets the kernels that were loaded before.
+SMEM_PADDING: Callable[[Artifact], int] | None = None
+
+
+class Plans(threading.local):
+    """One thread's plans by call key. A shared parameter buffer would race: the bindings drop the GIL in a launch."""
+
+    def __init__(self) -> None:
+        self.by_call: dict[Any, Any] = {}
+
+    def keep(self, key: Any, plan: Any) -> None:
+        if len(self.by_call) >= MAX_PLANS:
+            del self.by_call[next(iter(self.by_call))]
+        self.by_call[key] = plan
+
+
+plans = Plans()
+
+
+def drop_plans() -> None:
+    """Forget every thread's plans; calls in flight finish with theirs."""
+    global plans
+    plans = Plans()
+
+
+class Plan:
+    """A launch that is ready but for its five addresses. Belongs to one thread.
+
+    `launch(q, k, v, o, lse)` takes addresses (lse 0: none) and launches on torch's current stream of the device.
+    values: every other parameter of the client's, by name.
+    """
+
+    __slots__ = ("_buffer", "_check", "_current_device", "_device", "_fire", "_guard", "_pack", "_params", "_pointers",
+                 "_raw_stream", "_success")  # fmt: skip
+
+    def __init__(self, kernel: Kernel, values: Mapping[str, tuple[str, int | float]], facts: Mapping[str, Any],
+                 device: int, backend: Any):  # fmt: skip
+        artifact, driver = kernel.artifact, backend.driver
+        blocks = artifact.grid.blocks(facts)
+        if blocks > MAX_BLOCKS:
+            message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
+            raise ArgumentError("q", message, reason="too_large")
+        self._buffer = buffer = parameters(kernel, values)
+        start = ctypes.addressof(buffer)
+        places = kernel.abi.layout
+        self._pointers = (ctypes.c_void_p * len(places))(*(start + offset for offset, _ in places))
+        self._params = ctypes.addressof(self._pointers)
+        self._pack = partial(struct.Struct(f"<{len(CALL_SLOTS)}Q").pack_into, buffer, 0)
+        self._fire = partial(driver.launch, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem)
+        self._success, self._check = driver.success, driver.check
+        self._device, self._guard = device, backend.guard
+        self._raw_stream, self._current_device = backend.raw_stream, backend.current_device
+
+    def launch(self, q: int, k: int, v: int, o: int, lse: int) -> None:
+        self._pack(q, k, v, o, lse)
+        if self._current_device() != self._device:
+            with self._guard(self._device):
+                (status,) = self._fire(self._raw_stream(self._device), self._params, 0)
+        else:
+            (status,) = self._fire(self._raw_stream(self._device), self._params, 0)
+        if status is not self._success:
+            self._check(status, "cuLaunchKernel")
+
+
+def parameters(kernel: Kernel, values: Mapping[str, tuple[str, int | float]]) -> Any:
+    """The parameter buffer with the call slots still 0. values: name -> (type, value) of all that the client knows.
+
+    Raises IntegrityError ('abi') for an ABI with a parameter that this client does not know, or without one that this
+    call needs: nothing that the caller asked for is dropped silently.
+    """
+    abi = kernel.abi
+    named = f"ABI {abi.op} v{abi.version} of {kernel.artifact.variant}"
+    if tuple((p.name, p.type) for p in abi.params[: len(CALL_SLOTS)]) != tuple((name, "ptr") for name in CALL_SLOTS):
+        raise IntegrityError(f"{named} does not begin with {', '.join(CALL_SLOTS)}; update the client", reason="abi")
+    rest = abi.params[len(CALL_SLOTS) :]
+    unknown = [p.name for p in rest if p.name not in values or values[p.name][0] != p.type]
+    if unknown:
+        raise IntegrityError(f"{named} has {', '.join(unknown)}, unknown here; update the client", reason="abi")
+    lacking = values.keys() - {p.name for p in rest}
+    if lacking:
+        raise IntegrityError(f"{named} lacks {', '.join(sorted(lacking))}; rebuild the registry", reason="abi")
+    buffer = ctypes.create_string_buffer(abi.nbytes)
+    types = "@" + "".join(PARAM_FORMATS[p.type] for p in abi.params)  # '@' aligns as C does, which is Abi.layout
+    struct.pack_into(types, buffer, 0, *(0 for _ in CALL_SLOTS), *(values[p.name][1] for p in rest))
+    return buffer

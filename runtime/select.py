@@ -1,0 +1,93 @@
+"""Which artifact serves a call: pure functions of an index and call facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from registry.contract import Artifact, DispatchRow, Index
+from runtime.errors import NoKernelError
+
+NEAR = 6  # rejections that a message shows; the error object carries all
+
+
+def select(index: Index, op: str, facts: Mapping[str, Any]) -> Artifact:
+    """The artifact that the first dispatch row whose conditions all hold names.
+
+    facts: every fact of the call; see docs/design.md. Raises NoKernelError with each row's reason: 'row' if no row
+    holds, 'variant' if the row's variant is not in the index (a later row is never taken in its place).
+    """
+    rows = [row for row in index.rows if row.op == op]
+    for row in rows:
+        if all(c.holds(facts) for c in row.when):
+            artifact = index.by_variant.get(row.variant)
+            if artifact is not None:
+                return artifact
+            break
+    raise _no_kernel(index, op, facts, [_reject(row, index, facts) for row in rows])
+
+
+def candidates(index: Index, op: str, facts: Mapping[str, Any]) -> tuple[list[Artifact], list[str]]:
+    """(artifacts, keys of missing variants) of every row that could serve a call of which only `facts` are known."""
+    found: dict[str, Artifact | None] = {}
+    for row in index.rows:
+        if row.op == op and could_hold(row, facts):
+            found[row.variant] = index.by_variant.get(row.variant)
+    return [a for a in found.values() if a is not None], [key for key, a in found.items() if a is None]
+
+
+def could_hold(row: DispatchRow, facts: Mapping[str, Any]) -> bool:
+    return all(c.holds(facts) for c in row.when if c.fact in facts)
+
+
+def pick_arch(available: Iterable[str], capability: tuple[int, int]) -> str | None:
+    """The newest architecture whose cubins run on a device: same major version, minor version at most the device's."""
+    major, minor = capability
+    numbers = [int(arch.removeprefix("sm_")) for arch in available]
+    fitting = [n for n in numbers if n // 10 == major and n % 10 <= minor]
+    return f"sm_{max(fitting)}" if fitting else None
+
+
+def no_arch(capability: tuple[int, int], available: Iterable[str], where: str) -> NoKernelError:
+    """The error for a GPU that none of the registry's indexes is for."""
+    arch = f"sm_{capability[0]}{capability[1]}"
+    have = ", ".join(sorted(available)) or "none"
+    command = f"in a checkout of cubinery {release()}: python -m builder --arch {arch}"
+    message = f"no kernels for this GPU ({arch}): {where} has indexes for {have}. To build them, {command}"
+    return NoKernelError(message, reason="arch")
+
+
+def release() -> str:
+    """The installed distribution's version, or 'of this version' from a checkout that is not installed."""
+    from importlib import metadata  # here: only errors need it
+
+    try:
+        return metadata.version("cubinery")
+    except metadata.PackageNotFoundError:
+        return "(this version)"
+
+
+def _reject(row: DispatchRow, index: Index, facts: Mapping[str, Any]) -> tuple[int, str, str]:
+    """(number of conditions that fail, variant key, why)."""
+    failed = [c for c in row.when if not c.holds(facts)]
+    why = "; ".join(f"needs {c}, the call has {facts[c.fact]}" for c in failed)
+    return len(failed), row.variant, why or f"serves this call, but is not in the index for {index.arch}"
+
+
+def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tuple[int, str, str]]) -> NoKernelError:
+    """What is nearest first; the command builds the missing variant, or says that the table must grow first."""
+    found = sorted(found, key=lambda rejection: rejection[0])
+    rejections = [(key, why) for _, key, why in found]
+    checkout = f"in a checkout of cubinery {index.release}: "
+    missing = bool(found) and found[0][0] == 0
+    glob = found[0][1] if missing else f"{op}-{facts['dtype']}-d{facts['head_dim']}-dv{facts['head_dim_v']}-*"
+    command = f"python -m builder --arch {index.arch} --only '{glob}'"
+    if missing:
+        todo = f"To build it, {checkout}{command}"
+    else:
+        todo = f"No row of the dispatch table serves it; {checkout}add one to kernels/dispatch.py, then {command}"
+    call = ", ".join(f"{name}={value}" for name, value in facts.items())
+    lines = [f"no {op} kernel on {index.arch} for {call}", *(f"  {key}: {why}" for key, why in rejections[:NEAR])]
+    if len(rejections) > NEAR:
+        lines.append(f"  and {len(rejections) - NEAR} more (python -m runtime explain lists all)")
+    return NoKernelError("\n".join([*lines, todo]), reason="variant" if missing else "row", rejections=rejections)

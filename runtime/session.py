@@ -1,0 +1,177 @@
+"""What one configuration has open: its source, the indexes it may load, the kernels that are loaded."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from registry.contract import Artifact, Index
+from runtime import config, launch, select, stages, trust, verify
+from runtime.backend import TorchBackend
+from runtime.errors import CaptureError, IntegrityError
+from runtime.load import Kernel, load
+from runtime.source import Source, open_source
+
+BACKEND: Callable[[], Any] = TorchBackend  # made at the first call
+
+
+class Session:
+    """Made from the settings as they stand; `configure` replaces it. Its methods may be called from any thread."""
+
+    def __init__(self, settings: config.Config | None = None):
+        self.config = settings or config.current()
+        self.source: Source = open_source(self.config)
+        self._lock = threading.RLock()
+        self._backend: Any = None
+        self._digests: dict[str, str] | None = None
+        self._indexes: dict[str, Index] = {}
+        self._kernels: dict[tuple[str, int], Kernel] = {}
+
+    @property
+    def backend(self) -> Any:
+        with self._lock:
+            if self._backend is None:
+                self._backend = BACKEND()
+            return self._backend
+
+    def digests(self) -> dict[str, str]:
+        """{arch: index digest} that may be loaded. Raises SourceError, UntrustedError."""
+        with self._lock:
+            if self._digests is None:
+                with stages.stage("resolve", self.source.where):
+                    arch_of = lambda digest: self.index(digest).arch  # noqa: E731
+                    self._digests = trust.resolve(self.source, self.config.channel, self.config.pins, arch_of)
+            return self._digests
+
+    def index(self, digest: str) -> Index:
+        """A verified index; a corrupt copy in the disk cache is set aside and fetched again, once."""
+        with self._lock:
+            if digest not in self._indexes:
+                with stages.stage("index", digest[:12]):
+                    read = lambda: verify.index(self.source.index(digest), digest)  # noqa: E731
+                    self._indexes[digest] = self._once_more(read, "indexes", digest)
+            return self._indexes[digest]
+
+    def index_of(self, arch: str) -> Index:
+        """The index that may be loaded for an architecture, which `digests()` lists. IntegrityError ('index') if it is
+        for another one."""
+        index = self.index(self.digests()[arch])
+        if index.arch != arch:
+            raise IntegrityError(f"the index given for {arch} is for {index.arch}", reason="index")
+        return index
+
+    def index_for(self, capability: tuple[int, int]) -> Index:
+        """The index whose cubins run on a device of this capability. NoKernelError ('arch') if there is none."""
+        digests = self.digests()
+        arch = select.pick_arch(digests, capability)
+        if arch is None:
+            raise select.no_arch(capability, digests, self.source.where)
+        return self.index_of(arch)
+
+    def cubin(self, artifact: Artifact) -> bytes:
+        """Verified bytes, ready to load; a corrupt copy in the disk cache is set aside and fetched again, once."""
+
+        def read() -> bytes:
+            with stages.stage("fetch", artifact.variant):
+                frame = self.source.frame(artifact)
+            with stages.stage("verify", artifact.variant):
+                return verify.cubin(frame, artifact)
+
+        return self._once_more(read, "blobs", artifact.frame_sha256)
+
+    def kernel(self, op: str, facts: dict[str, Any], device: int) -> tuple[Kernel, bool]:
+        """The loaded kernel for a call on a device (which is torch's current one), and whether this call loaded it.
+
+        Raises every error of the tree but ArgumentError; CaptureError, before the driver is touched, if it would have
+        to load while a graph is captured.
+        """
+        with self._lock:
+            backend = self.backend
+            index = self.index_for(backend.capability(device))
+            start = perf_counter()
+            artifact = select.select(index, op, facts)
+            spent = (perf_counter() - start) * 1e3
+            found = self._kernels.get((artifact.cubin_sha256, device))
+            if found is not None:
+                return found, False
+            if backend.is_capturing():
+                raise CaptureError(
+                    f"{artifact.variant} is not loaded yet, and nothing can be loaded while a CUDA graph is being "
+                    "captured: make this call once before the capture"
+                )
+            stages.record("select", artifact.variant, spent)
+            return self._load(artifact, index, device), True
+
+    def _load(self, artifact: Artifact, index: Index, device: int) -> Kernel:
+        cubin = self.cubin(artifact)
+        padding = launch.SMEM_PADDING(artifact) if launch.SMEM_PADDING else 0
+        driver = self.backend.driver
+        with stages.stage("load", artifact.variant):
+            kernel = load(driver, cubin, artifact, index.abi(artifact.abi), device, padding)
+        self._kernels[artifact.cubin_sha256, device] = kernel
+        return kernel
+
+    def _once_more(self, read: Callable[[], Any], kind: str, digest: str) -> Any:
+        try:
+            return read()
+        except IntegrityError:
+            if not self.source.discard(kind, digest):
+                raise
+            return read()
+
+
+_current: Session | None = None
+_lock = threading.Lock()
+
+
+def current() -> Session:
+    """The session of the settings as they stand, made on first need."""
+    global _current
+    with _lock:
+        if _current is None:
+            _current = Session()
+        return _current
+
+
+def reset() -> None:
+    """Drop the session and every plan. Loaded code stays in the driver; calls in flight finish with what they hold."""
+    global _current
+    _current = None
+    launch.drop_plans()
+
+
+def configure(
+    *,
+    registry: Any = None,
+    index: Any = None,
+    cache: Any = None,
+    channel: str | None = None,
+    offline: bool | None = None,
+) -> None:
+    """Settings that stand over the environment's; each call replaces all of the last, and drops what was loaded.
+
+    registry: a registry file's path, or a server's http(s) URL. Else CUBINERY_REGISTRY, else registry.db in the user's
+        data folder, where the builder writes.
+    index: digests of the indexes that may be loaded: '<digest>', 'sm_120=<digest>,sm_90=<digest>' or a dict. Needed
+        for a server. Else CUBINERY_INDEX.
+    cache: folder of the disk cache, used with servers. Else CUBINERY_CACHE, else the user's cache folder.
+    channel: which of a local registry's channels; 'stable' by default.
+    offline: True never opens a connection.
+
+    Raises ConfigError, and then changes nothing.
+    """
+    config.give(registry, index, cache, channel, offline)
+    reset()
+
+
+def _after_fork() -> None:
+    """A child starts afresh: its parent's driver handles, locks and connections are not its own."""
+    global _lock
+    _lock = threading.Lock()
+    reset()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,83 @@
+"""From a frame to a cubin, trusting nothing but the artifact's row of a trusted index."""
+
+from __future__ import annotations
+
+import sys
+
+from registry.contract import Artifact, Index, sha256_hex
+from runtime.errors import InstallError, IntegrityError
+
+EM_CUDA = 190
+ELF_HEADER = 64  # bytes of a 64-bit ELF header
+
+
+def index(data: bytes, digest: str) -> Index:
+    """The index whose bytes hash to `digest`. IntegrityError ('sha256') or ContractError if these are no such bytes."""
+    if sha256_hex(data) != digest:
+        raise IntegrityError(f"index {digest[:12]}…: its bytes hash to {sha256_hex(data)[:12]}…", reason="sha256")
+    return Index.from_bytes(data)
+
+
+def cubin(frame: bytes, artifact: Artifact) -> bytes:
+    """The cubin in `frame`: the very buffer that is to be loaded. Raises IntegrityError at the first thing wrong.
+
+    The frame's size and hash are checked before it is decoded, decoding is bounded by the cubin's size, then follow
+    the cubin's size and hash and its ELF header.
+    """
+    _check(frame, artifact.frame_size, artifact.frame_sha256, f"{artifact.variant} ({artifact.arch}): zstd frame")
+    content = _decode(frame, artifact.cubin_size, artifact.variant)
+    _check(content, artifact.cubin_size, artifact.cubin_sha256, f"{artifact.variant} ({artifact.arch}): cubin")
+    found = elf_arch(content)
+    if found != artifact.arch:
+        raise IntegrityError(f"{artifact.variant}: the cubin is for {found}, not for {artifact.arch}", reason="arch")
+    return content
+
+
+def elf_arch(content: bytes) -> str:
+    """The architecture in a cubin's ELF header, e.g. 'sm_120'. Raises IntegrityError for what is no cubin."""
+    header = content[:ELF_HEADER]
+    if len(header) < ELF_HEADER or header[:6] != b"\x7fELF\x02\x01":
+        raise IntegrityError("the cubin is no 64-bit little-endian ELF file", reason="elf")
+    machine = int.from_bytes(header[18:20], "little")
+    if machine != EM_CUDA:
+        raise IntegrityError(f"the cubin's ELF machine is {machine}, not {EM_CUDA} (CUDA)", reason="elf")
+    flags = int.from_bytes(header[48:52], "little")
+    abi_version = header[8]
+    if abi_version not in (7, 8):
+        raise IntegrityError(f"the cubin's ELF ABI version is {abi_version}, this client reads 7 and 8", reason="elf")
+    return f"sm_{flags >> 8 & 0xFF if abi_version == 8 else flags & 0xFF}"
+
+
+def _check(data: bytes, size: int, digest: str, what: str) -> None:
+    if len(data) != size:
+        raise IntegrityError(f"{what}: {len(data)} bytes instead of {size}", reason="size")
+    if sha256_hex(data) != digest:
+        raise IntegrityError(f"{what}: SHA-256 {sha256_hex(data)[:12]}… instead of {digest[:12]}…", reason="sha256")
+
+
+def _decode(frame: bytes, size: int, what: str) -> bytes:
+    """Exactly one zstd frame of at most `size` bytes; nothing beyond one byte more is ever produced."""
+    zstd = _zstd()
+    decoder = zstd.ZstdDecompressor()
+    try:
+        content = decoder.decompress(frame, max_length=size + 1)
+    except zstd.ZstdError as error:
+        raise IntegrityError(f"{what}: not a zstd frame: {error}", reason="zstd") from None
+    if len(content) > size:
+        raise IntegrityError(f"{what}: the zstd frame holds more than {size} bytes", reason="zstd")
+    if not decoder.eof:
+        raise IntegrityError(f"{what}: the zstd frame is cut off", reason="zstd")
+    if decoder.unused_data:
+        raise IntegrityError(f"{what}: {len(decoder.unused_data)} bytes follow the zstd frame", reason="zstd")
+    return content
+
+
+def _zstd():  # the module: in the standard library from 3.14 on
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise InstallError("backports.zstd is missing; pip install cubinery installs it") from None
+    return zstd

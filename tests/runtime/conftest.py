@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import runtime
+from runtime import session
+from tests.runtime.fakes import FakeBackend, write_registry
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees the user's folders or settings, nor what another test has loaded."""
+    for name in ("CUBINERY_REGISTRY", "CUBINERY_INDEX", "CUBINERY_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("DATA", "CACHE", "CONFIG", "STATE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / "home" / name.lower()))
+    runtime.configure()
+    yield
+    runtime.configure()
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
+    """CPU tensors and a fake driver, in place of torch's CUDA."""
+    made = FakeBackend()
+    monkeypatch.setattr(session, "BACKEND", lambda: made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of the whole table for sm_120, built once."""
+    path = tmp_path_factory.mktemp("template") / "registry.db"
+    write_registry(path)
+    return path
+
+
+@pytest.fixture
+def registry(tmp_path: Path, template: Path) -> Path:
+    """A test's own local registry; the settings name it."""
+    folder = tmp_path / "registry"
+    folder.mkdir(mode=0o755)
+    path = folder / "registry.db"
+    shutil.copy(template, path)
+    runtime.configure(registry=path)
+    return path

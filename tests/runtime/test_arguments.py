@@ -1,0 +1,170 @@
+"""Bad input: each refusal names its argument, says why, and happens before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import runtime
+from runtime import arguments
+from runtime.errors import ArgumentError, CubineryError, InstallError
+from tests.runtime.fakes import FakeBackend
+
+Q, K = (2, 5, 4, 64), (2, 7, 2, 64)
+NAN, INF = float("nan"), float("inf")
+
+
+def t(*shape, dtype=torch.bfloat16, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def strided(shape, strides):
+    return torch.zeros(200_000, dtype=torch.bfloat16).as_strided(shape, strides)
+
+
+CASES = {
+    "q no tensor": ({"q": np.zeros(Q, "float16")}, "q", "type"),
+    "k None": ({"k": None}, "k", "type"),
+    "v list": ({"v": [[1.0]]}, "v", "type"),
+    "out no tensor": ({"out": "here"}, "out", "type"),
+    "fp32": ({"q": t(*Q, dtype=torch.float32)}, "q", "dtype"),
+    "int": ({"k": t(*K, dtype=torch.int16)}, "k", "dtype"),
+    "fp8": ({"v": t(*K, dtype=torch.float8_e4m3fn)}, "v", "dtype"),
+    "mixed dtypes": ({"k": t(*K, dtype=torch.float16)}, "k", "dtype"),
+    "out dtype": ({"out": t(*Q, dtype=torch.float16)}, "out", "dtype"),
+    "rank 3": ({"q": t(5, 4, 64)}, "q", "rank"),
+    "rank 5": ({"v": t(1, *K)}, "v", "rank"),
+    "rank 0": ({"k": t()}, "k", "rank"),
+    "sparse": ({"q": t(*Q).to_sparse()}, "q", "layout"),
+    "nested": ({"k": torch.nested.nested_tensor([t(3, 2, 64), t(4, 2, 64)])}, "k", "layout"),
+    "meta": ({"q": t(*Q, device="meta")}, "q", "device"),
+    "mixed devices": ({"v": t(*K, device="meta")}, "v", "device"),
+    "out device": ({"out": t(*Q, device="meta")}, "out", "device"),
+    "batch": ({"k": t(3, 7, 2, 64), "v": t(3, 7, 2, 64)}, "k", "shape"),
+    "seqlen_k": ({"v": t(2, 8, 2, 64)}, "v", "shape"),
+    "heads_kv": ({"v": t(2, 7, 1, 64)}, "v", "shape"),
+    "head_dim of k": ({"k": t(2, 7, 2, 128), "v": t(2, 7, 2, 128)}, "k", "shape"),
+    "head_dim of v": ({"v": t(2, 7, 2, 128)}, "v", "shape"),
+    "head_dim 0": ({"q": t(2, 5, 4, 0), "k": t(2, 7, 2, 0), "v": t(2, 7, 2, 0)}, "q", "shape"),
+    "out shape": ({"out": t(2, 5, 4, 128)}, "out", "shape"),
+    "heads ratio": ({"q": t(2, 5, 3, 64)}, "q", "heads"),
+    "fewer q heads": ({"q": t(2, 5, 1, 64)}, "q", "heads"),
+    "no kv heads": ({"k": t(2, 7, 0, 64), "v": t(2, 7, 0, 64)}, "q", "heads"),
+    "last dim": ({"q": t(2, 5, 64, 4).transpose(2, 3)}, "q", "contiguity"),
+    "last dim step": ({"k": t(2, 7, 2, 128)[..., ::2]}, "k", "contiguity"),
+    "out last dim": ({"out": t(2, 5, 64, 4).transpose(2, 3)}, "out", "contiguity"),
+    "stride": ({"v": strided(K, (1000, 132, 64, 1))}, "v", "stride"),
+    "head stride": ({"k": strided(K, (1400, 200, 68, 1))}, "k", "stride"),
+    "batch stride": ({"q": strided(Q, (1283, 256, 64, 1))}, "q", "stride"),
+    "out stride": ({"out": strided(Q, (1284, 256, 64, 1))}, "out", "stride"),
+    "alignment": ({"q": t(2 * 5 * 4 * 64 + 1)[1:].view(Q)}, "q", "alignment"),
+    "out expanded": ({"out": t(1, 5, 4, 64).expand(Q)}, "out", "overlap"),
+    "out overlapping": ({"out": strided(Q, (1280, 256, 32, 1))}, "out", "overlap"),
+    "too long": ({"k": t(2, 1, 2, 64).expand(2, 2**30, 2, 64), "v": t(2, 1, 2, 64).expand(2, 2**30, 2, 64)}, "q",
+                 "too_large"),
+    "causal text": ({"causal": "yes"}, "causal", "type"),
+    "causal 2": ({"causal": 2}, "causal", "type"),
+    "causal unhashable": ({"causal": []}, "causal", "type"),
+    "return_lse": ({"return_lse": None}, "return_lse", "type"),
+    "scale nan": ({"softmax_scale": NAN}, "softmax_scale", "value"),
+    "scale inf": ({"softmax_scale": INF}, "softmax_scale", "value"),
+    "scale negative": ({"softmax_scale": -0.1}, "softmax_scale", "value"),
+    "scale 0": ({"softmax_scale": 0}, "softmax_scale", "value"),
+    "scale huge": ({"softmax_scale": 10**400}, "softmax_scale", "value"),
+    "scale text": ({"softmax_scale": "0.1"}, "softmax_scale", "value"),
+    "scale tensor": ({"softmax_scale": torch.tensor(0.1)}, "softmax_scale", "value"),
+    "window number": ({"window": 3}, "window", "type"),
+    "window of 3": ({"window": (1, 2, 3)}, "window", "type"),
+    "window -1": ({"window": (-1, 0)}, "window", "value"),
+    "window float": ({"window": (1.5, None)}, "window", "value"),
+    "window text": ({"window": ("1", None)}, "window", "value"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(backend: FakeBackend, registry: Path, name):
+    changes, argument, reason = CASES[name]
+    given_ = {"q": t(*Q), "k": t(*K), "v": t(*K)} | changes
+    # A key holds device indices. A CUDA tensor's is its own; only here a meta tensor's equals the backend's, a CPU's.
+    meta = any(getattr(value, "is_meta", False) for value in given_.values())
+    for warm in (False,) if meta else (False, True):
+        with pytest.raises(ArgumentError) as error:
+            runtime.flash_attn(**given_)
+        assert (error.value.argument, error.value.reason) == (argument, reason), error.value
+        assert str(error.value).startswith(argument + ": ")
+        assert isinstance(error.value, CubineryError) and isinstance(error.value, ValueError)
+        assert error.value.__context__ is None, "the plan cache's own miss must not show"
+        if not warm:  # and again beside a plan that exists
+            assert not backend.driver.calls
+            runtime.flash_attn(t(*Q), t(*K), t(*K))
+
+
+@pytest.mark.parametrize("head_dim", [8, 80, 256])
+def test_head_dim_without_a_kernel_explains_itself(backend: FakeBackend, registry: Path, head_dim):
+    from runtime.errors import NoKernelError
+
+    with pytest.raises(NoKernelError) as error:
+        runtime.flash_attn(t(2, 5, 4, head_dim), t(2, 7, 2, head_dim), t(2, 7, 2, head_dim))
+    assert error.value.reason == "row" and len(error.value.rejections) == 12
+    assert f"needs head_dim == 64, the call has {head_dim}" in str(error.value)
+    assert f"python -m builder --arch sm_120 --only 'fwd-bf16-d{head_dim}-dv{head_dim}-*'" in str(error.value)
+    assert not backend.driver.calls
+
+
+def test_cuda_is_asked_for_on_the_real_backend():
+    """No fake here: torch's CPU build, CPU tensors."""
+    with pytest.raises(ArgumentError, match="must be on a cuda device") as error:
+        runtime.flash_attn(t(*Q), t(*K), t(*K))
+    assert error.value.reason == "device"
+
+
+def test_without_torch(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InstallError, match=r"cubinery\[torch\]"):
+        runtime.flash_attn(1, 2, 3)
+
+
+def test_index_like_window_and_flag_ints_serve(backend: FakeBackend, registry: Path):
+    q, k = t(*Q), t(*K)
+    runtime.flash_attn(q, k, k, window=(np.int64(3), None), causal=1, return_lse=0)
+    assert backend.driver.launches[-1]["params"]["window_left"] == 3
+    assert backend.driver.launches[-1]["params"]["window_right"] == 0
+
+
+AXIS = st.tuples(st.integers(1, 3), st.integers(0, 9))  # (size, stride)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.tuples(AXIS, AXIS, AXIS), st.tuples(AXIS, AXIS, AXIS), st.integers(0, 60), st.integers(0, 60), st.booleans())
+def test_sharing_memory_is_never_missed(mine, theirs, first, second, alike):
+    """Against the elements' addresses, one by one. Parts of packed rows (`alike`: equal strides) may be told apart."""
+    if alike:
+        theirs = tuple((n, stride) for (n, _), (_, stride) in zip(theirs, mine, strict=True))
+    memory = torch.zeros(400, dtype=torch.bfloat16)
+
+    def view(axes, offset):
+        return memory[offset:].as_strided([n for n, _ in axes] + [4], [stride for _, stride in axes] + [1])
+
+    def places(tensor):
+        return (
+            (torch.arange(400)[tensor.storage_offset() :].as_strided(tensor.shape, tensor.stride())).flatten().tolist()
+        )
+
+    out, tensor = view(mine, first), view(theirs, second)
+    shared = bool(set(places(out)) & set(places(tensor)))
+    try:
+        arguments.check_apart(out, ("q", tensor))
+    except ArgumentError:
+        assert out.data_ptr() < tensor.data_ptr() + arguments.span(tensor)
+        assert tensor.data_ptr() < out.data_ptr() + arguments.span(out)
+    else:
+        assert not shared
+    if len(set(places(out))) < out.numel():
+        assert arguments._overlaps_itself(out)

@@ -1,0 +1,350 @@
+"""Whole calls on the CPU: FakeDriver computes attention from the very parameters that a kernel would get."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import runtime
+from kernels.abi import FWD
+from registry.contract import WINDOW_OPEN
+from runtime import attention, launch, select, session
+from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError
+from tests.runtime.fakes import FakeBackend, write_registry
+
+BF16 = torch.bfloat16
+
+
+def inputs(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, heads_kv=2, head_dim=64, dtype=BF16, seed=0):
+    torch.manual_seed(seed)
+    return (
+        torch.randn(batch, seqlen_q, heads_q, head_dim).to(dtype),
+        torch.randn(batch, seqlen_k, heads_kv, head_dim).to(dtype),
+        torch.randn(batch, seqlen_k, heads_kv, head_dim).to(dtype),
+    )
+
+
+def reference(q, k, v, *, causal=False, softmax_scale=None, window=(None, None)):
+    """(out, lse) row by row in fp64: no code shared with FakeDriver's."""
+    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    shift, group = k.shape[1] - q.shape[1], q.shape[2] // max(k.shape[2], 1)
+    left, right = window
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for i in range(q.shape[1]):
+                first = 0 if left is None else max(0, i + shift - left)
+                last = k.shape[1] if right is None else min(k.shape[1], i + shift + right + 1)
+                last = min(last, i + shift + 1) if causal else last
+                keys = k[b, first : max(last, first), h // group].double()
+                scores = keys @ q[b, i, h].double() * scale
+                lse[b, h, i] = torch.logsumexp(scores, 0)
+                if len(keys):
+                    out[b, i, h] = torch.softmax(scores, 0) @ v[b, first:last, h // group].double()
+    return out, lse
+
+
+def check(q, k, v, **options):
+    out, lse = runtime.flash_attn(q, k, v, return_lse=True, **options)
+    options.pop("out", None)
+    want, want_lse = reference(q, k, v, **options)
+    assert out.dtype == q.dtype and out.shape == q.shape and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, want_lse.float(), atol=1e-3, rtol=1e-4)
+    return out
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_each_dtype_and_head_dim_gets_its_kernel(backend: FakeBackend, registry: Path, head_dim, dtype):
+    out = check(*inputs(head_dim=head_dim, dtype=dtype))
+    assert out.is_contiguous()
+    name = "bf16" if dtype is BF16 else "fp16"
+    assert backend.driver.launches[0]["variant"].startswith(f"fwd-{name}-d{head_dim}-")
+
+
+@pytest.mark.parametrize("options", [
+    {"causal": True}, {"softmax_scale": 0.3}, {"softmax_scale": 2}, {"window": (2, 1)}, {"window": (None, 0)},
+    {"window": (1, None)}, {"window": [0, 0]}, {"window": (2, 5), "causal": True}, {"window": (10**12, 10**12)},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("seqlens", [(5, 7), (7, 5), (1, 9), (6, 6)])
+def test_masks_and_scale(backend: FakeBackend, registry: Path, options, seqlens):
+    check(*inputs(seqlen_q=seqlens[0], seqlen_k=seqlens[1]), **options)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (6, 3)])
+def test_head_ratios(backend: FakeBackend, registry: Path, heads):
+    check(*inputs(heads_q=heads[0], heads_kv=heads[1]), causal=True)
+
+
+def test_strided_inputs(backend: FakeBackend, registry: Path):
+    q, k, v = inputs(batch=2, seqlen_q=6, seqlen_k=6, heads_q=2, heads_kv=2)
+    packed = torch.stack((q, k, v), dim=2)  # (batch, seqlen, 3, heads, head_dim)
+    out = check(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], causal=True)
+    assert out.is_contiguous()
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert check(*heads_first).is_contiguous()
+    check(q[:1].expand(2, -1, -1, -1), k, v)
+    odd = torch.as_strided(q, (1, 6, 1, 64), (3, 128, 5, 1))  # strides of single entries mean nothing
+    check(odd, k[:1, :, :1], v[:1, :, :1])
+    assert backend.driver.launches[-1]["params"]["q_stride_b"] == 0
+
+
+def test_no_keys_give_zeros_and_minus_infinity_through_the_kernel(backend: FakeBackend, registry: Path):
+    q, k, v = inputs(seqlen_k=0)
+    out, lse = runtime.flash_attn(q, k, v, return_lse=True)
+    assert not out.any() and (lse == -math.inf).all()
+    assert len(backend.driver.launches) == 1
+
+
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"seqlen_q": 0}, {"heads_q": 0, "heads_kv": 0}, {"heads_q": 0}])
+def test_no_queries_need_no_kernel_and_no_registry(backend: FakeBackend, empty):
+    q, k, v = inputs(**empty)
+    for _ in range(2):
+        out, lse = runtime.flash_attn(q, k, v, return_lse=True)
+        assert out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert not backend.driver.calls and not backend.driver.launches
+
+
+def test_out_is_written_in_place(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    buffer = torch.full((2, 5, 2, 4, 64), 9.0, dtype=BF16)
+    out = buffer[:, :, 1]
+    assert check(q, k, v, out=out) is out
+    assert (buffer[:, :, 0] == 9).all()
+    runtime.flash_attn(q, k, v, out=buffer[:, :, 0])
+    assert torch.equal(buffer[:, :, 0], out)
+
+
+def test_out_may_be_a_part_of_the_inputs_own_buffer(backend: FakeBackend, registry: Path):
+    packed = torch.randn(2, 6, 4, 2, 64).to(BF16)
+    before = packed.clone()
+    want = runtime.flash_attn(before[:, :, 0], before[:, :, 1], before[:, :, 2])
+    runtime.flash_attn(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], out=packed[:, :, 3])
+    assert torch.equal(packed[:, :, 3], want) and torch.equal(packed[:, :, :3], before[:, :, :3])
+
+
+@pytest.mark.parametrize("which", ["q", "k", "shifted"])
+def test_out_must_not_share_memory_with_inputs(backend: FakeBackend, registry: Path, which):
+    q, k, v = inputs(seqlen_k=5, heads_kv=4)
+    storage = torch.zeros(q.numel() + 64, dtype=BF16)
+    shifted = {"q": storage[: q.numel()].view(q.shape), "out": storage[64:].view(q.shape)}
+    q, out = (shifted["q"], shifted["out"]) if which == "shifted" else (q, {"q": q, "k": k}[which])
+    for _ in range(2):  # first and warm
+        with pytest.raises(ArgumentError) as error:
+            runtime.flash_attn(q, k, v, out=out)
+        assert error.value.argument == "out" and error.value.reason == "overlap"
+    assert not backend.driver.launches
+
+
+def test_the_parameter_buffer_is_the_abi_s(backend: FakeBackend, registry: Path):
+    q, k, v = inputs(batch=2, seqlen_q=70, seqlen_k=9, heads_q=4, heads_kv=2)
+    out, lse = runtime.flash_attn(q, k, v, causal=True, softmax_scale=0.5, window=(3, 8), return_lse=True)
+    (made,) = backend.driver.launches
+    assert made["variant"] == "fwd-bf16-d64-dv64-m128-n64-w4-s1"
+    assert made["grid"] == (1 * 4 * 2, 1, 1) and made["block"] == (128, 1, 1)
+    assert made["smem"] == 65_536 and made["stream"] == 0x5EA and made["extra"] == 0
+    p = made["params"]
+    assert list(p) == [param.name for param in FWD.params]
+    assert [p[n] for n in ("q", "k", "v", "o", "lse")] == [t.data_ptr() for t in (q, k, v, out, lse)]
+    assert (p["q_stride_b"], p["q_stride_s"], p["q_stride_h"]) == (70 * 4 * 64, 4 * 64, 64)
+    assert (p["k_stride_b"], p["v_stride_s"], p["o_stride_h"]) == (9 * 2 * 64, 2 * 64, 64)
+    assert (p["lse_stride_b"], p["lse_stride_h"]) == (4 * 70, 70)
+    assert (p["batch"], p["heads_q"], p["heads_kv"], p["seqlen_q"], p["seqlen_k"]) == (2, 4, 2, 70, 9)
+    assert (p["window_left"], p["window_right"]) == (3, 0)
+    assert (p["page_size"], p["page_table_stride"], p["num_splits"], p["softcap"]) == (0, 0, 1, 0.0)
+    assert p["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
+    null = [n for n, kind in ((x.name, x.type) for x in FWD.params) if kind == "ptr" and n not in launch.CALL_SLOTS]
+    assert len(null) == 11 and not any(p[n] for n in null)
+    runtime.flash_attn(q, k, v)
+    p = backend.driver.launches[-1]["params"]
+    assert p["lse"] == 0 and (p["window_left"], p["window_right"]) == (WINDOW_OPEN, WINDOW_OPEN)
+
+
+def test_a_warm_call_only_launches(backend: FakeBackend, registry: Path, monkeypatch):
+    q, k, v = inputs()
+    first = runtime.flash_attn(q, k, v)
+    calls = list(backend.driver.calls)
+    assert calls.count("load_library") == 1
+
+    def forbidden(*_, **__):
+        raise AssertionError("a warm call must not come here")
+
+    monkeypatch.setattr(select, "select", forbidden)
+    monkeypatch.setattr(session, "current", forbidden)
+    monkeypatch.setattr(attention, "_prepare", forbidden)
+    assert torch.equal(runtime.flash_attn(q.clone(), k.clone(), v.clone()), first)
+    assert backend.driver.calls == calls and len(backend.driver.launches) == 2
+
+
+def test_calls_of_one_variant_load_it_once(backend: FakeBackend, registry: Path):
+    for seqlen_k in range(1, 6):
+        runtime.flash_attn(*inputs(seqlen_k=seqlen_k))
+    assert backend.driver.calls.count("load_library") == 1
+
+
+def test_every_fact_of_a_call_is_in_its_key(backend: FakeBackend, registry: Path):
+    """Each change must give its own result, though the call before it differs in nothing else."""
+    q, k, v = inputs(seqlen_q=4, seqlen_k=4, heads_q=2, heads_kv=2)
+    calls = [{}, {"causal": True}, {}, {"softmax_scale": 0.9}, {"window": (1, None)}, {"window": (None, 1)}, {}]
+    for options in calls:
+        check(q, k, v, **options)
+    check(q[:, :3], k, v)
+    check(q, k[:, :3], v[:, :3])
+    check(q, k, v.transpose(1, 2).contiguous().transpose(1, 2))
+    check(q.half(), k.half(), v.half())
+
+
+def test_the_plan_cache_is_bounded(backend: FakeBackend, registry: Path, monkeypatch):
+    monkeypatch.setattr(launch, "MAX_PLANS", 3)
+    for seqlen_k in (1, 2, 3, 4, 5, 1):
+        check(*inputs(seqlen_k=seqlen_k))
+    assert len(launch.plans.by_call) == 3
+
+
+def test_another_device_than_the_current_one_is_guarded(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    runtime.flash_attn(q, k, v)
+    backend.guarded.clear()
+    runtime.flash_attn(q, k, v)
+    assert backend.guarded == []
+    backend.current = 3
+    runtime.flash_attn(q, k, v)
+    assert backend.guarded == [-1] and backend.current == 3
+
+
+def test_capture_refuses_a_load_before_touching_the_driver(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    backend.capturing = True
+    with pytest.raises(CaptureError, match="before the capture"):
+        runtime.flash_attn(q, k, v)
+    assert not backend.driver.calls and not backend.driver.launches
+    backend.capturing = False
+    runtime.flash_attn(q, k, v)
+    backend.capturing = True
+    runtime.flash_attn(q, k, v)  # warm
+    runtime.flash_attn(*inputs(seqlen_k=3))  # a new plan of a loaded kernel
+    with pytest.raises(CaptureError):
+        runtime.flash_attn(*inputs(head_dim=128))
+
+
+def test_requires_grad_is_refused_first_and_warm(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    runtime.flash_attn(q, k, v)
+    for name, tensors in (("q", (q.requires_grad_(), k, v)), ("v", (q.detach(), k, v.clone().requires_grad_()))):
+        with pytest.raises(ArgumentError, match="no backward yet") as error:
+            runtime.flash_attn(*tensors)
+        assert error.value.reason == "requires_grad", name
+        with torch.no_grad():
+            runtime.flash_attn(*tensors)
+        with torch.inference_mode():
+            runtime.flash_attn(*tensors)
+    out = torch.empty_like(k[:, :5, :1].expand(2, 5, 4, 64), memory_format=torch.contiguous_format).requires_grad_()
+    with pytest.raises(ArgumentError, match="no backward yet"):
+        runtime.flash_attn(q.detach(), k, v, out=out)
+
+
+def test_misalignment_is_refused_first_and_warm(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    crooked = torch.zeros(q.numel() + 8, dtype=BF16)[4:-4].view(q.shape)
+    for _ in range(2):
+        for arguments, name in ((((crooked, k, v), {}), "q"), (((q, k, v), {"out": crooked}), "out")):
+            with pytest.raises(ArgumentError) as error:
+                runtime.flash_attn(*arguments[0], **arguments[1])
+            assert (error.value.argument, error.value.reason) == (name, "alignment")
+        runtime.flash_attn(q, k, v)
+        runtime.flash_attn(q, k, v, out=torch.empty_like(q))
+
+
+def test_a_failed_launch_is_an_error(backend: FakeBackend, registry: Path):
+    backend.driver.status = 700
+    with pytest.raises(DriverError) as error:
+        runtime.flash_attn(*inputs())
+    assert error.value.status == 700
+
+
+def test_a_grid_too_large_is_refused(backend: FakeBackend, registry: Path, monkeypatch):
+    monkeypatch.setattr(launch, "MAX_BLOCKS", 7)
+    with pytest.raises(ArgumentError, match="8 blocks") as error:
+        runtime.flash_attn(*inputs())
+    assert error.value.reason == "too_large"
+
+
+def test_configure_forgets_what_was_loaded(backend: FakeBackend, registry: Path, tmp_path: Path):
+    q, k, v = inputs()
+    runtime.flash_attn(q, k, v)
+    write_registry(tmp_path / "other.db", only="fp16")
+    runtime.configure(registry=tmp_path / "other.db")
+    with pytest.raises(NoKernelError, match="not in the index"):
+        runtime.flash_attn(q, k, v)
+
+
+@pytest.mark.parametrize(("capability", "archs", "loads"), [
+    ((12, 0), ("sm_120", "sm_90"), "sm_120"), ((12, 1), ("sm_120",), "sm_120"), ((9, 0), ("sm_120", "sm_90"), "sm_90"),
+])  # fmt: skip
+def test_the_gpu_chooses_the_index(backend: FakeBackend, tmp_path: Path, capability, archs, loads):
+    write_registry(tmp_path / "r.db", *archs, only="bf16-d64")
+    runtime.configure(registry=tmp_path / "r.db")
+    backend.capability_of_all = capability
+    check(*inputs())
+    assert next(iter(session.current()._indexes.values())).arch == loads
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (9, 0), (11, 0)])
+def test_no_index_for_this_gpu(backend: FakeBackend, registry: Path, capability):
+    backend.capability_of_all = capability
+    arch = f"sm_{capability[0]}{capability[1]}"
+    with pytest.raises(NoKernelError, match=f"python -m builder --arch {arch}") as error:
+        runtime.flash_attn(*inputs())
+    assert error.value.reason == "arch" and "sm_120" in str(error.value)
+    assert not backend.driver.calls
+
+
+def test_padding_emulates_another_chip_s_occupancy(backend: FakeBackend, registry: Path, monkeypatch):
+    monkeypatch.setattr(launch, "SMEM_PADDING", lambda artifact: 10_000 if artifact.arch == "sm_120" else 0)
+    runtime.flash_attn(*inputs())
+    assert backend.driver.launches[0]["smem"] == 75_536
+    assert "allow_dynamic_smem 75536" in backend.driver.calls
+
+
+def test_small_shared_memory_needs_no_permission(backend: FakeBackend, tmp_path: Path):
+    write_registry(tmp_path / "r.db", only="bf16-d64", smem=48 << 10)
+    runtime.configure(registry=tmp_path / "r.db")
+    runtime.flash_attn(*inputs())
+    assert not any(call.startswith("allow") for call in backend.driver.calls)
+
+
+def test_the_ledger_tells_each_stage(backend: FakeBackend, tmp_path: Path):
+    write_registry(tmp_path / "r.db", only="bf16-d64")
+    runtime.configure(registry=tmp_path / "r.db")
+    before = len(runtime.ledger())
+    q, k, v = inputs()
+    runtime.flash_attn(q, k, v)
+    stages = [record["stage"] for record in runtime.ledger()[before:]]
+    assert stages == ["resolve", "index", "select", "fetch", "verify", "load", "plan", "first launch"]
+    assert all(record["ms"] >= 0 for record in runtime.ledger())
+    runtime.flash_attn(q, k, v)
+    runtime.flash_attn(q, k[:, :3], v[:, :3])
+    assert len(runtime.ledger()) == before + len(stages)
+
+
+def test_an_abi_from_the_future_is_refused(backend: FakeBackend, tmp_path: Path):
+    from dataclasses import replace
+
+    from registry.contract import Param
+
+    for n, params in enumerate([
+        (*FWD.params, Param("dropout", "f32")),
+        tuple(Param("softcap", "i32") if p.name == "softcap" else p for p in FWD.params),
+        (FWD.params[1], FWD.params[0], *FWD.params[2:]),
+        tuple(p for p in FWD.params if p.name != "window_left"),
+    ]):  # fmt: skip
+        write_registry(tmp_path / f"{n}.db", only="bf16-d64", abi=replace(FWD, version=2, params=params))
+        runtime.configure(registry=tmp_path / f"{n}.db")
+        with pytest.raises(IntegrityError, match=r"update the client|rebuild") as error:
+            runtime.flash_attn(*inputs())
+        assert error.value.reason == "abi"
+        assert not backend.driver.launches

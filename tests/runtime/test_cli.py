@@ -1,0 +1,165 @@
+"""python -m runtime: what it prints and how it exits. In-process but for one real start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import __main__ as cli
+from runtime import source
+from tests.runtime.fakes import TABLE, toy_index, write_registry
+from tests.runtime.test_source import URL, Server, server
+
+__all__ = ["server"]  # a fixture
+
+
+def run(capsys, *argv: object) -> tuple[int, dict]:
+    code = cli.main([*map(str, argv), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def usage(capsys, *argv: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, argv)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_doctor_without_a_gpu_says_so(registry: Path, capsys):
+    code, report = run(capsys, "doctor", "--registry", registry)
+    assert code == 0 and report["problems"] == []
+    assert report["gpu"]["devices"] == [] and "no GPU" in report["gpu"]["note"]
+    assert report["registry"] == {"where": str(registry), "remote": None}
+    digest = toy_index()[0].digest
+    assert report["indexes"] == {"sm_120": digest}
+    assert len(report["would_load"]["sm_120"]["variants"]) == len(TABLE)
+    assert report["would_load"]["sm_120"]["sample"] == "fwd-bf16-d128-dv128-m128-n64-w4-s1"
+    assert {"resolve", "index", "fetch", "verify"} <= {record["stage"] for record in report["ledger"]}
+    assert cli.main(["doctor", "--registry", str(registry)]) == 0
+    text = capsys.readouterr().out
+    assert "no GPU" in text and digest in text and "all is well" in text
+
+
+def test_doctor_names_what_is_wrong(tmp_path: Path, capsys):
+    code, report = run(capsys, "doctor")
+    assert code == 1 and "no registry at" in report["problems"][0]
+    code, report = run(capsys, "doctor", "--registry", URL)
+    assert code == 1 and "UntrustedError" in report["problems"][0] and report["registry"]["remote"] == "it is a server"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    code, report = run(capsys, "doctor", "--registry", URL, "--cache", tmp_path / "cache")
+    assert code == 1 and "nobody else can write" in report["problems"][0]
+
+
+def test_doctor_starts_as_a_program_without_torch(registry: Path):
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['runtime', 'doctor', '--json', '--registry', %r]; "
+    code += "import runpy; runpy.run_module('runtime', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code % str(registry)], capture_output=True, text=True, timeout=60,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed" in json.loads(done.stdout)["torch"]["note"]
+
+
+def test_prefetch_fills_an_empty_cache_by_digest(server: Server, tmp_path: Path, capsys):
+    given = ("--registry", URL, "--index", server.index.digest, "--cache", tmp_path / "cache")
+    code, report = run(capsys, "prefetch", *given, "--arch", "sm_120", "--head-dim", 64, "--dtype", "bf16")
+    assert code == 0 and report["verified"] == report["wanted"] == 2 and report["missing"] == []
+    assert report["bytes"] == sum(map(len, server.frames.values()))
+    assert len([p for p in (tmp_path / "cache" / "v1" / "blobs").rglob("*") if p.is_file()]) == 2
+    server.down = True
+    code, report = run(capsys, "prefetch", *given, "--offline", "--head-dim", 64, "--dtype", "bf16")
+    assert code == 0 and report["verified"] == 2
+
+
+def test_prefetch_of_everything_reports_what_is_missing(server: Server, tmp_path: Path, capsys):
+    """The server's index has 2 of the table's 12 variants; one of their blobs is gone, the other is damaged."""
+    _, second = server.frames
+    server.frames = {second: server.frames[second][::-1]}
+    code, report = run(capsys, "prefetch", "--registry", URL, "--index", server.index.digest, "--cache", tmp_path / "c")
+    assert code == 1 and report["verified"] == 0 and report["wanted"] == 2
+    reasons = [m["reason"] for m in report["missing"]]
+    assert sum("the index lacks it" in r for r in reasons) == 10
+    assert sum("404" in r for r in reasons) == 1 and sum("SHA-256" in r for r in reasons) == 1
+    code, report = run(capsys, "prefetch", "--registry", URL, "--index", server.index.digest, "--arch", "sm_90",
+                       "--cache", tmp_path / "c")  # fmt: skip
+    assert code == 1 and "no index for sm_90" in report["missing"][0]["reason"]
+
+
+def test_prefetch_of_model_shapes(registry: Path, tmp_path: Path, capsys):
+    shapes = tmp_path / "shapes.json"
+    shapes.write_text(json.dumps([
+        {"dtype": "bf16", "head_dim": 128, "heads_q": 32, "heads_kv": 8, "seqlen_q": 2048},
+        {"dtype": "fp16", "head_dim": 64},
+    ]))  # fmt: skip
+    code, report = run(capsys, "prefetch", "--registry", registry, "--shapes", shapes)
+    assert code == 0 and report["verified"] == 3
+    code, report = run(capsys, "prefetch", "--registry", registry, "--heads", "32/8", "--head-dim", 80)
+    assert code == 1 and "no dispatch row serves it" in report["missing"][0]["reason"]
+    code, report = run(capsys, "prefetch", "--registry", registry)
+    assert code == 0 and report["verified"] == len(TABLE)
+    assert cli.main(["prefetch", "--registry", str(registry)]) == 0
+    captured = capsys.readouterr()
+    assert f"{len(TABLE)} of {len(TABLE)} kernels" in captured.out and "prefetch 12/12" in captured.err
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '[{"heads": 3}]', '[{"head_dim": "64"}]', "[{}]", '{"head_dim": 64}'])
+def test_prefetch_refuses_shapes_it_cannot_read(tmp_path: Path, capsys, text):
+    (tmp_path / "shapes.json").write_text(text)
+    assert "--shapes" in usage(capsys, "prefetch", "--shapes", tmp_path / "shapes.json")
+    assert "--shapes" in usage(capsys, "prefetch", "--shapes", tmp_path / "none.json")
+
+
+def test_usage(capsys):
+    assert "--heads" in usage(capsys, "prefetch", "--heads", "32")
+    assert "--arch" in usage(capsys, "explain", "--arch", "sm_120a")
+    assert "required" in usage(capsys, "explain")
+    assert "doctor|prefetch|explain" in usage(capsys)
+
+
+def test_prefetch_shows_a_bar_on_a_terminal_with_rich(monkeypatch, capsys):
+    assert list(cli._rich_track()(iter([1, 2]), 2)) == [1, 2]
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli._rich_track() is None
+
+
+def test_explain_names_the_variant(registry: Path, capsys):
+    given = ("explain", "--registry", registry, "--arch", "sm_120", "--dtype", "fp16", "--head-dim", 64)
+    code, report = run(capsys, *given, "--seqlen-q", 1, "--seqlen-k", 4096, "--heads-q", 32, "--heads-kv", 8)
+    assert code == 0 and report["variant"] == "fwd-fp16-d64-dv64-m64-n64-w4-s1"
+    assert report["facts"]["group"] == 4 and report["facts"]["seqlen_k"] == 4096 and report["facts"]["causal"] == 0
+    for causal in (("--causal",), ("--window", "128,0")):
+        assert run(capsys, *given, *causal)[1]["facts"]["causal"] == 1
+    assert run(capsys, *given, "--window", "128,")[1]["facts"]["causal"] == 0
+    assert cli.main([*map(str, given)]) == 0
+    assert "fwd-fp16-d64-dv64-m128-n64-w4-s1" in capsys.readouterr().out
+
+
+def test_explain_lists_every_rejection(registry: Path, capsys):
+    given = ("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", "80")
+    code, report = run(capsys, *given)
+    assert code == 1 and report["variant"] is None and len(report["rejections"]) == len(TABLE)
+    assert cli.main([*map(str, given)]) == 1
+    assert capsys.readouterr().out.count("needs head_dim ==") >= len(TABLE)
+    code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_90")
+    assert code == 1 and report["error"]["reason"] == "arch"
+    code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_120", "--heads-kv", "5")
+    assert code == 1 and report["error"]["reason"] == "heads"
+
+
+def test_errors_are_short_on_stderr(capsys):
+    assert cli.main(["explain", "--arch", "sm_120"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("SourceError (no_registry): no registry at")
+
+
+def test_several_architectures(tmp_path: Path, capsys, monkeypatch):
+    digests = write_registry(tmp_path / "r.db", "sm_120", "sm_90", only="bf16-d64")
+    monkeypatch.setattr(source, "MAX_INDEX", 1 << 20)
+    code, report = run(capsys, "prefetch", "--registry", tmp_path / "r.db", "--head-dim", 64, "--dtype", "bf16")
+    assert code == 0 and report["indexes"] == digests and report["verified"] == 4

@@ -1,0 +1,154 @@
+"""The driver's edge: loading, the ABI check, and what the real bindings must offer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import runtime
+from kernels.abi import FWD
+from registry.contract import Abi, Param
+from runtime import driver, load
+from runtime.errors import DriverError, InstallError, IntegrityError
+from tests.runtime.fakes import TABLE, FakeBackend, FakeDriver, toy_artifact, toy_cubin
+
+VARIANT = TABLE[0][-1]
+ARTIFACT, _ = toy_artifact(VARIANT, "sm_120")
+
+
+def changed(*params: Param) -> Abi:
+    return replace(FWD, params=params)
+
+
+@pytest.mark.parametrize(("abi", "says"), [
+    (changed(*FWD.params[:-1]), "41 parameters instead of 42"),
+    (changed(*FWD.params, Param("more", "ptr")), "43 parameters instead of 42"),
+    (changed(*FWD.params[:5], Param("cu_seqlens_q", "i32"), *FWD.params[6:]), "cu_seqlens_q has"),
+], ids=["fewer", "more", "smaller"])  # fmt: skip
+def test_a_cubin_of_another_abi_is_refused_and_unloaded(abi, says):
+    fake = FakeDriver()
+    with pytest.raises(IntegrityError, match=says) as error:
+        load.load(fake, toy_cubin(VARIANT, "sm_120", abi), ARTIFACT, FWD, 0)
+    assert error.value.reason == "abi" and fake.calls == ["bind_context", "load_library", "unload_library"]
+
+
+def test_an_old_driver_is_refused_before_anything_is_loaded():
+    fake = FakeDriver(version=12040)
+    with pytest.raises(DriverError, match=r"CUDA 12\.8, this one is for 12\.4") as error:
+        load.load(fake, b"", ARTIFACT, FWD, 0)
+    assert error.value.reason == "old_driver" and fake.calls == []
+
+
+def test_an_image_that_the_driver_refuses(backend: FakeBackend, registry: Path):
+    backend.driver.refuse_image = True
+    q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(DriverError) as error:
+        runtime.flash_attn(q, q, q)
+    assert error.value.status == 200
+    backend.driver.refuse_image = False
+    runtime.flash_attn(q, q, q)
+
+
+class Bindings(types.SimpleNamespace):
+    """cuda.bindings.driver as far as CudaDriver uses it: statuses in tuples."""
+
+    CUDA_SUCCESS = 0
+
+    def __init__(self, **functions):
+        super().__init__(**functions)
+        self.CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
+        self.cuGetErrorName = lambda status: (0, b"CUDA_ERROR_TOY")
+        self.cuGetErrorString = lambda status: (0, None)
+
+
+def real(**functions) -> driver.CudaDriver:
+    made = object.__new__(driver.CudaDriver)
+    made._cu = Bindings(**functions)
+    made.success = 0
+    return made
+
+
+def test_every_status_is_checked():
+    with pytest.raises(DriverError, match=r"cuDriverGetVersion: CUDA_ERROR_TOY \(3\): unknown") as error:
+        real(cuDriverGetVersion=lambda: (3, 0)).version()
+    assert error.value.status == 3
+    assert real(cuDriverGetVersion=lambda: (0, 13000)).version() == 13000
+
+
+def test_no_libcuda_is_a_typed_error():
+    def missing():
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    with pytest.raises(DriverError) as error:
+        real(cuDriverGetVersion=missing).version()
+    assert error.value.reason == "no_driver"
+
+
+def test_parameters_are_asked_for_until_there_are_no_more():
+    places = [(0, 8), (8, 4)]
+    ask = lambda kernel, i: (0, *places[i]) if i < len(places) else (driver.INVALID_VALUE, 0, 0)  # noqa: E731
+    assert real(cuKernelGetParamInfo=ask).params("kernel") == tuple(places)
+    with pytest.raises(DriverError):
+        real(cuKernelGetParamInfo=lambda kernel, i: (801, 0, 0)).params("kernel")
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_thread_without_a_context_gets_the_primary_one(bound):
+    asked = []
+    made = real(
+        cuCtxGetCurrent=lambda: (0, 0xC0 if bound else 0),
+        cuDeviceGet=lambda ordinal: (0, f"device {ordinal}"),
+        cuDevicePrimaryCtxRetain=lambda device: (0, f"context of {device}"),
+        cuCtxSetCurrent=lambda context: (asked.append(context) or 0,),
+    )
+    made.bind_context(2)
+    assert asked == ([] if bound else ["context of device 2"])
+
+
+def test_the_installed_bindings_offer_what_is_used():
+    """Names and argument counts, without a driver: both supported major versions state them in their docs."""
+    from cuda.bindings import driver as cu
+
+    counts = {
+        "cuInit": 1,
+        "cuLibraryLoadData": 7,
+        "cuLibraryUnload": 1,
+        "cuLibraryGetKernel": 2,
+        "cuKernelGetFunction": 1,
+        "cuKernelGetParamInfo": 2,
+        "cuFuncSetAttribute": 3,
+        "cuLaunchKernel": 11,
+        "cuCtxGetCurrent": 0,
+        "cuCtxSetCurrent": 1,
+        "cuDevicePrimaryCtxRetain": 1,
+        "cuDeviceGet": 1,
+        "cuDeviceGetCount": 0,
+        "cuDeviceGetName": 2,
+        "cuDeviceGetAttribute": 2,
+        "cuDriverGetVersion": 0,
+        "cuGetErrorName": 1,
+        "cuGetErrorString": 1,
+    }
+    used = set(re.findall(r"\bcu[A-Z]\w+", inspect.getsource(driver)))
+    assert used == set(counts)
+    for name, count in counts.items():
+        signature = re.search(r"\((.*)\)", getattr(cu, name).__doc__.splitlines()[0])[1]
+        plain = re.sub(r"\[[^]]*\]", "", signature)
+        assert len([part for part in plain.split(",") if part.strip()]) == count, signature
+    assert int(cu.CUresult.CUDA_ERROR_INVALID_VALUE) == driver.INVALID_VALUE
+    assert cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert int(cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) == 75
+
+
+def test_without_cuda_bindings(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(InstallError, match="cuda-bindings"):
+        driver.CudaDriver()
