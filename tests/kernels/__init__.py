@@ -1,0 +1,1 @@
+"""Every variant's PTX, executed on the CPU."""

@@ -1,0 +1,169 @@
+"""Would the checks notice? Faults are planted in real kernels, one at a time, and each must be caught.
+
+Dropped barriers, weakened waits, comparisons of two registers that hold one step too long, and falsified parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pytest
+
+from kernels import dispatch
+from registry.contract import Variant
+from tests.kernels.launch import Case, Compiled, expected, run
+from tests.ptx.interpreter import Kernel, PtxError
+from tests.reference import yardstick
+
+# A kernel's dtype changes its conversions alone, so one dtype stands for both.
+SKELETONS = [v for v in dispatch.variants() if v.op == "fwd" and v.dtype == "bf16"]
+# Bounds are many. A head_dim repeats the same ones, so the smallest tile of each kind of loop stands for the others.
+SMALLEST = list(
+    {(v.size("s"), v.features): v for v in sorted(SKELETONS, key=lambda v: (-v.size("m"), -v.head_dim))}.values()
+)
+WIDER = {"lt": "le", "gt": "ge", "le": "lt", "ge": "gt"}  # the last two narrow
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kernel with one line changed. line: its number in the PTX, from 1."""
+
+    line: int
+    before: str
+    after: str
+    ptx: str
+
+
+def planted(ptx: str, pattern: str, replace: Callable[[re.Match[str]], str]) -> list[Fault]:
+    """One fault for each line that holds `pattern`."""
+    lines = ptx.splitlines()
+    faults = []
+    for j, line in enumerate(lines):
+        if match := re.search(pattern, line):
+            changed = line.replace(match[0], replace(match))
+            faults.append(
+                Fault(j + 1, line.strip(), changed.strip(), "\n".join([*lines[:j], changed, *lines[j + 1 :]]))
+            )
+    return faults
+
+
+def dropped_barriers(ptx: str) -> list[Fault]:
+    return planted(ptx, r"\bbar(?:rier)?\.sync\b[^;]*;", lambda _: "")
+
+
+def weakened_waits(ptx: str) -> list[Fault]:
+    return planted(ptx, r"(cp\.async\.wait_group\s+)(\d+)", lambda match: f"{match[1]}{int(match[2]) + 1}")
+
+
+def shifted_bounds(ptx: str) -> list[Fault]:
+    """Comparisons of registers. Those with a number are arithmetic of the compiler's, where both often do the same."""
+    return planted(
+        ptx,
+        r"setp\.(lt|le|gt|ge)\.s32(\s+%p\d+, %r\d+, %r)",
+        lambda match: f"setp.{WIDER[match[1]]}.s32{match[2]}",
+    )
+
+
+def trapped_bounds(ptx: str) -> list[Fault]:
+    """Kernels that trap where the two sides of a comparison are equal, the only place where `shifted_bounds` differ."""
+    return planted(
+        ptx,
+        r"setp\.(?:lt|le|gt|ge)\.s32(\s+%p\d+)(, %r\d+, %r\d+;)",
+        lambda match: f"setp.eq.s32{match[1]}{match[2]} @{match[1].strip()} trap; {match[0]}",
+    )
+
+
+def probes(m: int, n: int) -> list[Case]:
+    """Small calls that between them bring every thread to the edge of its rows and keys."""
+    rows = [16 * j + 5 for j in range(m // 16)]
+    keys = [2 * n + 16 * (j % (n // 16)) + 3 for j in range(m // 16)]
+    windows = ((None, None), (None, 0), (n // 2 + 3, 9))
+    ragged = [Case("", q, k, 1, 1, window=windows[j % 3]) for j, (q, k) in enumerate(zip(rows, keys, strict=True))]
+    # A thread's rows lie 8 apart, so two diagonals that lie 8 apart bring each of its columns to both edges.
+    edges = [Case("", m, m + 2 * n, 1, 1, window=(n + 1 + by, 5 + by)) for by in (0, 8)]
+    empty_rows = Case("", m + n + 9, n + 7, 2, 1, window=(None, 0), family="low")
+    return [*edges, *ragged[::-1], empty_rows, Case("", 5, 0, 1, 1)]
+
+
+def caught(
+    compiled: Compiled, cases: Iterable[Case], kernel: Kernel | None = None, changed: dict[str, int] | None = None
+) -> str:
+    """What gave the fault away, or '' if nothing did."""
+    for case in cases:
+        try:
+            outcome = run(compiled, case, kernel, changed)
+        except PtxError as error:
+            return str(error)
+        problems = yardstick(outcome.out, expected(case, compiled.variant), outcome.lse)
+        if problems or outcome.stray:
+            return "; ".join(problems) or f"{outcome.stray} stray bytes"
+    return ""
+
+
+def survivors(compiled: Compiled, faults: list[Fault]) -> list[Fault]:
+    """The faults that nothing caught."""
+    cases = probes(compiled.variant.size("m"), compiled.variant.size("n"))
+    return [fault for fault in faults if not caught(compiled, cases, Kernel(fault.ptx))]
+
+
+def of(variants: list[Variant]) -> pytest.MarkDecorator:
+    params = [pytest.param(v, id=v.key, marks=pytest.mark.xdist_group(v.key)) for v in variants]
+    return pytest.mark.parametrize("variant", params)
+
+
+@of(SKELETONS)
+def test_the_sound_kernel_passes(variant: Variant, variant_of: Callable[[str], Compiled]):
+    compiled = variant_of(variant.key)
+    assert caught(compiled, probes(variant.size("m"), variant.size("n"))) == ""
+
+
+@of(SKELETONS)
+def test_dropped_barriers(variant: Variant, variant_of: Callable[[str], Compiled]):
+    compiled = variant_of(variant.key)
+    faults = dropped_barriers(compiled.ptx)
+    assert len(faults) >= 2
+    assert survivors(compiled, faults) == []
+
+
+@of(SKELETONS)
+def test_weakened_waits(variant: Variant, variant_of: Callable[[str], Compiled]):
+    compiled = variant_of(variant.key)
+    faults = weakened_waits(compiled.ptx)
+    assert len(faults) >= 2
+    assert survivors(compiled, faults) == []
+
+
+@of(SMALLEST)
+def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Every fault that makes a difference is caught, and hardly any makes none: its two sides are never equal."""
+    compiled = variant_of(variant.key)
+    faults = shifted_bounds(compiled.ptx)
+    assert len(faults) >= 40
+    left = survivors(compiled, faults)
+    traps = {trap.line: trap for trap in trapped_bounds(compiled.ptx)}
+    inert = [fault for fault in left if survivors(compiled, [traps[fault.line]])]
+    assert [fault for fault in left if fault not in inert] == []
+    assert len(inert) <= len(faults) // 10, "bounds that nothing reaches: remove them, or probe them"
+
+
+FALSE_PARAMETERS: list[tuple[str, Case, dict[str, int]]] = [
+    ("key-beyond", Case("", 37, 75, 2, 1), {"seqlen_k": 76}),
+    ("key-missing", Case("", 37, 75, 2, 1), {"seqlen_k": 74}),
+    ("row-beyond", Case("", 37, 75, 1, 1), {"seqlen_q": 38}),
+    ("row-missing", Case("", 37, 75, 1, 1), {"seqlen_q": 36}),
+    ("right-bound", Case("", 37, 75, 1, 1, window=(None, 0)), {"window_right": 1}),
+    ("left-bound", Case("", 37, 75, 1, 1, window=(20, None)), {"window_left": 19}),
+    ("group", Case("", 37, 75, 4, 2), {"heads_kv": 1}),
+    ("stride", Case("", 37, 75, 2, 2), {"k_stride_s": 8}),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
+)
+def test_false_parameters(case: Case, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
+    compiled = variant_of(SMALLEST[0].key)
+    assert caught(compiled, [case]) == ""
+    assert caught(compiled, [case], changed=changed) != ""

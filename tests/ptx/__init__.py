@@ -1,0 +1,1 @@
+"""Execute PTX on the CPU: see `interpreter`."""

@@ -1,0 +1,172 @@
+"""Is the yardstick sharp? It must pass a good kernel and reject near misses, for every family of inputs."""
+
+import numpy as np
+import pytest
+
+from tests.reference import attention, reference, rounded, ulp, visible, yardstick
+
+FAMILIES = {
+    "normal": (1, 0),
+    "x4": (4, 0),
+    "low": (1, 2),  # q + 2 and k − 2: every logit lies near −4·sqrt(head_dim)
+}
+DTYPES = ("bf16", "fp16")
+SHAPE = (2, 70, 4, 64)  # batch, seqlen, heads, head_dim of q
+KEYS = (2, 203, 2, 64)
+
+
+def inputs(family: str, dtype: str, keys=KEYS):
+    factor, shift = FAMILIES[family]
+    random = np.random.default_rng(7)
+    q, k, v = (random.standard_normal(shape) for shape in (SHAPE, keys, keys))
+    return tuple(rounded(x, dtype) for x in (factor * q + shift, factor * k - shift, factor * v))
+
+
+def flash(q, k, v, dtype, *, window=(None, None), scale=0.125, tile=64, keep=lambda block: True, count=None):
+    """Tiled attention as a kernel computes it: fp32 scores, exp2, P rounded before it is normalised, one division.
+
+    keep: which key blocks are visited; count: how many keys are taken to exist.
+    """
+    seen = np.zeros((q.shape[1], len(k[0])), bool)
+    real = min(count or KEYS[1], KEYS[1])
+    seen[:, :real] = visible(q.shape[1], real, window)
+    seen[:, real : count or real] = True
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], 2).swapaxes(1, 2) for x in (k, v))
+    q = q.swapaxes(1, 2)
+    out, total = np.zeros((*q.shape[:3], v.shape[-1]), np.float32), np.zeros((*q.shape[:3], 1), np.float32)
+    high = np.full_like(total, -np.inf)
+    for start in range(0, k.shape[2], tile):
+        if not keep(start // tile):
+            continue
+        part = slice(start, start + tile)
+        scores = np.where(
+            seen[:, part], q @ k[:, :, part].swapaxes(-1, -2) * np.float32(scale * np.log2(np.e)), -np.inf
+        )
+        new = np.maximum(high, scores.max(-1, keepdims=True)).astype(np.float32)
+        point = np.where(np.isneginf(new), 0, new).astype(np.float32)
+        factor, p = np.exp2(high - point), np.exp2(scores - point).astype(np.float32)
+        out, total, high = (
+            out * factor + rounded(p, dtype) @ v[:, :, part],
+            total * factor + p.sum(-1, keepdims=True),
+            new,
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lse = np.where(total > 0, (np.log2(total) + high) * np.log(2), -np.inf)[..., 0]
+    out = rounded(out / np.where(total > 0, total, 1), dtype).swapaxes(1, 2)
+    return np.ascontiguousarray(out), lse.astype(np.float32)
+
+
+@pytest.fixture(params=[(family, dtype) for family in FAMILIES for dtype in DTYPES], ids="-".join)
+def problem(request):
+    family, dtype = request.param
+    return family, dtype, inputs(family, dtype)
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (40, 9)], ids=["full", "causal", "window"])
+def test_a_good_kernel_passes(problem, window):
+    _, dtype, (q, k, v) = problem
+    out, lse = flash(q, k, v, dtype, window=window)
+    assert yardstick(out, reference(q, k, v, dtype, window=window, scale=0.125), lse) == []
+
+
+def test_an_unmasked_padding_key_is_rejected(problem):
+    """The tail of the last tile holds zeros: one of them counted as a key. Beside ×4 logits exp(0) is nothing."""
+    family, dtype, (q, k, v) = problem
+    padded = [np.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v)]
+    out, lse = flash(q, *padded, dtype, count=KEYS[1] + 1)
+    expected = reference(q, k, v, dtype, scale=0.125)
+    assert (yardstick(out, expected, lse) != []) == (family != "x4")
+    if family == "low":
+        assert len(yardstick(out, expected)) == 2, "the outputs alone show it"
+
+
+def test_a_softmax_scale_that_is_off_by_half_a_percent_is_rejected(problem):
+    family, dtype, (q, k, v) = problem
+    expected = reference(q, k, v, dtype, scale=0.125)
+    out, lse = flash(q, k, v, dtype, scale=0.125 * 1.005)
+    assert yardstick(out, expected, lse) != []
+    if family != "x4":  # where one key takes nearly all the weight
+        assert yardstick(out, expected) != []
+
+
+def test_outputs_that_are_off_by_half_a_percent_are_rejected(problem):
+    family, dtype, (q, k, v) = problem
+    out, _ = flash(q, k, v, dtype)
+    expected = reference(q, k, v, dtype, scale=0.125)
+    if (family, dtype) != ("low", "bf16"):  # where that is near bf16's own error
+        assert yardstick(out * np.float32(1.005), expected) != []
+    assert yardstick(out * np.float32(1.01), expected) != []
+
+
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_a_dropped_block_is_rejected(problem, dropped):
+    _, dtype, (q, k, v) = problem
+    out, _ = flash(q, k, v, dtype, keep=lambda block: block != dropped)
+    assert yardstick(out, reference(q, k, v, dtype, scale=0.125)) != []
+
+
+def test_a_mask_that_is_off_by_one_is_rejected(problem):
+    _, dtype, (q, k, v) = problem
+    for window, wrong in (((None, 0), (None, 1)), ((None, 0), (None, -1)), ((40, 9), (41, 9))):
+        out, _ = flash(q, k, v, dtype, window=wrong)
+        assert yardstick(out, reference(q, k, v, dtype, window=window, scale=0.125)) != []
+
+
+def test_nan_and_infinity_are_rejected():
+    q, k, v = inputs("normal", "bf16")
+    expected = reference(q, k, v, "bf16", scale=0.125)
+    out, lse = flash(q, k, v, "bf16")
+    for value in (np.nan, np.inf):
+        bad = out.copy()
+        bad[0, 0, 0, 0] = value
+        assert yardstick(bad, expected) == ["1 of 35840 outputs are not finite"]
+        bad = lse.copy()
+        bad[0, 0, 0] = value
+        assert yardstick(out, expected, bad) != []
+    assert yardstick(out, expected, lse * np.float32(1 + 1e-4)) != []
+
+
+def test_rows_that_see_no_key():
+    """causal with more queries than keys: the first rows see nothing."""
+    q, k, v = inputs("normal", "fp16", (2, 60, 2, 64))
+    out, lse = attention(q, k, v, window=(None, 0), scale=0.125)
+    assert not out[:, :10].any() and np.isneginf(lse[:, :, :10]).all()
+    assert np.isfinite(lse[:, :, 10:]).all()
+    expected = reference(q, k, v, "fp16", window=(None, 0), scale=0.125)
+    good = rounded(out, "fp16")
+    assert yardstick(good, expected, lse.astype(np.float32)) == []
+    wrong = lse.astype(np.float32).copy()
+    wrong[:, :, 0] = 0
+    assert yardstick(good, expected, wrong) == ["lse is -inf where it should not be, or the other way round"]
+    empty, lse = attention(q, k[:, :0], v[:, :0], scale=0.125)
+    assert not empty.any() and np.isneginf(lse).all()
+
+
+def test_against_a_loop():
+    """The reference itself, on one small problem, against the definition written as loops."""
+    random = np.random.default_rng(1)
+    q, k, v = (
+        random.standard_normal((1, 3, 2, 8)),
+        random.standard_normal((1, 5, 1, 8)),
+        random.standard_normal((1, 5, 1, 4)),
+    )
+    out, lse = attention(q, k, v, window=(2, 1), scale=0.3)
+    for i in range(3):
+        for h in range(2):
+            keys = [j for j in range(5) if i + 2 - 2 <= j <= i + 2 + 1]
+            weights = np.array([np.exp(0.3 * q[0, i, h] @ k[0, j, 0]) for j in keys])
+            np.testing.assert_allclose(lse[0, h, i], np.log(weights.sum()))
+            np.testing.assert_allclose(out[0, i, h], weights @ v[0, keys, 0] / weights.sum())
+
+
+def test_visible():
+    assert visible(2, 4, (None, 0)).astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert visible(3, 2, (None, 0)).astype(int).tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert visible(3, 3, (1, 0)).astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    assert visible(2, 2).all()
+
+
+def test_ulp():
+    assert (
+        ulp(1.0, "bf16") == 2**-7 and ulp(1.9, "bf16") == 2**-7 and ulp(2.0, "fp16") == 2**-9 and ulp(0.0, "fp16") == 0
+    )
