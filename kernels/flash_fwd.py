@@ -16,7 +16,7 @@ from kernels import mask, softmax
 from kernels.abi import FWD
 from kernels.generate import Generated
 from kernels.mma import as_a_operand, gemm_rs, gemm_ss, rows_columns, tiled_mma
-from kernels.tiles import VECTOR, load_tile, matrix_of, smem_layout, store_tile, tile_copy
+from kernels.tiles import VECTOR, load_tile, matrix_of, smem_layout, store_tile, thread_view, tile_copy
 from registry.contract import Grid, Variant
 
 SECTION = 64  # heads whose query tiles run side by side; docs/tuning.md
@@ -92,7 +92,10 @@ class FlashForward:
         mO = matrix_of(o, seqlen_q, self.head_dim_v, o_stride_s, o_stride_h, o_stride_b, head, entry)
 
         state = self.state(tid)
-        state.mK, state.mV, state.scale_log2 = mK, mV, scale_log2
+        state.scale_log2 = scale_log2
+        state.tKgK = thread_view(state.copy_qk, mK, self.tile_n, tid)
+        state.tVgV = thread_view(state.copy_v, mV, self.tile_n, tid)
+        tQgQ = thread_view(state.copy_qk, mQ, self.tile_m, tid)
         state.m_start = m_block * self.tile_m
         state.seqlen_q, state.seqlen_k, state.left, state.right = seqlen_q, seqlen_k, window_left, window_right
         first, inner_first, inner_end, end = mask.block_ranges(
@@ -103,13 +106,15 @@ class FlashForward:
         edges = right_edge + inner_first - first
         state.count = end - first
 
-        load_tile(state.copy_qk, mQ, state.sQ, m_block, tid, bounded=True)
+        load_tile(state.copy_qk, tQgQ, state.sQ, m_block, tid, seqlen_q - state.m_start)
         if state.count > 0:
             n_block = self.visit(0, first, inner_end, end, right_edge, edges)
-            load_tile(state.copy_qk, mK, state.sK[None, None, 0], n_block, tid, bounded=True)
+            rows_left = seqlen_k - n_block * self.tile_n
+            load_tile(state.copy_qk, state.tKgK, state.sK[None, None, 0], n_block, tid, rows_left)
             if cutlass.const_expr(self.stages > 1):
-                load_tile(state.copy_v, mV, state.sV[None, None, 0], n_block, tid, bounded=True)
+                load_tile(state.copy_v, state.tVgV, state.sV[None, None, 0], n_block, tid, rows_left)
         cute.arch.cp_async_commit_group()
+        # Only the last key block may reach past seqlen_k, and it comes first: the loads ahead need no bound.
         for i in cutlass.range(0, edges, 1, unroll=1):
             n_block = self.visit(i, first, inner_end, end, right_edge, edges)
             n_next = self.visit(i + 1, first, inner_end, end, right_edge, edges)
@@ -185,18 +190,19 @@ class FlashForward:
         stage = 0
         if cutlass.const_expr(self.stages == 1):
             # V arrives while S is computed, the next K during softmax and P·V.
-            load_tile(state.copy_v, state.mV, state.sV[None, None, 0], n_block, tid, bounded=masked)
+            rows_left = state.seqlen_k - n_block * self.tile_n if masked else None
+            load_tile(state.copy_v, state.tVgV, state.sV[None, None, 0], n_block, tid, rows_left)
         else:
             stage = i % 2
             if i + 1 < state.count:
-                self.load_pair(state, n_next, 1 - stage, masked)
+                self.load_pair(state, n_next, 1 - stage)
         cute.arch.cp_async_commit_group()
         gemm_ss(state.mma, tid, acc_S, state.sQ, state.sK[None, None, stage], self.dtype)
         if cutlass.const_expr(self.stages == 1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
             if i + 1 < state.count:
-                load_tile(state.copy_qk, state.mK, state.sK[None, None, 0], n_next, tid, bounded=masked)
+                load_tile(state.copy_qk, state.tKgK, state.sK[None, None, 0], n_next, tid)
             cute.arch.cp_async_commit_group()
         if cutlass.const_expr(masked):
             tScS = state.mma.get_slice(tid).partition_C(cute.make_identity_tensor((self.tile_m, self.tile_n)))
@@ -210,9 +216,9 @@ class FlashForward:
         gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), state.sV[None, None, stage], self.dtype)
 
     @cute.jit
-    def load_pair(self, state: SimpleNamespace, n_block: Int32, stage: Int32, bounded: cutlass.Constexpr):
-        load_tile(state.copy_qk, state.mK, state.sK[None, None, stage], n_block, state.tid, bounded=bounded)
-        load_tile(state.copy_v, state.mV, state.sV[None, None, stage], n_block, state.tid, bounded=bounded)
+    def load_pair(self, state: SimpleNamespace, n_block: Int32, stage: Int32):
+        load_tile(state.copy_qk, state.tKgK, state.sK[None, None, stage], n_block, state.tid)
+        load_tile(state.copy_v, state.tVgV, state.sV[None, None, stage], n_block, state.tid)
 
     @cute.jit
     def epilogue(self, state: SimpleNamespace, m_block: Int32, mO: cute.Tensor, lse: cute.Pointer, lse_offset: Int64):

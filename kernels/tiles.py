@@ -52,33 +52,40 @@ def matrix_of(
     return cute.make_tensor(pointer + offset, layout)
 
 
+def thread_view(copy: cute.TiledCopy, mX: cute.Tensor, rows: int, tid: cutlass.Int32) -> cute.Tensor:
+    """What a thread copies of each row block of mX: (vector, row, column, row block).
+
+    Made once, outside the loops: the thread's own offset then stays in registers, and a block costs one product.
+    """
+    return copy.get_slice(tid).partition_S(cute.local_tile(mX, (rows, cute.size(mX, mode=[1])), (None, 0)))
+
+
 @cute.jit
 def load_tile(
     copy: cute.TiledCopy,
-    mX: cute.Tensor,
+    tXgX: cute.Tensor,
     sX: cute.Tensor,
     block: cutlass.Int32,
     tid: cutlass.Int32,
-    bounded: cutlass.Constexpr,
+    rows_left: cutlass.Int32 | None = None,
 ):
-    """Start the asynchronous copy of row block `block` of mX into sX.
+    """Start the asynchronous copy of row block `block` of a matrix (`thread_view`) into sX.
 
-    bounded: rows at or past mX's end are not read but become zeros. Zeros, not leftovers: 0 · NaN in P·V is NaN.
+    rows_left: where the matrix may end within the block: rows from it on are not read but become zeros. Zeros, not
+        leftovers: 0 · NaN in P·V is NaN. None: the block is whole.
     """
-    tile = (cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))
     thread = copy.get_slice(tid)
-    tXgX = thread.partition_S(cute.local_tile(mX, tile, (block, 0)))
     tXsX = thread.partition_D(sX)
-    if cutlass.const_expr(bounded):
-        tXcX = thread.partition_S(cute.make_identity_tensor(tile))
-        rows_left = mX.shape[0] - block * tile[0]
+    source = tXgX[None, None, None, block]
+    if cutlass.const_expr(rows_left is not None):
+        tXcX = thread.partition_S(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
         for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
             if tXcX[0, row, 0][0] < rows_left:
-                cute.copy(copy, tXgX[None, row, None], tXsX[None, row, None])
+                cute.copy(copy, source[None, row, None], tXsX[None, row, None])
             else:
                 tXsX[None, row, None].fill(0)
     else:
-        cute.copy(copy, tXgX, tXsX)
+        cute.copy(copy, source, tXsX)
 
 
 @cute.jit
