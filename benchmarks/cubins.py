@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks.occupancy import SM90, SM120, blocks_per_sm, padded_smem
+from benchmarks.occupancy import padded_smem
 from kernels.abi import ABIS
 from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, sha256_hex
 
@@ -49,11 +49,11 @@ class Candidate:
         a = self.sm120
         if a is None:
             raise BenchmarkError(f"{self.key}: no sm_120 artifact of PTX {self.artifact.ptx_sha256[:12]} to emulate")
-        return blocks_per_sm(SM120, a.threads, a.registers, a.static_smem + a.smem)
+        return a.blocks_per_sm
 
     def emulated_smem(self) -> int:
         """Dynamic shared memory with which an H200 SM holds as many blocks as an SM120 SM would."""
-        return padded_smem(self.target_blocks(), self.artifact.static_smem, SM90)
+        return padded_smem(self.target_blocks(), self.artifact.static_smem)
 
 
 def read(path: Path, arch: str, op: str = "fwd", only: str = "*") -> list[Candidate]:

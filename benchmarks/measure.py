@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import statistics
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.cubins import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,6 +67,14 @@ def _cpu_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, flo
         run((repeat + i) % sets)
         times[name] = (time.perf_counter() - start) * 1e3
     return times
+
+
+def registry_path(given: Path | None) -> Path:
+    """The registry file to measure: `given`, or what CUBINERY_REGISTRY names. BenchmarkError if it is no file."""
+    path = given or Path(os.environ.get("CUBINERY_REGISTRY", ""))
+    if not path.is_file():
+        raise BenchmarkError(f"registry: {str(path)!r} is no file; give --registry PATH or set CUBINERY_REGISTRY")
+    return path
 
 
 def device_arch() -> str:
@@ -137,7 +147,8 @@ def environment() -> dict[str, str]:
         "gpu": gpu,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
         "torch": torch.__version__,
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown",
+        # A copy of the tree on a GPU machine may have no history: the variable then says what it is a copy of.
+        "commit": os.environ.get("CUBINERY_COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "?",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 

@@ -28,6 +28,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY = "fwd-bf16-d64-*"  # both tiles of one head_dim: a few seconds on a laptop
+MODEL = ("--dtype", "bf16", "--head-dim", "64", "--heads", "8/2")  # what is fetched: one model's attention
 READY_S = 30  # how long the server may take to start
 
 
@@ -78,7 +79,7 @@ def clean_environment() -> dict[str, str]:
 def output_of(done: subprocess.CompletedProcess[str]) -> str:
     """The standard output, or StepError with what the command said."""
     if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
+        said = f"{done.stdout}{done.stderr}".strip()[-2000:]
         raise StepError(f"`{' '.join(done.args[1:4])} …` exited {done.returncode}:\n{said}")
     return done.stdout
 
@@ -142,7 +143,7 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> tuple[s
 
 def prefetch(arch: str, env: dict[str, str], cache: Path) -> tuple[str, None]:
     """Fill the empty cache; every file in it must have the digest that its name says."""
-    output_of(module("runtime", "prefetch", "--arch", arch, env=env))
+    output_of(module("runtime", "prefetch", "--arch", arch, *MODEL, env=env))
     files = [path for path in cache.rglob("*") if path.is_file() and re.fullmatch(r"[0-9a-f]{64}", path.name)]
     wrong = [path.name for path in files if hashlib.sha256(path.read_bytes()).hexdigest() != path.name]
     if not files or wrong:
@@ -152,7 +153,7 @@ def prefetch(arch: str, env: dict[str, str], cache: Path) -> tuple[str, None]:
 
 def refuse_other_digest(arch: str, env: dict[str, str]) -> tuple[str, None]:
     """An index that was not named by its digest must not be taken from a server."""
-    done = module("runtime", "prefetch", "--arch", arch, env=env | {"CUBINERY_INDEX": "0" * 64})
+    done = module("runtime", "prefetch", "--arch", arch, *MODEL, env=env | {"CUBINERY_INDEX": "0" * 64})
     if done.returncode == 0:
         raise StepError("prefetch accepted an index digest that the server does not have")
     return "an index digest that the server does not have is refused", None

@@ -1,0 +1,86 @@
+# Two commands set everything up: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+# The interpreter that creates $(VENV): the first here that runs and is new enough. Give your own with PYTHON=….
+PYTHON ?= $(eval PYTHON := $(FIND_PYTHON))$(PYTHON)
+FIND_PYTHON = $(shell for p in python3.14 python3.13 python3.12 python3.11 python3; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+# Always asked for by exactly this requirement, in the same command as all else, so that pip never picks another build.
+TORCH ?= torch==2.13.0
+GPU_PYTHON ?= $(VENV)/bin/python
+JOBS ?= 2
+# The tests run one process a core: BLAS threads of their own would only fight over the cores.
+export OPENBLAS_NUM_THREADS ?= 1
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+CHECKOUT := -e '.[build,serve,remote]'
+# Empty where no GPU is listed.
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m1 '^GPU')
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"cubinery: {sys.executable} is Python {sys.version.split()[0]}; 3.11 or newer is needed: make PYTHON=…")
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit(f"cubinery: {sys.executable} has no {error.name} (Debian and Ubuntu: apt install python3-venv)")
+endef
+export CHECK_PYTHON
+
+.PHONY: help demo test lint format build serve gpu-verify bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.demo ## set up, then build, serve, prefetch and (with a GPU) run a small set of kernels
+	$(VENV)/bin/python docs/demo.py
+
+test: lint ## set up, then lint and run every test that needs no GPU
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --ignore tests/gpu
+
+lint: $(VENV)/.test ## ruff, mypy and import-linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.test ## rewrite the sources in ruff's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+build: $(VENV)/.demo ## compile every variant for sm_120 into the default registry
+	$(VENV)/bin/python -m builder --arch sm_120
+
+serve: $(VENV)/.demo ## serve the default registry on 127.0.0.1:8000
+	$(VENV)/bin/python -m server --host 127.0.0.1 --port 8000
+
+# These two use GPU_PYTHON, which has torch for this machine's GPU, and the registry file that CUBINERY_REGISTRY names.
+gpu-verify: ## re-prove every variant on this GPU (PLANTED=planted.db: sanitizers too), into tests/gpu/ledger
+	$(GPU_PYTHON) -m tests.gpu.verify $(if $(PLANTED),--planted $(PLANTED))
+
+bench: ## measure on this machine's GPU, into benchmarks/results
+	$(GPU_PYTHON) -m benchmarks
+
+clean: ## remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "cubinery: no $(PYTHON) here; name a Python 3.11 or newer: make PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'pip>=25.1' # the first that installs dependency groups
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml
+	$(PIP) install --quiet $(CHECKOUT) $(if $(GPU),'$(TORCH)')
+	touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml
+	$(PIP) install --quiet $(CHECKOUT) --group test '$(TORCH)'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,129 @@
+"""Cold start: `import runtime` and the first call, in fresh processes, against SDPA's first call: cold_start.free.json.
+
+    CUBINERY_REGISTRY=registry.db python -m benchmarks.cold_start
+
+torch is imported and the CUDA context exists before the clock starts; the call is 2 x 1024 x 32/8 x 128 bf16, causal,
+and the clock stops when its result is there. `embedded` reads a registry file; `disk_cache` names a server that does
+not exist, an index digest, and a disk cache that holds everything. One process of each kind runs unmeasured first, so
+that files are in the page cache and Python's bytecode is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.cubins import BenchmarkError
+from benchmarks.derived import private_copy, read_index
+
+CASE = "llama3-8b/S1024/causal"
+FACTS = {
+    "dtype": "bf16", "head_dim": 128, "head_dim_v": 128, "batch": 2, "heads_q": 32, "heads_kv": 8,
+    "seqlen_q": 1024, "seqlen_k": 1024, "group": 4, "causal": 1,
+}  # fmt: skip
+NO_SERVER = "http://127.0.0.1:9"  # the discard port: whoever asked it would fail at once
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cold_start", description=__doc__.splitlines()[0])
+    parser.add_argument("--registry", type=Path, help="registry file; by default CUBINERY_REGISTRY")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    parser.add_argument("--processes", type=int, default=7, help="measured processes of each kind")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        value = run(measure.registry_path(options.registry), Path(scratch), options.processes)
+    for row in value["rows"]:
+        print(
+            f"  {row['case']:<36} import {row['import']:7.2f} + first call {row['first']:7.2f} = {row['ours']:7.2f} ms"
+            f"   SDPA {row['peer']:7.2f} ms   second call {row['second']:.3f} ms"
+        )
+        for stage in row["stages"]:
+            print(f"      {stage['stage']:<16} {stage['ms']:8.3f} ms  {stage['what']}")
+    print(measure.write(options.out, "cold_start.free", value))
+    return 0
+
+
+def run(registry: Path, scratch: Path, processes: int) -> dict[str, Any]:
+    """The result file's content. scratch: a private folder."""
+    from runtime.select import select
+
+    arch = measure.device_arch()
+    artifact = select(read_index(registry, arch), "fwd", FACTS)
+    local = private_copy(registry, scratch / "registry.db")
+    settings = {
+        "embedded": {"CUBINERY_REGISTRY": str(local), "CUBINERY_INDEX": ""},
+        "disk_cache": {
+            "CUBINERY_REGISTRY": NO_SERVER,
+            "CUBINERY_INDEX": f"{arch}={fill_cache(registry, arch, scratch / 'cache')}",
+            "CUBINERY_CACHE": str(scratch / "cache"),
+        },
+    }
+    kinds = {**{name: ("ours", env) for name, env in settings.items()}, "sdpa": ("sdpa", {})}
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for i in range(processes + 1):
+        for name, (which, env) in kinds.items():  # in turn: a slow minute of the machine hits all of them
+            answer = child(which, env)
+            if i:
+                seen[name].append(answer)
+    peer = _medians(seen["sdpa"])
+    rows = []
+    for name in settings:
+        mine = _medians(seen[name])
+        rows.append(
+            {
+                "case": f"{CASE}/{name}",
+                "ours": mine["total"],
+                "peer": peer["total"],
+                "ratio": round(peer["total"] / mine["total"], 4),
+                "variant": artifact.variant,
+                "ptx_sha256": artifact.ptx_sha256,
+                **{part: mine[part] for part in ("import", "first", "second")},
+                "all": [answer["ms"]["total"] for answer in seen[name]],
+                "stages": seen[name][0]["stages"],
+            }
+        )
+    return measure.result("free", rows, peer_all=[answer["ms"]["total"] for answer in seen["sdpa"]])
+
+
+def child(which: str, env: dict[str, str]) -> dict[str, Any]:
+    """One fresh process' answer. BenchmarkError with the end of its output if it fails."""
+    script = Path(__file__).with_name("cold_child.py")
+    command = [sys.executable, str(script), which, measure.DEVICE]
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(measure.ROOT), os.environ.get("PYTHONPATH", "")]), **env}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=180, check=False)
+    if done.returncode:
+        raise BenchmarkError(f"{which} in a fresh process: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def fill_cache(registry: Path, arch: str, folder: Path) -> str:
+    """Put the index of `arch` and all its frames into a disk cache; returns the index' digest."""
+    from runtime.cache import DiskCache
+
+    index, cache = read_index(registry, arch), DiskCache(str(folder))
+    cache.put("indexes", index.digest, index.to_bytes())
+    database = sqlite3.connect(f"file:{registry.resolve()}?mode=ro", uri=True)
+    try:
+        for artifact in index.artifacts:
+            query = "SELECT frame FROM blobs WHERE sha256 = ?"
+            cache.put("blobs", artifact.frame_sha256, database.execute(query, (artifact.frame_sha256,)).fetchone()[0])
+    finally:
+        database.close()
+    return index.digest
+
+
+def _medians(answers: list[dict[str, Any]]) -> dict[str, float]:
+    return {part: round(statistics.median(a["ms"][part] for a in answers), 3) for part in answers[0]["ms"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

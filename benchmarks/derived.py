@@ -1,0 +1,64 @@
+"""Registry files made from another: the same cubins under indexes of one variant each.
+
+So a test or a benchmark runs exactly the variant that it wants through the public API: the runtime under test is the
+one that users have, and only the data that it reads differs.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from benchmarks.cubins import BenchmarkError
+from registry.contract import Artifact, DispatchRow, Index, Variant
+
+CHANNEL = "stable"
+
+
+def read_index(registry: Path, arch: str, channel: str = CHANNEL) -> Index:
+    """The index of a channel for `arch`. BenchmarkError if the file has none."""
+    database = sqlite3.connect(f"file:{registry.resolve()}?mode=ro", uri=True)
+    try:
+        query = "SELECT body FROM indexes WHERE digest = (SELECT digest FROM channels WHERE name = ? AND arch = ?)"
+        row = database.execute(query, (channel, arch)).fetchone()
+    finally:
+        database.close()
+    if row is None:
+        raise BenchmarkError(f"{registry}: channel {channel!r} has no index for {arch}; build it with --arch {arch}")
+    return Index.from_bytes(bytes(row[0]))
+
+
+def private_copy(registry: Path, target: Path) -> Path:
+    """Copy a registry file, what stands in its -wal included, to `target`, which only this user can write.
+
+    The runtime believes a file only in a folder that nobody else can write: let `target` be in one of your own.
+    """
+    source, copy = sqlite3.connect(f"file:{registry.resolve()}?mode=ro", uri=True), sqlite3.connect(target)
+    try:
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, readable from a folder that cannot be written too
+    finally:
+        source.close()
+        copy.close()
+    target.chmod(0o600)
+    return target
+
+
+def one_variant_each(registry: Path, target: Path, arch: str) -> dict[str, Artifact]:
+    """Copy `registry` to `target` with a channel more per variant of its index, named by the variant's key.
+
+    Such a channel's index holds that one artifact, with one dispatch row that serves every call. Returns the artifacts
+    by key.
+    """
+    index = read_index(registry, arch)
+    copy = sqlite3.connect(private_copy(registry, target))
+    try:
+        for artifact in index.artifacts:
+            row = DispatchRow(Variant.parse(artifact.variant).op, (), artifact.variant)
+            only = Index(arch, index.release, (artifact,), (row,), index.abis)
+            copy.execute("INSERT OR IGNORE INTO indexes VALUES (?, ?, ?)", (only.digest, arch, only.to_bytes()))
+            copy.execute("INSERT OR REPLACE INTO channels VALUES (?, ?, ?)", (artifact.variant, arch, only.digest))
+        copy.commit()
+    finally:
+        copy.close()
+    return dict(index.by_variant)

@@ -1,0 +1,67 @@
+"""A registry of made-up cubins, and a CPU stand-in for the kernels in it, so that the scripts' own logic runs in CI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sweep import reference
+from kernels.abi import FWD
+from registry.contract import Artifact, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
+from registry.store import Store, compress
+
+
+def artifact(key: str, arch: str, *, registers: int = 128, smem: int = 40_960) -> tuple[Artifact, bytes]:
+    """A well-formed artifact of a cubin that no driver would load, and its frame."""
+    cubin = f"{key} {arch}".encode() * 20
+    frame = compress(cubin)
+    variant = Variant.parse(key)
+    made = Artifact(
+        variant=key, arch=arch, symbol="cubinery_" + key.replace("-", "_"), abi=FWD.digest,
+        grid=Grid("tiles_heads_batch", variant.size("m")), threads=32 * variant.size("w"), smem=smem, static_smem=0,
+        registers=registers, spills=0, stack=0, blocks_per_sm=2, hot_loop=(("HMMA", 64),),
+        cubin_sha256=sha256_hex(cubin), cubin_size=len(cubin), frame_sha256=sha256_hex(frame), frame_size=len(frame),
+        ptx_sha256=sha256_hex(key.encode()), toolchain="test", min_driver=12080,
+    )  # fmt: skip
+    return made, frame
+
+
+def write_registry(path: Path, keys: Iterable[str], archs: Iterable[str] = ("sm_120", "sm_90")) -> Path:
+    """A registry file with these variants for each architecture, an index and the channel 'stable'."""
+    keys = list(keys)
+    with Store(path) as store:
+        for arch in archs:
+            made = [artifact(key, arch) for key in keys]
+            for a, frame in made:
+                store.put_artifact(sha256_hex(f"{a.variant} {arch}".encode()), a, frame)
+            rows = []
+            for key in keys:
+                v = Variant.parse(key)
+                facts = {"dtype": v.dtype, "head_dim": v.head_dim, "head_dim_v": v.head_dim_v}
+                rows.append(DispatchRow("fwd", tuple(Condition(f, "==", x) for f, x in facts.items()), key))
+            store.put_index(Index(arch, "test", tuple(a for a, _ in made), tuple(rows), (FWD,)), "stable")
+    return path
+
+
+class FakeKernel:
+    """Stands in for benchmarks.cubins.Kernel: plain PyTorch instead of a launch."""
+
+    def __init__(self, candidate: Any, smem: int | None = None, carveout: int | None = None):
+        self.candidate, self.artifact, self.abi = candidate, candidate.artifact, candidate.abi
+        self.smem = candidate.artifact.smem if smem is None else smem
+        self.occupancy = 2 if self.smem > candidate.artifact.smem else 4
+
+
+def fake_bind(kernel: FakeKernel, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool) -> Any:
+    """Stands in for benchmarks.cubins.bind_fwd. A kernel of tile n 16 forgets to mask; one of tile n 8 kills."""
+
+    def launch() -> None:
+        tile_n = kernel.candidate.variant.size("n")
+        if tile_n == 8:
+            raise SystemExit(9)
+        out, statistics = reference(q, k, v, causal and tile_n != 16)
+        o.copy_(out)
+        lse.copy_(statistics)
+
+    return launch

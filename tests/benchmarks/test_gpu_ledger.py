@@ -1,0 +1,104 @@
+"""The ledger, the covering array, and how a run without a GPU ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.derived import one_variant_each, read_index
+from runtime.select import select
+from tests.benchmarks.fakes import write_registry
+from tests.gpu import conftest, ledger
+from tests.gpu.covering import covering
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACT = SimpleNamespace(ptx_sha256="a" * 64, variant="fwd-bf16-d64-dv64-m64-n64-w4-s1", arch="sm_90")
+
+
+def test_rows_are_appended_with_every_field(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBINERY_LEDGER_DIR", str(tmp_path / "deep" / "ledger"))
+    run = ledger.Ledger(ledger.new_run(), "a GPU", "1.2")
+    assert ledger.read(run.path) == []
+    run.add(ARTIFACT, "yardstick", True)
+    run.add(ARTIFACT, "memcheck", False)
+    rows = ledger.read(run.path)
+    assert run.path.parent == tmp_path / "deep" / "ledger" and run.path.suffix == ".jsonl"
+    assert list(rows[0]) == ["ptx_sha256", "variant", "arch", "test", "suite", "result", "gpu", "driver", "date"]
+    assert [(r["test"], r["result"], r["suite"]) for r in rows] == [("yardstick", "pass", 1), ("memcheck", "fail", 1)]
+    with pytest.raises(ValueError, match="none of yardstick"):
+        run.add(ARTIFACT, "speed", True)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"a": "xy", "b": (1, 2, 3)},
+        {"only": (1, 2)},
+        {"q": range(7), "k": range(7), "group": range(4), "family": range(3), "window": range(2)},
+    ],
+)
+def test_every_pair_of_values_occurs(factors):
+    cases = covering(factors)
+    for (a, xs), (b, ys) in combinations(factors.items(), 2):
+        assert {(case[a], case[b]) for case in cases} == set(product(xs, ys))
+    assert cases == covering(factors)
+    sizes = sorted((len(list(values)) for values in factors.values()), reverse=True)
+    assert len(cases) <= 1.15 * sizes[0] * (sizes[1] if len(sizes) > 1 else 1)
+
+
+def test_each_variant_is_forced_by_a_channel_of_its_own(tmp_path):
+    keys = ["fwd-bf16-d64-dv64-m64-n64-w4-s1", "fwd-bf16-d64-dv64-m128-n64-w4-s1"]
+    registry = write_registry(tmp_path / "r.db", keys)
+    made = one_variant_each(registry, tmp_path / "one.db", "sm_90")
+    assert sorted(made) == sorted(keys)
+    for key in keys:
+        index = read_index(tmp_path / "one.db", "sm_90", key)
+        assert select(index, "fwd", {"head_dim": 64}) == made[key]
+    assert read_index(tmp_path / "one.db", "sm_90") == read_index(registry, "sm_90")
+
+
+def test_without_a_gpu_every_test_is_skipped_and_says_why(tmp_path):
+    """In a process of its own that sees no device, even on a machine that has one."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "CUBINERY_LEDGER_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_fwd.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SKIPPED [" in done.stdout and "no CUDA device" in done.stdout and "passed" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_suite_number_is_set():
+    listed = json.loads((ROOT / "tests/gpu/conformance.json").read_text())
+    assert listed["suite"] >= 1 and len(set(listed["ops"]["fwd"])) == len(listed["ops"]["fwd"])
+
+
+def recording(tmp_path, monkeypatch, lost):
+    monkeypatch.setattr(conftest, "_context_lost", lambda: lost)
+    run = ledger.Ledger(tmp_path / "run.jsonl", "a GPU", "1.2")
+    return run, conftest._recorded(run, ARTIFACT, "lse")
+
+
+def test_how_a_check_ends_is_recorded(tmp_path, monkeypatch):
+    run, block = recording(tmp_path, monkeypatch, lost=False)
+    with block:
+        pass
+    with pytest.raises(AssertionError, match="wrong"), conftest._recorded(run, ARTIFACT, "strided"):
+        raise AssertionError("wrong")
+    with pytest.raises(KeyboardInterrupt), conftest._recorded(run, ARTIFACT, "windows"):
+        raise KeyboardInterrupt
+    assert [(row["test"], row["result"]) for row in ledger.read(run.path)] == [("lse", "pass"), ("strided", "fail")]
+
+
+def test_a_lost_context_is_recorded_and_ends_the_process(tmp_path, monkeypatch):
+    run, block = recording(tmp_path, monkeypatch, lost=True)
+    with pytest.raises(pytest.exit.Exception) as ended, block:
+        raise RuntimeError("an illegal memory access was encountered")
+    assert ended.value.returncode == conftest.LOST
+    assert [row["result"] for row in ledger.read(run.path)] == ["fail"]

@@ -1,0 +1,122 @@
+"""tests/gpu/sanitize.py without a sanitizer: how logs are read and verdicts found; and the planting of races."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.gpu import ledger, plant_race, verify
+from tests.gpu.sanitize import Run, judge, parse, read_output
+
+SYMBOLS = {"a": "cubinery_a_0", "ab": "cubinery_a_b_0", "c": "cubinery_c_0"}
+PLANT = {"cubinery_planted0_a_0"}
+RACE = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at cubinery_planted0_a_0+0x140 in kernel.ptx
+=========     and Read access at cubinery_planted0_a_0+0x200 [32 hazards]
+=========
+not of the tool: cubinery_c_0
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+MEMORY = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 16 bytes
+=========     at cubinery_a_b_0+0x1230
+=========     by thread (0,0,0) in block (1,0,0)
+=========         Host Frame: cubinery_c_0 [0x12] in x.so
+========= ERROR SUMMARY: 1 error
+"""
+
+
+def test_findings_are_read_from_the_log():
+    assert parse(RACE) == (PLANT, "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "")
+    assert parse(MEMORY)[0] == {"cubinery_a_b_0"}
+    assert parse("========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer\n")[2]
+    assert parse("")[2] == "it wrote no log"
+
+
+def test_a_refusal_counts_only_when_nothing_ran():
+    log = "========= COMPUTE-SANITIZER\n========= Unable to find symbols\n========= ERROR SUMMARY: 0 errors\n"
+    device = {"event": "device", "gpu": "G", "arch": "sm_90"}
+    ran = "\n".join([json.dumps(device), "noise", '{"event": "end", "variant": "a"}'])
+    assert read_output("", log).refused
+    seen = read_output(ran, log)
+    assert (seen.refused, seen.ended, seen.device) == ("", {"a"}, {"gpu": "G", "arch": "sm_90"})
+
+
+def scripted(*runs):
+    """A `run` that gives these in turn, and notes which keys it was asked for."""
+    asked = []
+
+    def run(keys):
+        asked.append(list(keys))
+        return runs[len(asked) - 1]
+
+    return run, asked
+
+
+def test_clean_variants_pass_once_the_plant_is_seen():
+    run, asked = scripted(Run(ended={"a", "ab", "c"}, named=set(PLANT)))
+    verdict = judge(run, SYMBOLS, "racecheck")
+    assert (verdict.passed, verdict.failed, verdict.blind) == (["a", "ab", "c"], [], "")
+    assert verdict.planted_seen == sorted(PLANT) and len(asked) == 1
+
+
+def test_a_tool_that_misses_the_plant_gives_no_verdict():
+    verdict = judge(scripted(Run(ended=set(SYMBOLS)))[0], SYMBOLS, "racecheck")
+    assert not verdict.passed and not verdict.failed and "did not see" in verdict.blind
+
+
+def test_a_tool_that_refuses_the_device_gives_no_verdict():
+    verdict = judge(scripted(Run(refused="Device not supported"))[0], SYMBOLS, "memcheck")
+    assert not verdict.passed and not verdict.failed and "Device not supported" in verdict.blind
+
+
+def test_a_finding_fails_its_own_variant_alone():
+    broke = Run(ended={"a"}, named={"cubinery_a_b_0"})
+    run, asked = scripted(broke, Run(ended={"a", "c"}, named=set(PLANT)))
+    verdict = judge(run, SYMBOLS, "memcheck")
+    assert (verdict.passed, verdict.failed) == (["a", "c"], ["ab"])
+    assert asked == [["a", "ab", "c"], ["a", "c"]]
+
+
+def test_a_variant_that_ends_the_process_fails():
+    run, asked = scripted(Run(ended={"a"}), Run(ended={"a", "c"}, named=set(PLANT)))
+    verdict = judge(run, SYMBOLS, "memcheck")
+    assert (verdict.passed, verdict.failed) == (["a", "c"], ["ab"]) and len(asked) == 2
+
+
+def test_a_finding_in_a_variant_that_ended_fails_it_too():
+    run, _ = scripted(Run(ended=set(SYMBOLS), named={*PLANT, "cubinery_c_0"}), Run(ended={"a", "ab"}, named=set(PLANT)))
+    verdict = judge(run, SYMBOLS, "racecheck")
+    assert (verdict.passed, verdict.failed) == (["a", "ab"], ["c"])
+
+
+PTX = ".entry cubinery_x()\n{\n\tbar.sync \t0;\n\tmov.u32 %r1, %r2;\n\tbarrier.sync 0;\n\tret;\n}\n"
+
+
+def test_one_barrier_goes_and_the_rest_stays():
+    first = plant_race.without_barrier(PTX, 0)
+    assert "bar.sync \t0;" not in first and "barrier.sync 0;" in first and "mov.u32" in first
+    assert "bar.sync \t0;" in plant_race.without_barrier(PTX, 1)
+    with pytest.raises(ValueError, match="none of the 2 barriers"):
+        plant_race.without_barrier(PTX, 2)
+
+
+def test_the_summary_counts_by_test(tmp_path):
+    run = ledger.Ledger(tmp_path / "r.jsonl", "G", "1")
+    for key, passed in (("fwd-a", True), ("fwd-b", False)):
+        run.add(SimpleNamespace(ptx_sha256="0" * 64, variant=key, arch="sm_90"), "lse", passed)
+    text = verify.summary(run.path)
+    assert "2 results for 2 variants" in text and "1 passed, 1 failed fwd-b" in text
+
+
+def test_pytest_is_started_again_after_a_lost_context(monkeypatch):
+    codes = [verify.LOST, verify.LOST, 0]
+    monkeypatch.setattr(verify.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=codes.pop(0)))
+    assert verify.run_pytest([]) == verify.LOST and not codes
+
+
+def test_without_a_gpu_nothing_is_verified(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "why_not", lambda: "no CUDA device")
+    assert verify.main([]) == 2 and "no CUDA device" in capsys.readouterr().err

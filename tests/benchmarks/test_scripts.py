@@ -1,0 +1,167 @@
+"""forward, host_overhead and cold_start without a GPU: their rows, files and failures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import runtime
+from benchmarks import __main__ as every
+from benchmarks import cases, cold_start, derived, forward, host_overhead, measure, sweep
+from benchmarks.cubins import BenchmarkError
+from registry.contract import Index
+from runtime import launch
+from runtime.cache import DiskCache
+from tests.benchmarks.fakes import FakeKernel, write_registry
+
+KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
+OF_8B = "fwd-bf16-d128-dv128-m64-n64-w4-s1"
+FIELDS = ["gpu", "driver", "torch", "commit", "date", "mode", "rows", "geomean"]
+
+
+def attention(q, k, v, *, causal=False, return_lse=False, out=None):
+    result, lse = sweep.reference(q, k, v, causal)
+    result = result.to(q.dtype).contiguous() if out is None else out.copy_(result)
+    return (result, lse.float()) if return_lse else result
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
+    monkeypatch.setattr(forward, "Kernel", FakeKernel)
+    monkeypatch.setattr(runtime, "flash_attn", attention)
+    monkeypatch.setattr(launch, "SMEM_PADDING", None)
+    tiny = cases.grid({"tiny": (4, 2, 64)}, (64,))
+    monkeypatch.setattr(cases, "grid", lambda: [cases.Case(**{**vars(c), "batch": 1}) for c in tiny])
+    yield
+    runtime.configure()
+
+
+def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
+    path = write_registry(tmp_path / "r.db", [KEY])
+    assert forward.main(["--registry", str(path), "--out", str(tmp_path), "--repeats", "2"]) == 0
+    for mode in ("free", "sm120"):
+        value = json.loads((tmp_path / f"forward.{mode}.json").read_text())
+        assert list(value)[:8] == FIELDS and value["mode"] == mode
+        assert [row["case"] for row in value["rows"]] == ["tiny/S64/full", "tiny/S64/causal"]
+        assert all(row["variant"] == KEY and len(row["ptx_sha256"]) == 64 for row in value["rows"])
+        assert value["geomean"] > 0
+    assert "2 of 2" in json.dumps(value["occupancy"]) and "geomean" in capsys.readouterr().out
+
+
+def test_the_padding_is_what_emulates_sm120(tmp_path, on_cpu):
+    bench = forward.Forward(write_registry(tmp_path / "r.db", [KEY]), "sm120")
+    artifact = bench.candidates[KEY].artifact
+    assert launch.SMEM_PADDING is not None
+    assert artifact.smem + launch.SMEM_PADDING(artifact) == bench.candidates[KEY].emulated_smem()
+    assert forward.Forward(tmp_path / "r.db", "free").mode == "free" and launch.SMEM_PADDING is None
+
+
+def test_a_wrong_result_or_a_missing_kernel_fails_its_case_alone(tmp_path, on_cpu, monkeypatch, capsys):
+    path = write_registry(tmp_path / "r.db", [KEY])
+    wrong = lambda q, k, v, causal=False: attention(q, k, v, causal=False)  # noqa: E731
+    monkeypatch.setattr(runtime, "flash_attn", wrong)
+    options = ["--registry", str(path), "--out", str(tmp_path), "--repeats", "1", "--modes", "free"]
+    assert forward.main(options) == 1
+    assert "tiny/S64/causal            FAILED benchmark" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "forward.free.json").read_text())["rows"]) == 1
+    assert forward.main([*options, "--dtype", "fp16"]) == 1
+    assert "FAILED row" in capsys.readouterr().out
+
+
+def test_no_registry_is_told(monkeypatch):
+    monkeypatch.delenv("CUBINERY_REGISTRY", raising=False)
+    with pytest.raises(BenchmarkError, match="give --registry"):
+        measure.registry_path(None)
+
+
+def test_host_overhead_measures_three_forms_of_the_call(tmp_path, on_cpu, monkeypatch):
+    path = write_registry(tmp_path / "r.db", [KEY])
+    monkeypatch.setattr(host_overhead, "CASES", (cases.Case("tiny", 8, True, 4, 2, 64, 1),))
+    options = ["--registry", str(path), "--out", str(tmp_path), "--series", "2", "--calls", "3"]
+    assert host_overhead.main(options) == 0
+    value = json.loads((tmp_path / "host_overhead.free.json").read_text())
+    assert list(value) == FIELDS
+    assert [row["case"] for row in value["rows"]] == [f"tiny/S8/causal{x}" for x in ("", "/lse", "/out")]
+
+
+def test_cold_start_compares_fresh_processes(tmp_path, on_cpu, monkeypatch, capsys):
+    path = write_registry(tmp_path / "r.db", [OF_8B])
+    asked = []
+
+    def child(which, env):
+        asked.append((which, env.get("CUBINERY_REGISTRY")))
+        total = 100.0 if which == "sdpa" else 40.0 + len(asked)
+        ms = {"import": 10.0, "first": total - 10, "total": total, "second": 0.1}
+        return {"ms": ms, "stages": [{"stage": "load", "what": OF_8B, "ms": 1.0}] if which == "ours" else []}
+
+    monkeypatch.setattr(cold_start, "child", child)
+    assert cold_start.main(["--registry", str(path), "--out", str(tmp_path), "--processes", "3"]) == 0
+    value = json.loads((tmp_path / "cold_start.free.json").read_text())
+    assert list(value)[:8] == FIELDS
+    assert [row["case"].split("/")[-1] for row in value["rows"]] == ["embedded", "disk_cache"]
+    assert value["rows"][0]["all"] == [44.0, 47.0, 50.0] and value["rows"][0]["ours"] == 47.0
+    assert len(asked) == 12 and [where for _, where in asked[:3]][1:] == [cold_start.NO_SERVER, None]
+    assert "load" in capsys.readouterr().out
+
+
+def test_the_prefilled_cache_holds_every_byte(tmp_path):
+    path = write_registry(tmp_path / "r.db", [KEY, OF_8B])
+    digest = cold_start.fill_cache(path, "sm_90", tmp_path / "cache")
+    cache = DiskCache(str(tmp_path / "cache"))
+    index = Index.from_bytes(cache.get("indexes", digest, 1 << 20))
+    assert index == derived.read_index(path, "sm_90")
+    assert all(cache.get("blobs", a.frame_sha256, a.frame_size) for a in index.artifacts)
+
+
+def test_a_fresh_process_reports_its_times(tmp_path):
+    """The child as it runs, with a stand-in for `runtime` that is imported after the clock has started."""
+    (tmp_path / "runtime.py").write_text(
+        "import time; time.sleep(0.05)\n"
+        "flash_attn = lambda q, k, v, causal: q\n"
+        "ledger = lambda: [{'stage': 'load', 'what': '', 'ms': 1.0}]\n"
+    )
+    script = Path(cold_start.__file__).with_name("cold_child.py")
+    for which in ("ours", "sdpa"):
+        command = [sys.executable, str(script), which, "cpu"]
+        done = subprocess.run(
+            command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=100, check=True
+        )
+        answer = json.loads(done.stdout)
+        assert answer["ms"]["total"] == pytest.approx(answer["ms"]["import"] + answer["ms"]["first"], abs=0.01)
+        assert (answer["ms"]["import"] >= 50) == (which == "ours") == bool(answer["stages"])
+
+
+def test_a_child_that_fails_tells_why(monkeypatch):
+    monkeypatch.setattr(cold_start.measure, "DEVICE", "no such device")
+    with pytest.raises(BenchmarkError, match="no such device"):
+        cold_start.child("sdpa", {})
+
+
+def test_a_private_copy_holds_what_is_in_the_wal(tmp_path):
+    path = write_registry(tmp_path / "r.db", [KEY])
+    copy = derived.private_copy(path, tmp_path / "copy.db")
+    assert copy.stat().st_mode & 0o077 == 0
+    assert derived.read_index(copy, "sm_90") == derived.read_index(path, "sm_90")
+    with pytest.raises(BenchmarkError, match="build it with --arch sm_89"):
+        derived.read_index(copy, "sm_89")
+
+
+def test_all_benchmarks_run_even_if_one_fails(monkeypatch, capsys):
+    ran = []
+
+    class Done:
+        def __init__(self, command):
+            ran.append(command[2])
+            self.returncode = int(command[2] == "benchmarks.forward")
+
+    monkeypatch.setattr(every.subprocess, "run", lambda command, **_: Done(command))
+    assert every.main(["--registry", "x"]) == 1
+    assert ran == ["benchmarks.forward", "benchmarks.host_overhead", "benchmarks.cold_start"]
+    assert "failed: forward" in capsys.readouterr().out

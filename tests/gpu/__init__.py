@@ -1,0 +1,1 @@
+"""What runs on a GPU: conformance tests, sanitizers, the ledger. See `verify`."""

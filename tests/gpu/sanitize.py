@@ -1,0 +1,284 @@
+"""compute-sanitizer over one small problem per variant: memcheck and racecheck, into the ledger.
+
+    python -m tests.gpu.sanitize --registry registry.db --planted planted.db
+
+One process per tool launches every variant, then planted faults that the tool must see: an output that is too small
+for memcheck, kernels without one of their barriers for racecheck (tests/gpu/plant_race.py writes their file). Only
+kernels of ours are instrumented, and a finding names its kernel, so each variant gets its own verdict: it passes when
+its launches ended, nothing names its symbol, and a planted fault was seen. A tool that cannot run here, or that is
+blind, gives no verdict: the report says so and the ledger stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.derived import private_copy, read_index
+from registry.contract import Artifact, Variant
+from tests.gpu import ledger
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck")
+PLANTED = "cubinery_planted"  # how the symbols of planted faults begin
+REFUSALS = ("Device not supported", "Unable to", "not supported on", "insufficient driver", "Failed to initialize")
+# batch, heads_q, heads_kv, seqlen_q, seqlen_k, causal: several ragged tiles each way, so that every buffer is reused.
+PROBLEMS = ((1, 2, 1, 150, 333, False), (1, 2, 1, 150, 333, True))
+
+
+@dataclass
+class Run:
+    """What one process under one tool showed. ended: keys whose launches ended; named: symbols that findings name."""
+
+    ended: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+    device: dict[str, str] = field(default_factory=dict)
+    summary: str = ""
+    refused: str = ""
+
+
+@dataclass
+class Verdict:
+    """passed, failed: variant keys; blind: why there is no verdict on the others ('' if there are none)."""
+
+    passed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    blind: str = ""
+    planted_seen: list[str] = field(default_factory=list)
+    device: dict[str, str] = field(default_factory=dict)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if options.child:
+        _child(options)
+        return 0
+    artifacts = _artifacts(options)
+    path = Path(os.environ.get("CUBINERY_GPU_RUN") or ledger.new_run())
+    report = {}
+    for tool in options.tools:
+        symbols = {key: artifacts[key].symbol for key in sorted(artifacts)}
+        verdict = judge(partial(_run, tool, options), symbols, tool)
+        run = ledger.Ledger(path, verdict.device.get("gpu", "unknown"), ledger.driver_version())
+        for key in verdict.passed + verdict.failed:
+            run.add(artifacts[key], tool, key in verdict.passed)
+        report[tool] = vars(verdict)
+        print(f"{tool}: {len(verdict.passed)} passed, {len(verdict.failed)} failed {verdict.failed} {verdict.blind}")
+        print(f"{tool}: planted faults seen: {', '.join(verdict.planted_seen) or 'none'}")
+    if options.report:
+        options.report.write_text(json.dumps({"version": _version(), **report}, indent=1) + "\n")
+    return 0 if all(r["passed"] and not r["failed"] and not r["blind"] for r in report.values()) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--registry", type=Path, required=True, help="registry file with cubins for this GPU")
+    parser.add_argument(
+        "--planted", type=Path, help="registry file of tests.gpu.plant_race; without it there is no verdict"
+    )
+    parser.add_argument("--arch", default="sm_90", help="architecture of the index whose variants are run")
+    parser.add_argument("--only", default="*", help="glob over variant keys")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one process under a tool")
+    parser.add_argument("--logs", type=Path, help="folder that keeps the tools' logs")
+    parser.add_argument("--report", type=Path, help="JSON file for the verdicts, the tool's version and its refusals")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keys", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _artifacts(options: argparse.Namespace) -> dict[str, Artifact]:
+    found = read_index(options.registry, options.arch).by_variant
+    return {key: a for key, a in found.items() if fnmatchcase(key, options.only) and Variant.parse(key).op == "fwd"}
+
+
+# ---- verdicts ----
+
+
+def judge(run: Callable[[list[str]], Run], symbols: Mapping[str, str], tool: str) -> Verdict:
+    """Run until every variant has a verdict. `run(keys)` starts one process; a variant that breaks it is left out of
+    the next. symbols: variant key -> kernel name."""
+    verdict, pending = Verdict(), list(symbols)
+    while pending and not verdict.blind:
+        seen = run(pending)
+        verdict.device = verdict.device or seen.device
+        verdict.planted_seen = sorted(name for name in seen.named if name.startswith(PLANTED))
+        guilty = [key for key in pending if symbols[key] in seen.named]
+        clean = [key for key in pending if key in seen.ended and key not in guilty]
+        stuck = [key for key in pending if key not in seen.ended and key not in guilty][:1]
+        if seen.refused:
+            verdict.blind = f"{tool} cannot run here: {seen.refused}"
+        elif len(clean) == len(pending) and not verdict.planted_seen:
+            verdict.blind = f"{tool} did not see the planted fault ({seen.summary or 'no summary'})"
+        elif guilty:
+            verdict.failed += guilty
+            pending = [key for key in pending if key not in guilty]
+        elif stuck:  # it ended the process without a finding of its own: a crash or a hang is a fail
+            verdict.failed += stuck
+            pending = [key for key in pending if key not in stuck]
+        else:
+            verdict.passed, pending = clean, []
+    return verdict
+
+
+def channels(planted: Path) -> list[str]:
+    """The channels of a file of planted faults: one kernel each."""
+    database = sqlite3.connect(f"file:{planted.resolve()}?mode=ro", uri=True)
+    try:
+        return [name for (name,) in database.execute("SELECT DISTINCT name FROM channels ORDER BY name")]
+    finally:
+        database.close()
+
+
+def parse(log: str) -> tuple[set[str], str, str]:
+    """(symbols that findings name, the tool's summary line, why it refused) of a compute-sanitizer log."""
+    lines = [line.removeprefix("=========").strip() for line in log.splitlines() if line.startswith("=========")]
+    device = [line for line in lines if "Host Frame" not in line]
+    named = {name for line in device for name in re.findall(r"\bcubinery_\w+", line)}
+    summary = next((line for line in reversed(lines) if "SUMMARY" in line), "")
+    refused = next((line for line in lines if any(text in line for text in REFUSALS)), "")
+    if not refused and not lines:
+        refused = "it wrote no log"
+    return named, summary, refused
+
+
+# ---- a process under the tool ----
+
+
+def _run(tool: str, options: argparse.Namespace, keys: list[str]) -> Run:
+    folder = options.logs or Path(tempfile.mkdtemp(prefix="cubinery-sanitize-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{tool}-{len(list(folder.glob(f'{tool}-*.log')))}.log"
+    child = [sys.executable, "-m", "tests.gpu.sanitize", "--child", "--registry", str(options.registry)]
+    child += ["--arch", options.arch, "--tools", tool, "--keys", *keys]
+    child += ["--planted", str(options.planted)] if options.planted else []
+    # API errors are left out: the runtime itself asks for parameters until there is no next one.
+    command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), "--report-api-errors", "no"]
+    command += [*_only_ours(), "--print-limit", "200", *child]
+    # Without the caching allocator, memory beyond a tensor is not mapped and memcheck can tell.
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=options.timeout)
+        output, errors = done.stdout, done.stderr
+    except FileNotFoundError:
+        return Run(refused="compute-sanitizer is not installed")
+    except subprocess.TimeoutExpired as error:
+        output, errors = ((x or b"").decode(errors="replace") for x in (error.stdout, error.stderr))
+    seen = read_output(output, log.read_text(errors="replace") if log.exists() else "")
+    if seen.refused or len(seen.ended) < len(keys):
+        print(f"{tool}: {seen.refused or 'unfinished'}\n{output[-500:]}\n{errors[-2000:]}", file=sys.stderr)
+    return seen
+
+
+def read_output(output: str, log: str) -> Run:
+    """A Run from the child's stdout (JSON lines among others) and the tool's log."""
+    named, summary, refused = parse(log)
+    run = Run(named=named, summary=summary, refused=refused)
+    for line in output.splitlines():
+        if line.startswith("{"):
+            event = json.loads(line)
+            if event["event"] == "end":
+                run.ended.add(event["variant"])
+            else:
+                run.device = {name: event[name] for name in ("gpu", "arch")}
+    if run.ended:
+        run.refused = ""  # it ran: words that look like a refusal were about something else
+    return run
+
+
+@cache
+def _only_ours() -> tuple[str, str]:
+    """The option that instruments only kernels whose name contains 'cubinery_'; its name differs between versions."""
+    try:
+        text = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        text = ""
+    return ("--kernel-name" if "--kernel-name" in text else "--kernel-regex"), "kns=cubinery_"
+
+
+def _version() -> str:
+    try:
+        text = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return "none"
+    return " ".join(text.split())
+
+
+# ---- the child ----
+
+
+def _child(options: argparse.Namespace) -> None:
+    """Launch every key's problems through `runtime`, then the tool's planted fault."""
+    import torch
+
+    from tests.gpu.dut import Gpu
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    _say(event="device", gpu=torch.cuda.get_device_name(), arch=arch)
+    with tempfile.TemporaryDirectory() as scratch:
+        dut = Gpu(options.registry, Path(scratch), arch)
+        for key in options.keys:
+            dut.force(key)
+            _launch(dut.attn, key)
+            _say(event="end", variant=key)
+        if options.planted:
+            planted = private_copy(options.planted, Path(scratch) / "planted.db")
+            (_write_past_the_end if options.tools == ["memcheck"] else _race)(planted, arch)
+
+
+def _say(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def _launch(attn: Any, key: str) -> None:
+    """The small problems, through `attn`, to their end."""
+    import torch
+
+    from tests.gpu.inputs import Shape, values
+
+    variant = Variant.parse(key)
+    for i, (batch, heads_q, heads_kv, seqlen_q, seqlen_k, causal) in enumerate(PROBLEMS):
+        shape = Shape(batch, heads_q, heads_kv, seqlen_q, seqlen_k, variant.head_dim, variant.dtype)
+        attn(**values(shape, "normal", "cuda", i), causal=causal, return_lse=True)
+    torch.cuda.synchronize()
+
+
+def _race(planted: Path, arch: str) -> None:
+    """Each kernel that lacks a barrier, through the public API."""
+    import runtime
+
+    for name in channels(planted):
+        runtime.configure(registry=planted, channel=name)
+        (key,) = read_index(planted, arch, name).by_variant
+        _launch(runtime.flash_attn, key)
+
+
+def _write_past_the_end(planted: Path, arch: str) -> None:
+    """A planted kernel with an output of half the rows that it is told. The last act of a process: the context dies."""
+    import torch
+
+    from benchmarks.cubins import Kernel, bind_fwd, read
+    from tests.gpu.inputs import DTYPES
+
+    candidate = read(planted, arch)[0]
+    size = (1, 128, 1, candidate.variant.head_dim)
+    q, k, v = (torch.ones(size, dtype=DTYPES[candidate.variant.dtype], device="cuda") for _ in range(3))
+    short, lse = torch.empty_like(q[:, :64]), torch.empty(1, 1, 128, device="cuda")
+    bind_fwd(Kernel(candidate), q, k, v, short, lse, causal=False)()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The forward's conformance tests on a GPU: every variant of the dispatch table through every check, in the ledger."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels import dispatch
+
+KEYS = [variant.key for variant in dispatch.variants() if variant.op == "fwd"]
+NAMES = ("yardstick", "lse", "strided", "windows", "empty", "beyond_2g", "determinism", "graph_capture", "streams")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", KEYS)
+def test_conformance(dut, done, recorded, key, name):
+    if (key, name) in done:
+        pytest.skip("this run's ledger has it already")
+    from tests.gpu.checks import CHECKS, FULL
+
+    assert key in dut.artifacts, f"{key} is in the dispatch table, not in the registry's index: build it"
+    dut.force(key)
+    with recorded(dut.artifacts[key], name):
+        CHECKS[name](dut, key, FULL)
