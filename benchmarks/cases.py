@@ -12,6 +12,8 @@ MODELS = {
     "hd64": (16, 16, 64),
     "hd64-gqa": (16, 4, 64),
 }
+# What tiles are chosen on: head_dim 96 has no model above, but tiles of its own.
+SWEPT = {**MODELS, "hd96": (32, 8, 96)}
 SEQLENS = (1024, 2048, 4096, 8192)
 TOKENS = 8192
 

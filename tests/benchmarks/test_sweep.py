@@ -27,7 +27,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(sweep, "Kernel", FakeKernel)
     monkeypatch.setattr(sweep, "bind_fwd", fake_bind)
     tiny = cases.grid({"tiny": (4, 2, 64)}, (64, 96))
-    monkeypatch.setattr(cases, "grid", lambda: [cases.Case(**{**vars(c), "batch": 1}) for c in tiny])
+    monkeypatch.setattr(cases, "grid", lambda *_: [cases.Case(**{**vars(c), "batch": 1}) for c in tiny])
     sweep._kernel.cache_clear()
 
 

@@ -155,7 +155,10 @@ def test_require_verified_names_each_variant(
 def test_ctrl_c_exits_130_and_leaves_a_sound_registry(tmp_path: Path, sources: Path, calls: Path) -> None:
     """As in a terminal: SIGINT while one worker hangs and others have finished."""
     code = (
-        "import sys; from pathlib import Path; from builder.__main__ import main; from tests.builder import toys\n"
+        "import signal, sys; from pathlib import Path; from builder.__main__ import main\n"
+        "from tests.builder import toys\n"
+        # A shell starts background jobs with SIGINT ignored, and the test may be part of one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "variants = [toys.variant(n=8), toys.variant('hangs')]\n"
         "table = toys.table(*variants, folder=Path(sys.argv[1]))\n"
         "sys.exit(main(['--registry', sys.argv[2], '--jobs', '1', '--json'], lambda: table))"
