@@ -12,8 +12,8 @@ MODELS = {
     "hd64": (16, 16, 64),
     "hd64-gqa": (16, 4, 64),
 }
-# What tiles are chosen on: head_dim 96 has no model above, but tiles of its own.
-SWEPT = {**MODELS, "hd96": (32, 8, 96)}
+# What tiles are chosen on: these head dims have no model above, but tiles of their own.
+SWEPT = {**MODELS, "hd96": (32, 8, 96), "hd192": (32, 8, 192), "hd256": (32, 8, 256)}
 SEQLENS = (1024, 2048, 4096, 8192)
 TOKENS = 8192
 

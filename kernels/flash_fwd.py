@@ -16,7 +16,8 @@ from kernels.compile import to_ptx
 from kernels.generate import Generated
 from kernels.mma import as_a_operand, gemm_rs, gemm_ss, rows_columns, tiled_mma
 from kernels.tiles import load_tile, matrix_of, smem_layout, store_tile, thread_view, tile_copy
-from registry.contract import Grid, Variant
+from kernels.validity import fwd_invalid, fwd_smem
+from registry.contract import ContractError, Grid, Variant
 
 SECTION = 64  # heads whose query tiles run side by side; docs/tuning.md
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
@@ -26,6 +27,10 @@ class FlashForward:
     """The forward kernel of one variant: its tile, its shared memory and its device code."""
 
     def __init__(self, variant: Variant):
+        reason = fwd_invalid(variant)
+        if reason:
+            raise ContractError(f"{variant.key}: {reason}")
+        self.smem = fwd_smem(variant)
         self.dtype = DTYPES[variant.dtype]
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.size("m"), variant.size("n")
@@ -33,12 +38,6 @@ class FlashForward:
         self.threads = 32 * self.warps
         # A narrow accumulator is cheaper to rescale at every block than to branch around.
         self.lazy_rescale = self.head_dim_v > 64
-
-    @property
-    def smem(self) -> int:
-        """Dynamic shared memory in bytes: Q (later O) and `stages` pairs of K and V tiles."""
-        q_or_o = self.tile_m * max(self.head_dim, self.head_dim_v)
-        return 2 * (q_or_o + self.stages * self.tile_n * (self.head_dim + self.head_dim_v))
 
     @cute.jit
     def __call__(self, *parameters):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from html import escape
 
-from registry.contract import Index
+from registry.contract import ContractError, Index
 from registry.store import Store
 
 _STYLE = """
@@ -42,7 +42,10 @@ def render(store: Store) -> str:
 
 def _index(store: Store, digest: str) -> str:
     body = store.get_index(digest)
-    return "" if body is None else _table(body)
+    try:
+        return "" if body is None else _table(body)
+    except ContractError as error:  # written by a newer builder
+        return f"<p>this server cannot show it: {escape(str(error))}</p>"
 
 
 @lru_cache(maxsize=32)  # parsing an index of some hundred artifacts takes milliseconds of the event loop
