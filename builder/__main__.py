@@ -1,5 +1,4 @@
-"""python -m builder: compile the dispatch table into a registry. Exit code 0, 1 (a variant or the build failed),
-2 (usage) or 130 (Ctrl-C)."""
+"""python -m builder: compile the dispatch table into a registry. See EXIT_CODES."""
 
 from __future__ import annotations
 
@@ -8,11 +7,14 @@ import difflib
 import fnmatch
 import json
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from builder import misplaced
 
@@ -20,50 +22,118 @@ if TYPE_CHECKING:
     from builder.build import Job, Result, Table
     from registry.contract import Variant
 
+EXIT_CODES = """exit code: 0 done, even if a channel was left alone; 1 a variant or the build failed, or one is not
+verified; 2 usage; 130 Ctrl-C; 143 SIGTERM. Interrupted, it keeps every variant that was finished."""
+SIGTERM_CODE = 128 + signal.SIGTERM
+# What --json states of every run; null where a run ended before it was known. An `error` object comes on top.
+FIELDS = ("variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "index", "moved", "lacking")
+
 
 def main(argv: Sequence[str] | None = None, table: Callable[[], Table] | None = None) -> int:
     """Run the command line; returns the exit code. table: gives the dispatch table, by default that of `kernels/`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    answer: dict[str, Any] = dict.fromkeys(FIELDS)
+    with _terminable():
+        code = _guarded(arguments, table, answer)
+    if "--json" in arguments:
+        print(json.dumps(answer), flush=True)
+    return code
+
+
+def _guarded(arguments: list[str], table: Callable[[], Table] | None, answer: dict[str, Any]) -> int:
+    """Run; whatever ends it early becomes a line on stderr, the answer's `error` and an exit code."""
+
+    def failed(code: int, reason: str, message: str, line: str | None = None) -> int:
+        answer["error"] = {"reason": reason, "message": message}
+        print(f"builder: {line or message}", file=sys.stderr)
+        return code
+
     if problem := misplaced("registry"):
-        print(f"builder: {problem}", file=sys.stderr)
-        return 1
-    options = parser().parse_args(argv)
+        return failed(1, "toolchain", problem)
+    from builder.errors import UsageError
+    from registry.contract import CubineryError
+
     try:
+        options = parser().parse_args(arguments)
         from builder.build import Table
-        from builder.errors import UsageError
-        from registry.contract import CubineryError
+
+        return run(options, (table or Table.ours)(), answer)
     except ModuleNotFoundError as error:
-        print(
-            f"builder: {error.name} is not installed: pip install -e '.[build,serve]' in the checkout", file=sys.stderr
-        )
-        return 1
-    try:
-        return run(options, (table or Table.ours)())
+        return failed(1, "toolchain", f"{error.name} is not installed: pip install -e '.[build,serve]' in the checkout")
     except UsageError as error:
-        print(f"builder: {error}", file=sys.stderr)
-        return 2
+        return failed(2, error.reason, str(error))
     except CubineryError as error:
-        print(f"builder: {error.reason}: {error}", file=sys.stderr)
-        return 1
+        return failed(1, error.reason, str(error), f"{error.reason}: {error}")
     except KeyboardInterrupt:
-        print("builder: interrupted; what was built is stored, the channel did not move", file=sys.stderr)
-        return 130
+        return failed(130, "interrupted", f"interrupted; {_left(answer)}")
+    except SystemExit as error:
+        if error.code != SIGTERM_CODE:  # --help
+            raise
+        return failed(SIGTERM_CODE, "terminated", f"terminated; {_left(answer)}")
+    except Exception as error:
+        traceback.print_exc()
+        return failed(1, "internal", f"{type(error).__name__}: {error}")
+
+
+def _left(answer: dict[str, Any]) -> str:
+    """What an interrupted build leaves behind."""
+    if answer["variants"] is None:
+        return "nothing was built"
+    moved = f"moved for {', '.join(answer['moved'])} alone" if answer["moved"] else "did not move"
+    return f"{answer['built'] + answer['cached']} of {answer['variants']} variants are stored, the channel {moved}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143), once, so that workers end and their files go. It has no effect by default on
+    process 1 of a container. Signals belong to the main thread: elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the cleaning up
+        raise SystemExit(SIGTERM_CODE)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As any usage error, so that --json tells of this one too."""
+        from builder.errors import UsageError
+
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m builder", description="Compile SM120 attention kernels into a registry."
+    p = _Parser(
+        prog="python -m builder",
+        description="Compile SM120 attention kernels into a registry.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,  # else --js would be --json
     )
     p.add_argument(
         "--arch", action="append", metavar="sm_N", help="architecture to assemble for (default sm_120); repeat"
     )
     p.add_argument(
-        "--registry", type=Path, metavar="PATH", help="SQLite file (default: CUBINERY_REGISTRY or user data)"
+        "--registry", type=_file, metavar="PATH", help="SQLite file (default: CUBINERY_REGISTRY or user data)"
     )
     p.add_argument("--op", action="append", help="only variants of this op; repeat")
     p.add_argument("--only", metavar="GLOB", help="only variants whose key matches, e.g. 'fwd-bf16-d128-*'")
     p.add_argument("--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="worker processes")
     p.add_argument(
         "--channel", default="stable", help="name to point at the new index if nothing fails (default stable)"
+    )
+    p.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="move the channel even if the new index lacks variants of the table which its current one has, as after a "
+        "change of sources and --only; without this it stays, and a line says so",
     )
     p.add_argument("--dry-run", action="store_true", help="list what would be built, build nothing")
     p.add_argument("--json", action="store_true", help="print one JSON object last on stdout; all else goes to stderr")
@@ -73,18 +143,27 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _file(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL; the builder writes a file")
+    return Path(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
-def run(options: argparse.Namespace, table: Table) -> int:
-    """Build as the options say. Raises CubineryError for what keeps the whole build from happening."""
+def run(options: argparse.Namespace, table: Table, answer: dict[str, Any]) -> int:
+    """Build as the options say and put what --json states into `answer`, also when it is interrupted.
+
+    Raises CubineryError for what keeps the whole build from happening.
+    """
     from builder.build import Build
     from builder.errors import UsageError
     from builder.verified import Verified
-    from registry.store import Store, StoreError, check_channel, default_path
+    from registry.store import Store, StoreError, check_channel
 
     archs = _archs(options.arch or ["sm_120"])
     select = _selection(table, options.op, options.only)
@@ -92,22 +171,47 @@ def run(options: argparse.Namespace, table: Table) -> int:
         check_channel(options.channel)
     except StoreError as error:
         raise UsageError(f"--{error}") from None
-    path = options.registry or default_path()
+    path = options.registry or _default_file()
     if options.dry_run:
-        return dry_run(options, table, archs, select, path)
+        if options.require_verified:
+            raise UsageError("--require-verified is about PTX that was built: it cannot go with --dry-run")
+        answer.update(dry_run(options, table, archs, select, path))
+        return 0
     verified = Verified.read() if options.require_verified else None
-    with Store(path) as store, _progress() as progress:
-        result = Build(table, archs, store).run(
-            select, jobs=options.jobs, channel=options.channel, verified=verified, progress=progress
-        )
-    report(result, archs, options, len(table.variants), path)
-    return 1 if result.failed else 0
+    with Store(path) as store:
+        build = Build(table, archs, store)
+        try:
+            with _progress() as progress:
+                result = build.run(
+                    select,
+                    jobs=options.jobs,
+                    channel=options.channel,
+                    verified=verified,
+                    allow_partial=options.allow_partial,
+                    progress=progress,
+                )
+        finally:
+            if build.result is not None:
+                answer.update(summary(build.result, archs))
+    report(result, options, len(table.variants), path)
+    return 1 if result.failed or result.unverified else 0
+
+
+def _default_file() -> Path:
+    """`default_path()`, but UsageError where that passes over a CUBINERY_REGISTRY that the builder cannot write."""
+    from builder.errors import UsageError
+    from registry.store import default_path
+
+    path, named = default_path(), os.environ.get("CUBINERY_REGISTRY")
+    if named and path != Path(named):
+        raise UsageError(f"CUBINERY_REGISTRY={named} is a URL or a folder; name the file to write with --registry PATH")
+    return path
 
 
 def dry_run(
     options: argparse.Namespace, table: Table, archs: list[str], select: Callable[[Variant], bool], path: Path
-) -> int:
-    """List what a build would do. Writes nothing, not even an empty registry."""
+) -> dict[str, Any]:
+    """List what a build would do; what --json states of it. Writes nothing, not even an empty registry."""
     from builder.build import plan
     from builder.toolchain import Toolchain
     from registry.store import Store
@@ -123,15 +227,13 @@ def dry_run(
     for job in todo:
         print(f"{job.key}: {', '.join(job.missing)}", file=out)
     print(f"{len(todo)} of {len(chosen)} variants would be built into {path}", file=out)
-    if options.json:
-        print(json.dumps(_dry_summary(chosen, todo)))
-    return 0
+    return _dry_summary(chosen, todo)
 
 
 def _dry_summary(chosen: list[Job], todo: list[Job]) -> dict[str, Any]:
     would = [{"key": job.key, "archs": list(job.missing)} for job in todo]
     counts = {"variants": len(chosen), "built": 0, "cached": len(chosen) - len(todo), "bytes": 0, "seconds": 0.0}
-    return {**counts, "failed": [], "index": None, "would_build": would}
+    return {**counts, "failed": [], "would_build": would}
 
 
 def _archs(given: list[str]) -> list[str]:
@@ -187,8 +289,8 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
-def report(result: Result, archs: list[str], options: argparse.Namespace, table_size: int, path: Path) -> None:
-    """The end table, the failures, the digests; with --json the object, last on stdout."""
+def report(result: Result, options: argparse.Namespace, table_size: int, path: Path) -> None:
+    """The end table, the failures, the digests."""
     from rich.console import Console
 
     console = Console(stderr=options.json, soft_wrap=True)
@@ -196,22 +298,33 @@ def report(result: Result, archs: list[str], options: argparse.Namespace, table_
     console.print(_table(result))
     for key, reason in sorted(result.failed.items()):
         console.print(f"FAILED {key}: {reason}", markup=False, highlight=False)
+    for key, reason in sorted(result.unverified.items()):
+        console.print(f"UNVERIFIED {key}: {reason}", markup=False, highlight=False)
     console.print(
         f"{result.seconds:.1f} s: {len(result.built)} built, {len(result.cached)} cached, {len(result.failed)} failed "
         f"of {result.variants} variants in {path}",
         highlight=False,
     )
+    if result.unverified:
+        console.print(f"not verified: {len(result.unverified)} variants of the index", highlight=False)
     for arch, digest in result.indexes.items():
-        moved = f"channel {options.channel} left as it was" if result.failed else f"now channel {options.channel}"
+        moved = (
+            f"now channel {options.channel}" if arch in result.moved else f"channel {options.channel} left as it was"
+        )
         console.print(
             f"index {arch} {digest} ({result.indexed[arch]} of {table_size} variants, {moved})", highlight=False
         )
-    if options.json:
-        print(json.dumps(summary(result, archs)))
+    for arch, keys in result.lacking.items():
+        console.print(
+            f"channel {options.channel} keeps its {arch} index, which also has {', '.join(keys)}: build these too, or "
+            "give --allow-partial",
+            markup=False,
+            highlight=False,
+        )
 
 
 def summary(result: Result, archs: list[str]) -> dict[str, Any]:
-    """What --json prints. bytes: of the selected variants' cubins, all architectures together."""
+    """What --json states of a build. bytes: of the selected variants' cubins, all architectures together."""
     index = result.indexes.get(archs[0]) if len(archs) == 1 else {arch: result.indexes.get(arch) for arch in archs}
     return {
         "variants": result.variants,
@@ -219,9 +332,16 @@ def summary(result: Result, archs: list[str]) -> dict[str, Any]:
         "cached": len(result.cached),
         "bytes": sum(a.cubin_size for a in result.artifacts.values()),
         "seconds": round(result.seconds, 3),
-        "failed": [{"key": key, "reason": reason} for key, reason in sorted(result.failed.items())],
+        "failed": _reasons(result.failed),
+        "unverified": _reasons(result.unverified),
         "index": index,
+        "moved": result.moved,
+        "lacking": result.lacking,
     }
+
+
+def _reasons(found: dict[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "reason": reason} for key, reason in sorted(found.items())]
 
 
 def _table(result: Result) -> Any:

@@ -11,11 +11,11 @@ from typing import Any
 from builder import checks, misplaced
 from builder.errors import ToolchainError
 from builder.examine import Candidate, artifact, examine
-from builder.toolchain import Toolchain, closure
+from builder.toolchain import Toolchain, broken, closure
 from builder.verified import Verified
 from builder.worker import TIME_LIMIT, Answer, Pool, Task
 from registry import __version__
-from registry.contract import Abi, Artifact, DispatchRow, Index, Variant, sha256_hex
+from registry.contract import Abi, Artifact, ContractError, DispatchRow, Index, Variant, sha256_hex
 from registry.store import ConflictError, Store
 
 BATCH = 16  # cubins of one architecture that share an nvdisasm run
@@ -35,11 +35,14 @@ class Table:
 
     @classmethod
     def ours(cls) -> Table:
-        """The dispatch table of `kernels/`. ToolchainError if another project's `kernels` is in the way."""
+        """The dispatch table of `kernels/`. ToolchainError if another project's `kernels` is in the way, or ours does
+        not parse."""
         if problem := misplaced("kernels"):
             raise ToolchainError(problem)
-        from kernels import abi, dispatch, generate
-
+        try:
+            from kernels import abi, dispatch, generate
+        except SyntaxError as error:
+            raise broken(error, error.filename) from None
         sources = {op: (generate.__name__, module) for op, module in generate.MODULES.items()}
         return cls(dispatch.variants(), dispatch.rows(), abi.ABIS, sources, f"{generate.__name__}:generate")
 
@@ -64,15 +67,24 @@ class Job:
 
 @dataclass
 class Result:
-    """What a build did. artifacts: of the selected variants, by (variant key, arch); indexes: arch → digest."""
+    """What a build did. built + cached + failed are the `variants` selected, unless it was interrupted.
+
+    artifacts: of the selected variants, by (variant key, arch). unverified: indexed variants, selected or not, that
+    the ledger does not show as verified. indexes: arch → digest, indexed: arch → how many variants. moved: the
+    architectures whose channel points at the new index now. lacking: those whose channel was left alone because its
+    index has these variants of the table and the new one has not.
+    """
 
     variants: int
     artifacts: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     built: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
     indexes: dict[str, str] = field(default_factory=dict)
     indexed: dict[str, int] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
+    lacking: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -90,7 +102,12 @@ def plan(table: Table, archs: Sequence[str], toolchain: Toolchain, store: Store 
 
 
 class Build:
-    """One run over a store. `select` picks the variants to build; the index covers the whole table regardless."""
+    """One run over a store. `select` picks the variants to build; the index covers the whole table regardless.
+
+    result: what `run` did, also when it was interrupted; None before it.
+    """
+
+    result: Result | None = None
 
     def __init__(self, table: Table, archs: Sequence[str], store: Store, *, toolchain: Toolchain | None = None):
         self.table, self.archs, self.store = table, tuple(dict.fromkeys(archs)), store
@@ -105,37 +122,42 @@ class Build:
         jobs: int = 1,
         channel: str = "stable",
         verified: Verified | None = None,
+        allow_partial: bool = False,
         progress: Callable[[int, int, str], None] = lambda done, total, key: None,
         time_limit: float = TIME_LIMIT,
     ) -> Result:
         """Build what is missing, index what is there, and move the channel if nothing failed.
 
-        verified: require every indexed variant to be verified. progress(done, total, key) is called as variants end.
+        verified: require every indexed variant to be verified. allow_partial: move a channel even to an index that
+        lacks variants of the table which its current one has. progress(done, total, key) is called as variants end.
         time_limit: seconds that one variant may take. Raises StoreError; a variant's own faults go to `failed`.
+        Whatever ends it, variants that were finished are in the store.
         """
         started = time.monotonic()
         chosen = [job for job in self.jobs.values() if select(job.variant)]
         todo = [job for job in chosen if job.missing]
-        progress(0, len(todo), "")
-        if todo:
-            self._make(todo, min(jobs, len(todo)), progress, time_limit)
-        result = Result(len(chosen))
-        for job in chosen:
-            if job.reasons:
-                result.failed[job.key] = "; ".join(job.reasons)
-            else:
-                (result.built if job.missing else result.cached).append(job.key)
-        self._index(result, channel, verified)
-        chosen_keys = {job.key for job in chosen}
-        result.artifacts = {at: a for at, a in result.artifacts.items() if at[0] in chosen_keys}
+        result = self.result = Result(len(chosen))
+        try:
+            progress(0, len(todo), "")
+            if todo:
+                self._make(todo, min(jobs, len(todo)), progress, time_limit)
+        finally:
+            stored = self._stored()
+            self._count(result, chosen, stored)
+            result.seconds = time.monotonic() - started
+        if verified is not None:
+            result.unverified = unverified(stored, verified)
+        self._index(result, stored, channel, allow_partial)
         result.seconds = time.monotonic() - started
         return result
 
     def _make(self, todo: list[Job], jobs: int, progress: Callable[[int, int, str], None], time_limit: float) -> None:
-        with Pool(jobs, time_limit) as pool:
-            for done, answer in enumerate(pool.run([self._task(job) for job in todo]), 1):
-                self._take(self.jobs[answer.key], answer)
-                progress(done, len(todo), answer.key)
+        try:
+            with Pool(jobs, time_limit) as pool:
+                for done, answer in enumerate(pool.run([self._task(job) for job in todo]), 1):
+                    self._take(self.jobs[answer.key], answer)
+                    progress(done, len(todo), answer.key)
+        finally:  # an interruption costs a second more, and nothing that was made
             for arch in self.archs:
                 self._settle(arch)
 
@@ -170,14 +192,15 @@ class Build:
 
     def _settle(self, arch: str) -> None:
         """Examine the cubins that wait, and store those that pass."""
-        waiting, self._pending[arch] = self._pending[arch], []
-        for candidate, found in examine(waiting, arch):
+        waiting = self._pending[arch]
+        for candidate, found in examine(tuple(waiting), arch):
             job = self.jobs[candidate.key]
             if isinstance(found, list):
                 job.reasons += found
             else:
                 made = artifact(candidate, found, arch, self.table.abis[job.variant.op], self.toolchain)
                 self._kept(job, self.store.put_artifact, job.fingerprints[arch], made, candidate.cubin.frame)
+            waiting.remove(candidate)  # not before: an interruption leaves the rest to be settled
 
     def _kept(self, job: Job, put: Callable[..., object], *arguments: object) -> bool:
         """Store; that another build stored something else under the same fingerprint is this variant's fault alone."""
@@ -188,21 +211,47 @@ class Build:
             job.reasons.append(f"{error.reason}: {error}")
             return False
 
-    def _index(self, result: Result, channel: str, verified: Verified | None) -> None:
-        """Write each architecture's index of every artifact that is there; the channel moves if nothing failed."""
-        found = {(job.key, arch): a for job in self.jobs.values() for arch, f in job.fingerprints.items()
-                 if (a := self.store.get_artifact(f)) is not None}  # fmt: skip
-        result.artifacts = found
-        if verified is not None:
-            for key, reason in sorted(unverified(found, verified).items()):
-                result.failed.setdefault(key, reason)
+    def _stored(self) -> dict[tuple[str, str], Artifact]:
+        """Every artifact of the table that is in the store, by (variant key, arch)."""
+        return {(job.key, arch): a for job in self.jobs.values() for arch, f in job.fingerprints.items()
+                if (a := self.store.get_artifact(f)) is not None}  # fmt: skip
+
+    def _count(self, result: Result, chosen: Sequence[Job], stored: Mapping[tuple[str, str], Artifact]) -> None:
+        for job in chosen:
+            if job.reasons:
+                result.failed[job.key] = "; ".join(job.reasons)
+            elif all((job.key, arch) in stored for arch in self.archs):
+                (result.built if job.missing else result.cached).append(job.key)
+        keys = {job.key for job in chosen}
+        result.artifacts = {at: a for at, a in stored.items() if at[0] in keys}
+
+    def _index(
+        self, result: Result, stored: Mapping[tuple[str, str], Artifact], channel: str, allow_partial: bool
+    ) -> None:
+        """Write each architecture's index of all that is stored; its channel moves if nothing failed or gets lost."""
         abis = tuple(self.table.abis.values())
         for arch in self.archs:
-            artifacts = tuple(a for (_, at), a in found.items() if at == arch)
-            if artifacts:
-                index = Index(arch, __version__, artifacts, self.table.rows, abis)
-                result.indexes[arch] = self.store.put_index(index, None if result.failed else channel)
-                result.indexed[arch] = len(artifacts)
+            artifacts = tuple(a for (_, at), a in stored.items() if at == arch)
+            if not artifacts:
+                continue
+            index = Index(arch, __version__, artifacts, self.table.rows, abis)
+            lacking = [] if allow_partial else self._lacking(index, channel)
+            move = not (result.failed or result.unverified or lacking)
+            result.indexes[arch] = self.store.put_index(index, channel if move else None)
+            result.indexed[arch] = len(artifacts)
+            if move:
+                result.moved.append(arch)
+            if lacking:
+                result.lacking[arch] = lacking
+
+    def _lacking(self, index: Index, channel: str) -> list[str]:
+        """Variants of the table that the channel's index has and `index` has not."""
+        body = self.store.get_index(self.store.channel(channel).get(index.arch, ""))
+        try:
+            current = Index.from_bytes(body).by_variant.keys() if body is not None else set()
+        except ContractError:  # of a format that this release no longer reads: nothing is lost by replacing it
+            return []
+        return sorted((current & self.jobs.keys()) - index.by_variant.keys())
 
 
 def unverified(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified) -> dict[str, str]:
@@ -210,5 +259,5 @@ def unverified(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified
     reasons = {}
     for (key, _), a in artifacts.items():
         if lacking := verified.lacking(a.ptx_sha256, Variant.parse(key).op):
-            reasons[key] = f"unverified: PTX {a.ptx_sha256}: {'; '.join(lacking)}"
+            reasons[key] = f"PTX {a.ptx_sha256}: {'; '.join(lacking)}"
     return reasons

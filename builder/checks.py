@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from builder.inspect import ELF_MACHINE_CUDA, Elf, Usage
+from builder.inspect import Elf, Usage
 from builder.sass import Loops
 from builder.toolchain import DSL_ARCH
-from registry.contract import GRID_RULES, MAX_SMEM, PARAM_FORMATS, Abi
+from registry.contract import ELF_MACHINE_CUDA, GRID_RULES, MAX_SMEM, PARAM_FORMATS, Abi
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\b.*?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.S)
@@ -108,9 +108,9 @@ def launch(facts: Facts) -> str | None:
 
 
 def machine(elf: Elf, arch: str) -> str | None:
-    if (elf.machine, f"sm_{elf.sm}") == (ELF_MACHINE_CUDA, arch):
+    if (elf.machine, elf.arch) == (ELF_MACHINE_CUDA, arch):
         return None
-    return f"elf: machine {elf.machine} and SM version {elf.sm} in the header, expected {ELF_MACHINE_CUDA} and {arch}"
+    return f"elf: machine {elf.machine} and {elf.arch} in the header, expected {ELF_MACHINE_CUDA} and {arch}"
 
 
 def kernels(elf: Elf, facts: Facts) -> str | None:

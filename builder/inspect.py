@@ -7,8 +7,8 @@ import struct
 from dataclasses import dataclass
 
 from builder.errors import InspectError
+from registry.contract import elf_machine
 
-ELF_MACHINE_CUDA = 190
 _SHT_SYMTAB, _STT_FUNC, _STO_CUDA_ENTRY = 2, 2, 0x10
 
 # Limits of one SM of compute capability 12.x (CUDA C++ Programming Guide, 'Technical Specifications').
@@ -24,10 +24,10 @@ SM120_BLOCKS = 24
 
 @dataclass(frozen=True)
 class Elf:
-    """machine: e_machine. sm: e.g. 120. kernels: entry symbol → its code."""
+    """machine: e_machine. arch: e.g. 'sm_120', where the machine is CUDA. kernels: entry symbol → its code."""
 
     machine: int
-    sm: int
+    arch: str
     kernels: dict[str, bytes]
 
 
@@ -51,10 +51,7 @@ def read_elf(cubin: bytes) -> Elf:
 
 
 def _read_elf(cubin: bytes) -> Elf:
-    if cubin[:6] != b"\x7fELF\x02\x01":
-        raise ValueError(f"starts with {cubin[:6]!r}")
-    machine, flags = struct.unpack_from("<18xH28xI", cubin)
-    sm = (flags >> 8) & 0xFF if cubin[8] == 8 else flags & 0xFF
+    machine, arch = elf_machine(cubin)
     offset, size, count = struct.unpack_from("<40xQ10xHH", cubin)
     # name, type, flags, address, offset, size, link, info, alignment, entry size
     sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, offset + n * size) for n in range(count)]
@@ -71,7 +68,7 @@ def _read_elf(cubin: bytes) -> Elf:
                 if start + length > len(cubin):
                     raise ValueError(f"the code of {symbol} ends behind the file's end")
                 kernels[symbol] = cubin[start : start + length]
-    return Elf(machine, sm, kernels)
+    return Elf(machine, arch, kernels)
 
 
 def read_log(log: str) -> Usage:

@@ -102,7 +102,7 @@ def closure(roots: Iterable[str], packages: Iterable[str] = SOURCE_PACKAGES, fol
     """Module name → SHA-256 of its source, for `roots` and all they import, directly or not, of `packages`.
 
     Reads the import statements with ast and runs nothing. Names are relative to `folder`, so equal sources in
-    different folders give equal results. ToolchainError if a root is not there.
+    different folders give equal results. ToolchainError if a root is not there or a source does not parse.
     """
     packages = tuple(packages)
     found: dict[str, str] = {}
@@ -118,9 +118,22 @@ def closure(roots: Iterable[str], packages: Iterable[str] = SOURCE_PACKAGES, fol
         text = path.read_bytes()
         found[name] = sha256_hex(text)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        waiting += _imports(ast.parse(text, str(path)), package)
+        waiting += _imports(_parse(text, path), package)
         waiting += _parents(name)
     return dict(sorted(found.items()))
+
+
+def broken(error: SyntaxError | ValueError, path: object) -> ToolchainError:
+    """The typed error for a source that does not parse."""
+    line = getattr(error, "lineno", None)  # a NUL byte has none
+    return ToolchainError(f"{path}{f':{line}' if line else ''}: {getattr(error, 'msg', error)}; nothing can be built")
+
+
+def _parse(text: bytes, path: Path) -> ast.AST:
+    try:
+        return ast.parse(text, str(path))
+    except (SyntaxError, ValueError) as error:
+        raise broken(error, path) from None
 
 
 def _source(name: str, folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import chdir
 from typing import Any
 
 import cutlass
@@ -31,7 +32,8 @@ def to_ptx(
         )
     # A name of our own: the DSL's would hold module paths and change the PTX when a file moves.
     type(op).kernel.set_name_prefix(symbol, remove_cutlass_symbol=True, keep_mangled_name=False)
-    ptx = cute.compile(op, *arguments, options=f"--keep-ptx --dump-dir={dump_dir}").__ptx__.rstrip("\0")
+    with chdir(dump_dir):  # the DSL splits its options at spaces: only a path that holds none, '.', survives
+        ptx = cute.compile(op, *arguments, options="--keep-ptx --dump-dir=.").__ptx__.rstrip("\0")
     entry = re.search(r"\.entry\s+(\w+)", ptx)  # the DSL appends the number of the kernel within its trace, always 0
     assert entry is not None and entry[1].startswith(symbol), f"the DSL named the kernel {entry and entry[1]!r}"
     return ptx, entry[1]

@@ -15,12 +15,15 @@ from functools import cached_property
 from typing import Any
 
 FORMAT = 1  # of the index; a client refuses an index of another format
+SCHEMA = 1  # of the registry file, the user_version in its header: the number of registry.store's migrations
 
 DTYPES = ("bf16", "fp16")
 PARAM_FORMATS = {"ptr": "Q", "i32": "i", "i64": "q", "f32": "f"}
 GRID_RULES = ("tiles_heads_batch",)
 MAX_SMEM = 101_376  # bytes of shared memory a block may use on SM120
 WINDOW_OPEN = 2**30  # window_left / window_right of a side that is open; real bounds are below it
+ELF_MACHINE_CUDA = 190
+ELF_HEADER = 64  # bytes of a 64-bit ELF header
 
 
 class CubineryError(Exception):
@@ -71,6 +74,22 @@ def check_arch(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"sm_[1-9][0-9]{1,2}", value):
         raise ContractError(f"arch: {value!r:.100} is not like 'sm_120' ('a' and 'f' targets are not shipped)")
     return value
+
+
+def elf_machine(content: bytes) -> tuple[int, str]:
+    """(e_machine, architecture) that an ELF file's header states: (190, 'sm_120') for a cubin.
+
+    The architecture means nothing for another machine. ContractError for what is no 64-bit little-endian ELF file, or
+    a cubin whose ABI version is not 7 or 8: where its flags hold the architecture depends on that.
+    """
+    header = content[:ELF_HEADER]
+    if len(header) < ELF_HEADER or header[:6] != b"\x7fELF\x02\x01":
+        raise ContractError(f"no 64-bit little-endian ELF file: it starts with {header[:6]!r}")
+    machine, flags = struct.unpack_from("<18xH28xI", header)
+    abi_version = header[8]
+    if machine == ELF_MACHINE_CUDA and abi_version not in (7, 8):
+        raise ContractError(f"the cubin's ELF ABI version is {abi_version}, this code reads 7 and 8")
+    return machine, f"sm_{flags >> 8 & 0xFF if abi_version == 8 else flags & 0xFF}"
 
 
 _KEY = re.compile(

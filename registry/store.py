@@ -23,7 +23,7 @@ from sqlite_utils.migrations import Migrations
 # pysqlite3 where it is installed: its SQLite has no WAL-reset bug.
 from sqlite_utils.utils import sqlite3  # type: ignore[attr-defined]
 
-from registry.contract import Artifact, Index, Variant, canonical_json, sha256_hex
+from registry.contract import SCHEMA, Artifact, Index, Variant, canonical_json, sha256_hex
 from registry.errors import ConflictError, StoreError
 from registry.frames import compress, decompress
 from registry.verify import problems
@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x43554249  # 'CUBI' in the file's header: whose database this is
-SCHEMA = 1  # the header's user_version: number of migrations
 PAGE_SIZE = 8192
 CHANNEL = "[a-z0-9][a-z0-9._-]{0,63}"  # what a channel's name looks like, whole
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from registry.contract import Artifact, Index, sha256_hex
+from registry.contract import ELF_MACHINE_CUDA, Artifact, ContractError, Index, elf_machine, sha256_hex
 from runtime.errors import InstallError, IntegrityError
-
-EM_CUDA = 190
-ELF_HEADER = 64  # bytes of a 64-bit ELF header
 
 
 def index(data: bytes, digest: str) -> Index:
@@ -35,17 +32,13 @@ def cubin(frame: bytes, artifact: Artifact) -> bytes:
 
 def elf_arch(content: bytes) -> str:
     """The architecture in a cubin's ELF header, e.g. 'sm_120'. Raises IntegrityError for what is no cubin."""
-    header = content[:ELF_HEADER]
-    if len(header) < ELF_HEADER or header[:6] != b"\x7fELF\x02\x01":
-        raise IntegrityError("the cubin is no 64-bit little-endian ELF file", reason="elf")
-    machine = int.from_bytes(header[18:20], "little")
-    if machine != EM_CUDA:
-        raise IntegrityError(f"the cubin's ELF machine is {machine}, not {EM_CUDA} (CUDA)", reason="elf")
-    flags = int.from_bytes(header[48:52], "little")
-    abi_version = header[8]
-    if abi_version not in (7, 8):
-        raise IntegrityError(f"the cubin's ELF ABI version is {abi_version}, this client reads 7 and 8", reason="elf")
-    return f"sm_{flags >> 8 & 0xFF if abi_version == 8 else flags & 0xFF}"
+    try:
+        machine, arch = elf_machine(content)
+    except ContractError as error:
+        raise IntegrityError(f"the cubin: {error}", reason="elf") from None
+    if machine != ELF_MACHINE_CUDA:
+        raise IntegrityError(f"the cubin's ELF machine is {machine}, not {ELF_MACHINE_CUDA} (CUDA)", reason="elf")
+    return arch
 
 
 def _check(data: bytes, size: int, digest: str, what: str) -> None:

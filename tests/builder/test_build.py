@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from builder import build as build_module
 from builder import inspect, nvjitlink
 from builder.build import Build, Result, Table
+from builder.examine import Candidate, Examined, examine
 from builder.toolchain import Toolchain
 from builder.verified import Conformance, Verified
 from registry import __version__
@@ -202,8 +204,53 @@ def test_an_interrupted_build_leaves_a_sound_registry_and_is_resumed(store: Stor
     with pytest.raises(KeyboardInterrupt):
         run(store, good, jobs=1, progress=interrupt)
     assert store.verify() == [] and store.channels() == {}
-    assert len(run(store, good).built) == 3
-    assert len(calls.read_text().splitlines()) == 3, "PTX that was stored before the interruption is not made again"
+    again = run(store, good)
+    assert (len(again.built), len(again.cached)) == (1, 2), "what was finished is stored, nvdisasm and all"
+    assert len(calls.read_text().splitlines()) == 3
+
+
+def test_an_interruption_of_nvdisasm_loses_nothing(store: Store, good: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def interrupted(batch: Sequence[Candidate], arch: str) -> Iterator[tuple[Candidate, Examined | list[str]]]:
+        for n, found in enumerate(examine(batch, arch)):
+            reads.append(len(batch))
+            if n == len(reads) - 1 == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(build_module, "examine", interrupted)
+    builder = Build(good, ["sm_120"], store)
+    monkeypatch.setattr(build_module, "BATCH", 3)
+    with pytest.raises(KeyboardInterrupt):
+        builder.run(jobs=1)
+    assert builder.result is not None and len(builder.result.built) == len(store.artifacts()) == 3
+    assert reads == [3, 3, 2, 2]
+
+
+def test_a_channel_never_loses_variants_of_the_table_unasked(store: Store, good: Table, sources: Path) -> None:
+    whole = run(store, good).indexes
+    (sources / "kernels" / "helper.py").write_text("VALUE = 3\n")
+
+    def only(variant: Variant) -> bool:
+        return variant.size("n") == 32
+
+    part = run(store, good, select=only)
+    assert part.lacking == {"sm_120": [v.key for v in good.variants[1:]]} and part.moved == []
+    assert store.channel("stable") == whole
+    new = run(store, good, ("sm_90",), select=only)
+    assert (new.moved, new.lacking) == (["sm_90"], {}), "an architecture's first index may be a part"
+    smaller = toys.table(good.variants[0], folder=sources)
+    assert run(store, smaller).moved == ["sm_120"], "variants that the table dropped are not missed"
+
+
+def test_a_channel_at_an_index_of_an_old_format_moves_on(
+    store: Store, good: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = run(store, good).indexes["sm_120"]
+    read = Store.get_index
+    monkeypatch.setattr(Store, "get_index", lambda self, d: b'{"format":0}' if d == digest else read(self, d))
+    assert run(store, good, select=lambda v: v.size("n") == 32).moved == ["sm_120"]
 
 
 def test_a_conflict_with_another_build_fails_its_variant_alone(
@@ -221,8 +268,9 @@ def test_a_conflict_with_another_build_fails_its_variant_alone(
 def test_verification_is_required_of_every_indexed_variant(store: Store, good: Table) -> None:
     conformance = Conformance(1, {"toy": ("yardstick",)})
     nothing = run(store, good, verified=Verified(conformance, {}))
-    assert nothing.failed.keys() == {v.key for v in good.variants} and store.channels() == {}
-    assert all("yardstick: never run" in reason for reason in nothing.failed.values())
+    assert nothing.unverified.keys() == {v.key for v in good.variants} and store.channels() == {}
+    assert all("yardstick: never run" in reason for reason in nothing.unverified.values())
+    assert (len(nothing.built), nothing.failed, nothing.moved) == (3, {}, [])
     passes = {(a.ptx_sha256, "yardstick"): "pass" for a in nothing.artifacts.values()}
-    assert run(store, good, verified=Verified(conformance, passes)).failed == {}
+    assert run(store, good, verified=Verified(conformance, passes)).unverified == {}
     assert store.channel("stable") == nothing.indexes

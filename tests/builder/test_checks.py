@@ -92,12 +92,12 @@ def test_the_forward_abi_is_checked_in_full() -> None:
 @pytest.mark.parametrize(
     ("elf", "reason"),
     [
-        (Elf(190, 120, {"toy": b""}), None),
-        (Elf(62, 120, {"toy": b""}), "sm_120: elf: machine 62"),
-        (Elf(190, 90, {"toy": b""}), "sm_120: elf: machine 190 and SM version 90"),
-        (Elf(190, 120, {"toys": b""}), "sm_120: kernels: the cubin holds ['toys']"),
-        (Elf(190, 120, {}), "sm_120: kernels: the cubin holds []"),
-        (Elf(190, 120, {"toy": b"", "other": b""}), "sm_120: kernels: the cubin holds ['other', 'toy']"),
+        (Elf(190, "sm_120", {"toy": b""}), None),
+        (Elf(62, "sm_120", {"toy": b""}), "sm_120: elf: machine 62"),
+        (Elf(190, "sm_90", {"toy": b""}), "sm_120: elf: machine 190 and sm_90"),
+        (Elf(190, "sm_120", {"toys": b""}), "sm_120: kernels: the cubin holds ['toys']"),
+        (Elf(190, "sm_120", {}), "sm_120: kernels: the cubin holds []"),
+        (Elf(190, "sm_120", {"toy": b"", "other": b""}), "sm_120: kernels: the cubin holds ['other', 'toy']"),
     ],
 )
 def test_cubin_headers(elf: Elf, reason: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from builder import ROOT, verified
-from builder.__main__ import main
+from builder.__main__ import FIELDS, main
 from builder.build import Table
 from registry.contract import Index
 from registry.store import Store
@@ -30,7 +30,10 @@ def test_json_is_printed_last_and_states_the_build(
     path = tmp_path / "r.db"
     code, first = run_json(capsys, good, "--registry", str(path))
     assert code == 0
-    assert first.keys() == {"variants", "built", "cached", "bytes", "seconds", "failed", "index"}
+    assert first.keys() == {
+        *("variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "index", "moved", "lacking")
+    }
+    assert (first["moved"], first["lacking"], first["unverified"]) == (["sm_120"], {}, [])
     assert (first["variants"], first["built"], first["cached"], first["failed"]) == (3, 3, 0, [])
     with Store(path, readonly=True) as store:
         index = Index.from_bytes(store.get_index(first["index"]) or b"")
@@ -108,17 +111,20 @@ def test_only_and_op_pick_variants(good: Table, capsys: pytest.CaptureFixture[st
         (["--jobs", "0"], "'0' is not a positive whole number"),
         (["--jobs", "many"], "'many' is not a positive whole number"),
         (["--frobnicate"], "unrecognized arguments"),
+        (["--js"], "unrecognized arguments: --js"),
+        (["--registry", "http://localhost:8000/"], "'http://localhost:8000/' is a URL; the builder writes a file"),
+        (["--dry-run", "--require-verified"], "--require-verified is about PTX that was built"),
     ],
 )
 def test_usage_errors_exit_2_and_say_what_would_do(
     argv: list[str], message: str, good: Table, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        code = main(argv, lambda: good)
-    except SystemExit as error:  # argparse's own way
-        code = int(str(error.code))
+    assert main(argv, lambda: good) == 2
     captured = capsys.readouterr()
-    assert code == 2 and message in captured.err and captured.out == ""
+    assert message in captured.err and captured.out == "" and len(captured.err.splitlines()) == 1
+    code, found = run_json(capsys, good, *argv)
+    assert code == 2 and found["error"]["reason"] == "usage" and message in found["error"]["message"]
+    assert found["variants"] is None and found["index"] is None
     assert not Path(os.environ["CUBINERY_REGISTRY"]).exists()
 
 
@@ -128,6 +134,57 @@ def test_other_errors_exit_1_in_one_line(good: Table, tmp_path: Path, capsys: py
     assert main(["--registry", str(path)], lambda: good) == 1
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and err[0].startswith("builder: not_a_registry: ")
+    code, found = run_json(capsys, good, "--registry", str(path))
+    assert code == 1 and found.keys() == {*FIELDS, "error"} and found["error"]["reason"] == "not_a_registry"
+
+
+@pytest.mark.parametrize("name", ["https://example.test/kernels/", "."])
+def test_a_registry_in_the_environment_that_cannot_be_written_is_named(
+    name: str, good: Table, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBINERY_REGISTRY", name)
+    assert main([], lambda: good) == 2
+    assert f"CUBINERY_REGISTRY={name} is a URL or a folder" in capsys.readouterr().err
+    assert not Path(os.environ["XDG_DATA_HOME"]).exists()
+
+
+def test_an_error_of_no_known_kind_shows_its_traceback_and_the_object(capsys: pytest.CaptureFixture[str]) -> None:
+    def table() -> Table:
+        raise OSError("planted: no space left")
+
+    assert main(["--json"], table) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" in captured.err
+    expected = {"reason": "internal", "message": "OSError: planted: no space left"}
+    assert json.loads(captured.out)["error"] == expected
+
+
+def test_a_source_that_does_not_parse_is_named_with_its_line(
+    good: Table, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sources / "kernels" / "helper.py").write_text("VALUE = 1\ndef f(:\n")
+    code, found = run_json(capsys, good)
+    assert code == 1 and found["error"]["reason"] == "toolchain"
+    assert f"{sources / 'kernels' / 'helper.py'}:2: " in found["error"]["message"]
+
+
+def test_a_part_of_a_changed_table_leaves_the_channel_and_says_so(
+    good: Table, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, whole = run_json(capsys, good)
+    (sources / "kernels" / "helper.py").write_text("VALUE = 3\n")
+    code, part = run_json(capsys, good, "--only", "*-n32")
+    others = [v.key for v in good.variants if v.size("n") != 32]
+    assert code == 0 and part["moved"] == [] and part["lacking"] == {"sm_120": others}
+    with Store(os.environ["CUBINERY_REGISTRY"], readonly=True) as store:
+        assert store.channel("stable") == {"sm_120": whole["index"]}
+    assert main(["--only", "*-n32"], lambda: good) == 0
+    out = capsys.readouterr().out
+    assert f"channel stable keeps its sm_120 index, which also has {', '.join(others)}: build these too" in out
+    assert "(1 of 3 variants, channel stable left as it was)" in out
+    code, forced = run_json(capsys, good, "--only", "*-n32", "--allow-partial")
+    assert code == 0 and forced["moved"] == ["sm_120"] and forced["lacking"] == {}
+    assert forced["index"] == part["index"] != whole["index"]
 
 
 def test_require_verified_names_each_variant(
@@ -137,9 +194,13 @@ def test_require_verified_names_each_variant(
     (tmp_path / "gpu" / "conformance.json").write_text('{"suite": 1, "ops": {"toy": ["yardstick"]}}')
     monkeypatch.setattr(verified, "FOLDER", tmp_path / "gpu")
     code, found = run_json(capsys, good, "--require-verified")
-    assert code == 1
-    assert [f["key"] for f in found["failed"]] == [v.key for v in good.variants]
-    assert all("yardstick: never run" in f["reason"] for f in found["failed"])
+    assert code == 1 and (found["built"], found["failed"], found["moved"]) == (3, [], [])
+    assert [f["key"] for f in found["unverified"]] == [v.key for v in good.variants]
+    assert all("yardstick: never run" in f["reason"] for f in found["unverified"])
+    assert main(["--require-verified", "--only", "*-n32"], lambda: good) == 1
+    out = capsys.readouterr().out
+    assert "0 built, 1 cached, 0 failed of 1 variants" in out
+    assert "not verified: 3 variants of the index" in out and f"UNVERIFIED {good.variants[2].key}: PTX " in out
     with Store(os.environ["CUBINERY_REGISTRY"], readonly=True) as store:
         assert store.channels() == {}
         rows = [
@@ -149,12 +210,17 @@ def test_require_verified_names_each_variant(
         ]
     (tmp_path / "gpu" / "ledger" / "run.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, found = run_json(capsys, good, "--require-verified")
-    assert code == 0 and found["failed"] == []
+    assert code == 0 and found["failed"] == found["unverified"] == [] and found["moved"] == ["sm_120"]
 
 
-def test_ctrl_c_exits_130_and_leaves_a_sound_registry(tmp_path: Path, sources: Path, calls: Path) -> None:
-    """As in a terminal: SIGINT while one worker hangs and others have finished."""
-    code = (
+@pytest.mark.parametrize(
+    ("number", "code", "reason"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupted_build_keeps_what_was_finished_and_leaves_no_files(
+    number: signal.Signals, code: int, reason: str, tmp_path: Path, sources: Path, calls: Path
+) -> None:
+    """As in a terminal or a container: a signal while one worker hangs and another variant waits for nvdisasm."""
+    script = (
         "import signal, sys; from pathlib import Path; from builder.__main__ import main\n"
         "from tests.builder import toys\n"
         # A shell starts background jobs with SIGINT ignored, and the test may be part of one.
@@ -167,7 +233,7 @@ def test_ctrl_c_exits_130_and_leaves_a_sound_registry(tmp_path: Path, sources: P
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(sources), str(path)],
+        [sys.executable, "-c", script, str(sources), str(path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -177,14 +243,18 @@ def test_ctrl_c_exits_130_and_leaves_a_sound_registry(tmp_path: Path, sources: P
     deadline = time.monotonic() + 60
     while "hangs" not in calls.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == "" and "interrupted" in err and "Traceback" not in err
+    assert process.returncode == code, err
+    message = f"{reason}; 1 of 2 variants are stored, the channel did not move"
+    assert f"builder: {message}" in err and "Traceback" not in err
+    found = json.loads(out.splitlines()[-1])
+    assert found["error"] == {"reason": reason, "message": message}
+    assert (found["variants"], found["built"], found["failed"], found["index"]) == (2, 1, [], None)
     assert list(scratch.iterdir()) == [], "no worker's files stay behind"
     with Store(path) as store:
         assert store.verify() == [] and store.channels() == {}
-        assert store.counts()["ptx"] == 1
+        assert [a.variant for a in store.artifacts().values()] == [toys.variant(n=8).key]
 
 
 def test_the_real_table_from_the_command_line(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 import pytest
 
-from builder import inspect, nvjitlink
+from builder import nvjitlink
 from builder.errors import AssembleError, InspectError
 from builder.inspect import Usage, blocks_per_sm, read_elf, read_log
+from registry.contract import ELF_MACHINE_CUDA
 from tests.builder import toys
 
 
@@ -22,7 +23,7 @@ def test_nvjitlink_errors_carry_its_log() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "sm_121"])
 def test_elf_header_of_every_architecture(arch: str) -> None:
     elf = read_elf(nvjitlink.assemble(toys.ptx("toy"), arch).cubin)
-    assert (elf.machine, f"sm_{elf.sm}") == (inspect.ELF_MACHINE_CUDA, arch)
+    assert (elf.machine, elf.arch) == (ELF_MACHINE_CUDA, arch)
     assert list(elf.kernels) == ["toy"]
     assert len(elf.kernels["toy"]) % 16 == 0 and len(elf.kernels["toy"]) >= 128
 

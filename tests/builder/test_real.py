@@ -20,10 +20,14 @@ KEY = next(v.key for v in dispatch.variants() if v.op == "fwd" and v.head_dim ==
 
 def build(folder: Path, registry: Path, *argv: str) -> dict[str, Any]:
     """Run the builder in a checkout as a user would, under settings that must not matter."""
+    scratch = registry.parent / "scratch 'of' $HOME \"ü\""
+    scratch.mkdir(exist_ok=True)
     env = {**os.environ, "CUTE_DSL_ARCH": "sm_100a", "CUTE_DSL_LINEINFO": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env["TMPDIR"] = str(scratch)
     command = [sys.executable, "-m", "builder", "--registry", str(registry), "--only", KEY, "--json", *argv]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
+    assert list(scratch.iterdir()) == []
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

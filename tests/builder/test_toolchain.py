@@ -64,6 +64,14 @@ def test_closure_of_a_missing_module_is_a_typed_error(tmp_path: Path) -> None:
         closure(["kernels.nowhere"], folder=tmp_path)
 
 
+@pytest.mark.parametrize(("text", "where"), [("x = 1\nif:\n", ":2: "), ("x = '\0'\n", "toy.py:")])
+def test_closure_of_a_source_that_does_not_parse_is_a_typed_error(text: str, where: str, tmp_path: Path) -> None:
+    path = toys.write_sources(tmp_path, text) / "kernels" / "toy.py"
+    with pytest.raises(ToolchainError) as error:
+        closure(["kernels.toy"], folder=tmp_path)
+    assert str(error.value).startswith(str(path)) and where in str(error.value)
+
+
 def test_fingerprints_cover_all_that_shapes_the_result() -> None:
     toolchain = Toolchain.current()
     base = toolchain.ptx_fingerprint("k", {"m": "1"})
