@@ -60,7 +60,7 @@ serve: $(VENV)/.demo ## serve the default registry on 127.0.0.1:8000
 	$(VENV)/bin/python -m server --host 127.0.0.1 --port 8000
 
 # These two use GPU_PYTHON, which has torch for this machine's GPU, and the registry file that CUBINERY_REGISTRY names.
-gpu-verify: ## re-prove every variant on this GPU (PLANTED=planted.db: sanitizers too), into tests/gpu/ledger
+gpu-verify: ## re-prove every variant on this GPU into tests/gpu/ledger; needs PLANTED=planted.db, see docs/operations.md
 	$(GPU_PYTHON) -m tests.gpu.verify $(if $(PLANTED),--planted $(PLANTED))
 
 bench: ## measure on this machine's GPU, into benchmarks/results

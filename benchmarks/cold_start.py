@@ -126,4 +126,4 @@ def _medians(answers: list[dict[str, Any]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure.exit_code(main))

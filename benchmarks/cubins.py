@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.occupancy import padded_smem
 from kernels.abi import ABIS
 from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, sha256_hex
+from registry.frames import decompress
 
 LOG2_E = 1.4426950408889634
 
@@ -84,19 +85,10 @@ def _cubin(database: sqlite3.Connection, artifact: Artifact) -> bytes:
     row = database.execute("SELECT frame FROM blobs WHERE sha256 = ?", (artifact.frame_sha256,)).fetchone()
     if row is None:
         raise BenchmarkError(f"{artifact.variant}: the registry lacks its blob {artifact.frame_sha256}")
-    cubin = decompress(row[0])
+    cubin = decompress(row[0], artifact.cubin_size)
     if sha256_hex(cubin) != artifact.cubin_sha256:
         raise BenchmarkError(f"{artifact.variant}: the cubin's SHA-256 is not the artifact's")
     return cubin
-
-
-def decompress(frame: bytes) -> bytes:
-    """The content of one zstd frame."""
-    try:
-        from compression import zstd  # type: ignore[import-not-found]  # Python 3.14
-    except ImportError:
-        from backports import zstd
-    return zstd.decompress(frame)
 
 
 class Kernel:

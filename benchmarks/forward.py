@@ -148,4 +148,4 @@ def _line(case: Case, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure.exit_code(main))

@@ -107,4 +107,4 @@ def series_us(runs: dict[str, Callable[[], Any]], series: int, calls: int) -> di
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure.exit_code(main))

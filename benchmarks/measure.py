@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -70,11 +71,34 @@ def _cpu_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, flo
 
 
 def registry_path(given: Path | None) -> Path:
-    """The registry file to measure: `given`, or what CUBINERY_REGISTRY names. BenchmarkError if it is no file."""
+    """The registry file to measure on this machine: `given`, or what CUBINERY_REGISTRY names.
+
+    BenchmarkError if that is no file, or if there is no device to measure on.
+    """
+    if reason := no_device():
+        raise BenchmarkError(f"nothing can be measured here: {reason}")
     path = given or Path(os.environ.get("CUBINERY_REGISTRY", ""))
     if not path.is_file():
         raise BenchmarkError(f"registry: {str(path)!r} is no file; give --registry PATH or set CUBINERY_REGISTRY")
     return path
+
+
+def no_device() -> str | None:
+    """Why nothing can run on DEVICE here; None if it can."""
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed"
+    return "no CUDA device" if DEVICE == "cuda" and not torch.cuda.is_available() else None
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """What `main` returns; 2 with one line on stderr when it cannot run as asked."""
+    try:
+        return main()
+    except BenchmarkError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
 
 
 def device_arch() -> str:

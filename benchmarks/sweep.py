@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.worker:
         _worker(options)
         return 0
+    measure.registry_path(options.registry)
     events, report = [], summarise([])
     for event in _supervise(options):
         events.append(event)
@@ -141,7 +142,9 @@ def _worker(options: argparse.Namespace) -> None:
     if not candidates:
         _say(event="failed", name=options.only, reason=f"no artifact for {arch} in {options.registry}")
     good = [c for c in candidates if c.key not in skip["candidates"] and _checked(c, skip["checked"])]
-    todo = [(c, dtype) for c in cases.grid(cases.SWEPT) if fnmatchcase(c.name, options.cases) for dtype in measure.DTYPES]
+    todo = [
+        (c, dtype) for c in cases.grid(cases.SWEPT) if fnmatchcase(c.name, options.cases) for dtype in measure.DTYPES
+    ]
     for case, dtype in todo:
         fitting = [c for c in good if c.variant.head_dim == case.head_dim and c.variant.dtype == dtype]
         name = f"{case.name} {dtype}"
@@ -351,4 +354,4 @@ def _winners(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure.exit_code(main))

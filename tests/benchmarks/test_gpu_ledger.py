@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.derived import one_variant_each, read_index
+from kernels import dispatch
 from runtime.select import select
 from tests.benchmarks.fakes import write_registry
 from tests.gpu import conftest, ledger
@@ -34,6 +37,30 @@ def test_rows_are_appended_with_every_field(tmp_path, monkeypatch):
     assert [(r["test"], r["result"], r["suite"]) for r in rows] == [("yardstick", "pass", 1), ("memcheck", "fail", 1)]
     with pytest.raises(ValueError, match="none of yardstick"):
         run.add(ARTIFACT, "speed", True)
+
+
+def test_runs_are_named_alike(tmp_path, monkeypatch):
+    """Those that are committed and those to come: `<UTC date>T<HHMM>-<gpu>`, never the name of another run."""
+    pattern = r"20\d\d-\d\d-\d\dT\d{4}-[a-z0-9]+(-[a-z0-9]+)*"
+    committed = list((ROOT / "tests/gpu/ledger").iterdir())
+    assert committed and all(re.fullmatch(pattern + r"\.(jsonl|sanitizers\.json)", path.name) for path in committed)
+    monkeypatch.setenv("CUBINERY_LEDGER_DIR", str(tmp_path))
+    monkeypatch.setattr(ledger, "_smi", lambda field: "NVIDIA H200")
+    monkeypatch.setattr(ledger, "_now", lambda: datetime(2026, 11, 21, 5, 38, 59, tzinfo=UTC))
+    for name in ("2026-11-21T0538-h200", "2026-11-21T0538-h200-2", "2026-11-21T0538-h200-3"):
+        path = ledger.new_run()
+        assert path == tmp_path / f"{name}.jsonl" and re.fullmatch(pattern, path.stem)
+        assert ledger.sanitizers_report(path) == tmp_path / f"{name}.sanitizers.json"
+        path.touch()
+
+
+def test_a_gpu_names_its_runs():
+    assert ledger.slug("NVIDIA GeForce RTX 5090") == "geforce-rtx-5090"
+    assert ledger.slug("NVIDIA H100 80GB HBM3 (MIG 1g.10gb)") == "h100-80gb-hbm3-mig-1g-10gb"
+
+
+def test_every_op_of_the_table_has_a_conformance_list():
+    assert {variant.op for variant in dispatch.variants()} == set(ledger.CONFORMANCE["ops"])
 
 
 @pytest.mark.parametrize(

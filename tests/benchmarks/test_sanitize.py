@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 
-from tests.gpu import ledger, plant_race, verify
-from tests.gpu.sanitize import Run, judge, parse, read_output
+from registry.contract import Variant
+from tests.benchmarks.fakes import write_registry
+from tests.gpu import ledger, plant_race, sanitize, verify
+from tests.gpu.sanitize import TOOLS, Run, judge, parse, read_output
 
 SYMBOLS = {"a": "cubinery_a_0", "ab": "cubinery_a_b_0", "c": "cubinery_c_0"}
 PLANT = {"cubinery_planted0_a_0"}
@@ -109,6 +112,81 @@ def test_the_summary_counts_by_test(tmp_path):
         run.add(SimpleNamespace(ptx_sha256="0" * 64, variant=key, arch="sm_90"), "lse", passed)
     text = verify.summary(run.path)
     assert "2 results for 2 variants" in text and "1 passed, 1 failed fwd-b" in text
+
+
+FWD = ledger.CONFORMANCE["ops"]["fwd"]
+ON_PYTEST = [test for test in FWD if test not in TOOLS]
+VARIANTS = [Variant.parse(f"fwd-bf16-d64-dv64-m{m}-n64-w4-s1") for m in (64, 128)]
+
+
+def record(path, variants, tests, passed=True):
+    run = ledger.Ledger(path, "G", "1")
+    for variant, test in product(variants, tests):
+        run.add(SimpleNamespace(ptx_sha256="0" * 64, variant=variant.key, arch="sm_120"), test, passed)
+
+
+def test_what_a_run_lacks_is_told(tmp_path):
+    path = tmp_path / "r.jsonl"
+    assert verify.missing(path, VARIANTS) == [f"NOT verified: {', '.join(FWD)} missing for all 2 variants"]
+    record(path, VARIANTS, ON_PYTEST)
+    assert verify.missing(path, VARIANTS) == ["NOT verified: memcheck, racecheck missing for all 2 variants"]
+    record(path, VARIANTS[:1], TOOLS)
+    assert verify.missing(path, VARIANTS) == [f"NOT verified: memcheck, racecheck missing for {VARIANTS[1].key}"]
+    record(path, VARIANTS[1:], TOOLS)
+    assert verify.missing(path, VARIANTS) == []
+
+
+@pytest.fixture
+def on_gpu(tmp_path, monkeypatch):
+    """`verify` where everything that it starts passes: (its ledger file, the commands of the sanitizers)."""
+    path, commands = tmp_path / "r.jsonl", []
+    monkeypatch.setenv("CUBINERY_GPU_RUN", str(path))
+    monkeypatch.setenv("CUBINERY_REGISTRY", "r.db")
+    monkeypatch.setattr(verify, "why_not", lambda: None)
+    monkeypatch.setattr(verify.dispatch, "variants", lambda: VARIANTS)
+    monkeypatch.setattr(verify, "run_pytest", lambda more: record(path, VARIANTS, ON_PYTEST) or 0)
+
+    def sanitizers(command, **_):
+        commands.append(command)
+        record(path, VARIANTS, TOOLS)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(verify.subprocess, "run", sanitizers)
+    return path, commands
+
+
+def test_without_sanitizers_nothing_counts_as_verified(on_gpu, capsys):
+    assert verify.main([]) == 1 and not on_gpu[1]
+    *_, what, hint = capsys.readouterr().out.splitlines()
+    assert what == "NOT verified: memcheck, racecheck missing for all 2 variants" and "give --planted" in hint
+
+
+def test_with_sanitizers_all_is_verified(on_gpu, capsys):
+    assert verify.main(["--planted", "planted.db"]) == 0
+    ((*_, flag, arch),) = on_gpu[1]
+    assert (flag, arch) == ("--arch", "sm_120")  # that of the rows
+    assert "NOT verified" not in capsys.readouterr().out
+
+
+def test_a_failed_test_is_no_missing_one(on_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "run_pytest", lambda more: record(on_gpu[0], VARIANTS, ON_PYTEST, False) or 1)
+    assert verify.main(["--planted", "planted.db"]) == 1
+    out = capsys.readouterr().out
+    assert "NOT verified" not in out and "0 passed, 2 failed" in out
+
+
+def test_the_report_lies_beside_the_run(tmp_path, monkeypatch, capsys):
+    """compute-sanitizer is not there, so that no tool gives a verdict: the report says so, the ledger has no row."""
+    registry = write_registry(tmp_path / "r.db", [variant.key for variant in VARIANTS])
+    path = tmp_path / "ledger" / "2026-11-21T0538-h200.jsonl"
+    monkeypatch.setenv("CUBINERY_GPU_RUN", str(path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitize.main(["--registry", str(registry), "--logs", str(tmp_path / "logs")]) == 1
+    (report,) = path.parent.iterdir()
+    assert report.name == "2026-11-21T0538-h200.sanitizers.json" and str(report) in capsys.readouterr().out
+    told = json.loads(report.read_text())
+    assert set(told) == {"version", *TOOLS}
+    assert all("is not installed" in told[tool]["blind"] and not told[tool]["passed"] for tool in TOOLS)
 
 
 def test_pytest_is_started_again_after_a_lost_context(monkeypatch):

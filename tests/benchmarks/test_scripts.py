@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_a_wrong_result_or_a_missing_kernel_fails_its_case_alone(tmp_path, on_cp
 
 def test_no_registry_is_told(monkeypatch):
     monkeypatch.delenv("CUBINERY_REGISTRY", raising=False)
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
     with pytest.raises(BenchmarkError, match="give --registry"):
         measure.registry_path(None)
 
@@ -153,15 +155,26 @@ def test_a_private_copy_holds_what_is_in_the_wal(tmp_path):
         derived.read_index(copy, "sm_89")
 
 
-def test_all_benchmarks_run_even_if_one_fails(monkeypatch, capsys):
-    ran = []
+@pytest.mark.parametrize("name", ["benchmarks", "benchmarks.forward"])
+def test_without_a_gpu_it_ends_with_one_line(name):
+    """In a process of its own that sees no device, even on a machine that has one."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", name], cwd=measure.ROOT, env=env, capture_output=True, text=True)
+    line = "python -m benchmarks: nothing can be measured here: no CUDA device\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_all_benchmarks_run_even_if_one_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
+    path, ran = write_registry(tmp_path / "r.db", [KEY]), []
 
     class Done:
         def __init__(self, command):
             ran.append(command[2])
+            assert command[3:] == ["--registry", str(path), "--out", str(tmp_path)]
             self.returncode = int(command[2] == "benchmarks.forward")
 
     monkeypatch.setattr(every.subprocess, "run", lambda command, **_: Done(command))
-    assert every.main(["--registry", "x"]) == 1
+    assert every.main(["--registry", str(path), "--out", str(tmp_path)]) == 1
     assert ran == ["benchmarks.forward", "benchmarks.host_overhead", "benchmarks.cold_start"]
     assert "failed: forward" in capsys.readouterr().out

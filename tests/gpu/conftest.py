@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import measure
 from tests.gpu import ledger
 
 COMPILERS = ("cutlass", "triton", "numba", "cuda.bindings.nvrtc", "cuda.bindings.nvjitlink", "cuda.bindings.nvvm")
@@ -29,12 +30,8 @@ for _name in COMPILERS:
 
 def why_not() -> str | None:
     """Why GPU tests cannot run here; None if they can."""
-    try:
-        import torch
-    except ImportError:
-        return "PyTorch is not installed"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+    if reason := measure.no_device():
+        return reason
     path = os.environ.get("CUBINERY_REGISTRY", "")
     if not Path(path).is_file():
         return "CUBINERY_REGISTRY names no registry file"

@@ -1,5 +1,8 @@
 """The record of what ran on hardware: tests/gpu/ledger/<run>.jsonl, one new file a run, one object a line.
 
+A run is named by its UTC time and GPU, `2026-11-21T0538-h200`; beside its rows lies `<run>.sanitizers.json`, what
+compute-sanitizer saw (`sanitize`).
+
 A variant is verified when, for its PTX hash and the current suite, every test of its op's conformance list has passed
 and none has failed later: `builder.verified` reads these files.
 """
@@ -9,7 +12,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import subprocess
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,20 @@ def folder() -> Path:
 
 
 def new_run() -> Path:
-    """A file name for a new run, unique by its time and process; nothing is created."""
-    return folder() / f"{_now():%Y%m%dT%H%M%SZ}-{os.getpid()}.jsonl"
+    """`<UTC date>T<HHMM>-<gpu>.jsonl`, with -2, -3, … behind it while that is taken; nothing is created."""
+    name = f"{_now():%Y-%m-%dT%H%M}-{slug(_smi('name'))}"
+    paths = (folder() / f"{name}{f'-{n}' if n > 1 else ''}.jsonl" for n in count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name for a file name: 'NVIDIA GeForce RTX 5090' is 'geforce-rtx-5090'."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
+
+
+def sanitizers_report(run: Path) -> Path:
+    """Where the sanitizers' report on a run belongs."""
+    return run.with_suffix(".sanitizers.json")
 
 
 class Ledger:
@@ -61,7 +78,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def driver_version() -> str:
     """The driver's version as nvidia-smi states it."""
-    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return _smi("driver_version")
+
+
+def _smi(field: str) -> str:
+    """What nvidia-smi states of the first GPU; 'unknown' where it does not."""
+    command = ("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -77,8 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         report[tool] = vars(verdict)
         print(f"{tool}: {len(verdict.passed)} passed, {len(verdict.failed)} failed {verdict.failed} {verdict.blind}")
         print(f"{tool}: planted faults seen: {', '.join(verdict.planted_seen) or 'none'}")
-    if options.report:
-        options.report.write_text(json.dumps({"version": _version(), **report}, indent=1) + "\n")
+    written = options.report or ledger.sanitizers_report(path)
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(json.dumps({"version": _version(), **report}, indent=1) + "\n")
+    print(f"sanitizers' report: {written}")
     return 0 if all(r["passed"] and not r["failed"] and not r["blind"] for r in report.values()) else 1
 
 
@@ -93,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one process under a tool")
     parser.add_argument("--logs", type=Path, help="folder that keeps the tools' logs")
-    parser.add_argument("--report", type=Path, help="JSON file for the verdicts, the tool's version and its refusals")
+    parser.add_argument(
+        "--report", type=Path, help="JSON file for the verdicts and refusals; by default beside the run's ledger file"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--keys", nargs="*", help=argparse.SUPPRESS)
     return parser

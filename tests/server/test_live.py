@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from registry.contract import Index, sha256_hex
+from server.__main__ import _parser
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "registry" / "worker.py"
@@ -104,8 +106,24 @@ def test_clients_follow_a_builder_at_work(server, path):
 
 
 def test_help_and_wrong_usage():
-    for arguments, code in ((["--help"], 0), (["--nope"], 2), (["--port", "x"], 2)):
+    wrong = (["--nope"], ["--port", "x"], ["--port", "70000"], ["--port", "-1"])
+    for arguments, code in ((["--help"], 0), *((words, 2) for words in wrong)):
         command = [sys.executable, "-m", "server", *arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert result.returncode == code
         assert "--registry" in result.stdout + result.stderr
+
+
+def test_a_taken_port_is_told_in_one_line(path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "server", "--registry", str(path), "--port", port]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "cannot listen on --host 127.0.0.1 --port " + port in line and "in use" in line
+
+
+@pytest.mark.parametrize("port", ["0", "65535"])
+def test_the_ends_of_the_range_of_ports_are_in_it(port):
+    assert _parser().parse_args(["--port", port]).port == int(port)
