@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +12,13 @@ from typing import Any
 
 import runtime
 from registry.contract import DTYPES, Artifact, ContractError, Index, check_arch
-from runtime import backend, select, session, stages, trust
+from runtime import arguments, backend, select, session, stages, trust
 from runtime.driver import CudaDriver
-from runtime.errors import ArgumentError, CubineryError, NoKernelError
+from runtime.errors import ArgumentError, ConfigError, CubineryError, NoKernelError
 
 DOWNLOADS = 8  # at a time
-SHAPE = {"dtype": str, "head_dim": int, "heads_q": int, "heads_kv": int, "batch": int, "seqlen_q": int,
-         "seqlen_k": int, "causal": int}  # fmt: skip
+COUNTS = ("head_dim", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k")
+LARGEST = arguments.MAX_TOKENS
 SAMPLE = {
     "dtype": "bf16",
     "head_dim": 128,
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         runtime.configure(**given, offline=args.offline or None)
         report, code = args.run(args)
     except CubineryError as error:
-        report, code = {"error": {"type": type(error).__name__, "reason": error.reason, "message": str(error)}}, 1
+        report = {"error": {"type": type(error).__name__, "reason": error.reason, "message": str(error)}}
+        code = 2 if isinstance(error, (ArgumentError, ConfigError)) else 1
         if not args.json:
             print(f"{type(error).__name__} ({error.reason}): {error}", file=sys.stderr)
             return code
@@ -65,10 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     prefetch = commands.add_parser("prefetch", parents=[shared], help="fetch and verify kernels ahead of time")
     prefetch.add_argument("--arch", type=_arch, help="sm_120, … (default: every architecture that may be loaded)")
     prefetch.add_argument(
-        "--shapes", type=_read_shapes, default=[], help="JSON file: a list of objects with any of " + ", ".join(SHAPE)
+        "--shapes",
+        type=_read_shapes,
+        default=[],
+        help="JSON file: a list of objects with any of " + ", ".join(("dtype", *COUNTS, "causal")),
     )
     prefetch.add_argument("--heads", type=_heads, default={}, help="query/kv heads of one model, e.g. 32/8")
-    prefetch.add_argument("--head-dim", type=int)
+    prefetch.add_argument("--head-dim", type=_count)
     prefetch.add_argument("--dtype", choices=DTYPES)
     prefetch.set_defaults(run=_prefetch, show=_show_prefetch)
 
@@ -76,11 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--arch", required=True, type=_arch)
     explain.add_argument("--dtype", choices=DTYPES, default="bf16")
     for name, default in (("head-dim", 128), ("batch", 1), ("seqlen-q", 1024), ("heads-q", 32)):
-        explain.add_argument(f"--{name}", type=int, default=default)
-    explain.add_argument("--seqlen-k", type=int, help="default: seqlen-q")
-    explain.add_argument("--heads-kv", type=int, help="default: heads-q")
+        explain.add_argument(f"--{name}", type=_count, default=default)
+    explain.add_argument("--seqlen-k", type=_count, help="default: seqlen-q")
+    explain.add_argument("--heads-kv", type=_count, help="default: heads-q")
     explain.add_argument("--causal", action="store_true")
-    explain.add_argument("--window", help="left,right; an empty side is open, e.g. 128, or 128,0")
+    explain.add_argument("--window", type=_window, help="left,right; an empty side is open: '128,' or ',0' or '128,0'")
     explain.set_defaults(run=_explain, show=_show_explain)
     return parser
 
@@ -110,7 +115,8 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
             report["would_load"][arch] = _would_load(now, arch)
     except CubineryError as error:
         problems.append(f"{type(error).__name__} ({error.reason}): {error}")
-    if report["gpu"]["devices"] and report["torch"]["cuda"] and not problems:
+    callable_here = report["gpu"]["devices"] and report["torch"]["cuda"]
+    if callable_here and not problems and all(loads["sample"] for loads in report["would_load"].values()):
         problems.extend(_first_call())
     report |= {"problems": problems, "ledger": stages.ledger()}
     return report, 1 if problems else 0
@@ -179,15 +185,20 @@ def _show_doctor(report: dict[str, Any]) -> str:
     lines += [f"gpu       {d['name']}, sm_{d['capability'][0]}{d['capability'][1]}" for d in gpu["devices"]]
     lines += [f"gpu       {gpu['note']}"] if gpu["note"] else []
     lines += [f"torch     {torch['version'] or '-'}{', ' + torch['note'] if torch['note'] else ''}"]
-    lines += [f"registry  {registry['where']}" + (f" (remote: {registry['remote']})" if registry["remote"] else "")]
+    lines += [f"registry  {registry['where']}" + (f" ({registry['remote']})" if registry["remote"] else "")]
     lines += [f"cache     {report['cache']['folder']} {report['cache']['note'] or ''}".rstrip()]
     for arch, digest in report["indexes"].items():
         loads = report["would_load"].get(arch)
-        detail = f", {len(loads['variants'])} kernels of {loads['release']}, e.g. {loads['sample']}" if loads else ""
+        detail = f", {len(loads['variants'])} kernels of {loads['release']}, {_sample(loads)}" if loads else ""
         lines.append(f"index     {arch} {digest}{detail}")
     lines += [f"time      {r['ms']:9.3f} ms  {r['stage']}  {r['what']}".rstrip() for r in report["ledger"]]
     lines += [f"PROBLEM   {problem}" for problem in report["problems"]] or ["all is well"]
     return "\n".join(lines)
+
+
+def _sample(loads: dict[str, Any]) -> str:
+    none = f"none of them for a call with {SAMPLE['dtype']} and head_dim {SAMPLE['head_dim']}, which doctor would try"
+    return f"e.g. {loads['sample']}" if loads["sample"] else none
 
 
 # -- prefetch ---------------------------------------------------------------------------------------------------------
@@ -235,36 +246,62 @@ def _heads(text: str) -> dict[str, int]:
         heads_q, heads_kv = (int(n) for n in text.split("/"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 32/8") from None
-    return {"heads_q": heads_q, "heads_kv": heads_kv}
+    heads = {"heads_q": heads_q, "heads_kv": heads_kv}
+    if not _is_shape(heads):
+        raise argparse.ArgumentTypeError(f"{text!r}: query heads must be a multiple of kv heads, both at least 1")
+    return heads
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {LARGEST}")
+    return int(text)
+
+
+def _window(text: str) -> tuple[int | None, ...]:
+    """(left, right); what bounds may be is the call's to say."""
+    try:
+        left, right = (int(side) if side.strip() else None for side in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like '128,' or ',0' or '128,0'") from None
+    return left, right
 
 
 def _read_shapes(path: str) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             shapes = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from None
     if not isinstance(shapes, list) or not shapes or not all(_is_shape(shape) for shape in shapes):
-        names = ", ".join(name for name in SHAPE if name != "dtype")
-        message = f"{path}: not a list of objects with dtype ('bf16' or 'fp16') or integers for any of {names}"
+        message = (
+            f"{path}: not a list of objects with any of dtype ('bf16' or 'fp16'), causal (true or false) and, as "
+            f"numbers from 1 to {LARGEST}, {', '.join(COUNTS)}; heads_q must be a multiple of heads_kv"
+        )
         raise argparse.ArgumentTypeError(message)
     return shapes
 
 
 def _is_shape(shape: Any) -> bool:
+    if not isinstance(shape, dict) or not shape:
+        return False
+    counts = {name: value for name, value in shape.items() if name not in ("dtype", "causal")}
     return (
-        isinstance(shape, dict)
-        and bool(shape)
-        and all(isinstance(value, SHAPE.get(name, ())) for name, value in shape.items())
+        shape.get("dtype", DTYPES[0]) in DTYPES
+        and shape.get("causal", 0) in (0, 1)
+        and all(name in COUNTS and type(n) is int and 1 <= n <= LARGEST for name, n in counts.items())
+        and shape.get("heads_q", 0) % shape.get("heads_kv", 1) == 0
     )
 
 
 def _facts(shape: dict[str, Any]) -> dict[str, Any]:
     """Call facts as far as a model's shape tells them."""
     facts = dict(shape)
+    if "causal" in facts:
+        facts["causal"] = int(facts["causal"])
     if "head_dim" in facts:
         facts["head_dim_v"] = facts["head_dim"]
-    if facts.get("heads_kv") and "heads_q" in facts:
+    if "heads_kv" in facts and "heads_q" in facts:
         facts["group"] = facts["heads_q"] // facts["heads_kv"]
     return facts
 
@@ -292,8 +329,11 @@ def _all_cubins(now: session.Session, artifacts: Iterable[Artifact]) -> Iterable
             return artifact, error
         return artifact, None
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
+    pool = ThreadPoolExecutor(DOWNLOADS)
+    try:
         yield from pool.map(fetch, list(artifacts))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for downloads under way
 
 
 def _progress(done: Iterable[Any], total: int) -> Iterable[Any]:
@@ -336,7 +376,7 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     facts = _described(args)
     report: dict[str, Any] = {"arch": args.arch, "index": digests[args.arch], "facts": facts}
     try:
-        artifact = select.select(index, "fwd", facts)
+        artifact = select.select(index, "fwd", facts, shown=None)
     except NoKernelError as error:
         rejections = [{"key": key, "why": why} for key, why in error.rejections]
         return report | {"variant": None, "rejections": rejections, "message": str(error)}, 1
@@ -344,10 +384,14 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def _described(args: argparse.Namespace) -> dict[str, Any]:
-    heads_kv = args.heads_q if args.heads_kv is None else args.heads_kv
-    if min(args.heads_q, heads_kv) < 1 or args.heads_q % heads_kv:
+    heads_kv = args.heads_kv or args.heads_q
+    seqlen_k = args.seqlen_k or args.seqlen_q
+    if args.heads_q % heads_kv:
         raise ArgumentError("--heads-q", f"{args.heads_q} is not a multiple of --heads-kv {heads_kv}", reason="heads")
-    right = (args.window or "").partition(",")[2]
+    if args.seqlen_q + seqlen_k > arguments.MAX_TOKENS:
+        message = f"with --seqlen-k it is {args.seqlen_q + seqlen_k}, must be at most {arguments.MAX_TOKENS}"
+        raise ArgumentError("--seqlen-q", message, reason="too_large")
+    _, right = arguments.window_bounds(args.causal, args.window)
     return {
         "dtype": args.dtype,
         "head_dim": args.head_dim,
@@ -356,16 +400,15 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         "heads_q": args.heads_q,
         "heads_kv": heads_kv,
         "seqlen_q": args.seqlen_q,
-        "seqlen_k": args.seqlen_q if args.seqlen_k is None else args.seqlen_k,
+        "seqlen_k": seqlen_k,
         "group": args.heads_q // heads_kv,
-        "causal": int(args.causal or right.strip() == "0"),
+        "causal": int(right == 0),
     }
 
 
 def _show_explain(report: dict[str, Any]) -> str:
     if report["variant"] is None:
-        rejected = [f"  {r['key']}: {r['why']}" for r in report["rejections"]]
-        return "\n".join([report["message"], "every row:", *rejected])
+        return report["message"]
     a = report["artifact"]
     return (
         f"{report['variant']}\n  {a['arch']}, {a['threads']} threads, {a['smem']} B dynamic shared memory, "
@@ -374,5 +417,18 @@ def _show_explain(report: dict[str, Any]) -> str:
     )
 
 
+def program() -> int:
+    """`main` as a process ends: quietly when nobody reads on (`| head -1`: 141) or after Ctrl-C (130)."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
+        return 141
+    except KeyboardInterrupt:
+        os._exit(130)  # with downloads under way, which would be waited for
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -38,16 +38,18 @@ def check(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, 
     _check_shapes(q, k, v, out)
     for name, tensor in names:
         _check_strides(name, tensor)
+        check_storage((name, tensor))
         if tensor.data_ptr() & 15:
             raise misaligned((name, tensor.data_ptr()))
     if out is not None and _overlaps_itself(out):
         raise ArgumentError("out", "elements share memory (an expanded tensor?); give each its own", reason="overlap")
     if torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in names):
         raise wants_grad()
+    check_tangents(torch.autograd.forward_ad, *names)
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, int) or flag not in (0, 1):
             raise ArgumentError(name, f"{flag!r:.100} is neither True nor False", reason="type")
-    bounds = _window(causal, window)
+    bounds = window_bounds(causal, window)
     dtype = "bf16" if q.dtype == torch.bfloat16 else "fp16"
     return Call(_facts(q, k, dtype, bounds), bounds, _scale(softmax_scale, q.shape[3]))
 
@@ -58,6 +60,29 @@ def wants_grad() -> ArgumentError:
         "one requires grad, and there is no backward yet; call under torch.no_grad() or pass .detach()ed tensors",
         reason="requires_grad",
     )
+
+
+def check_tangents(forward_ad: Any, *tensors: tuple[str, Any]) -> None:
+    """ArgumentError for a tensor whose tangent of forward-mode AD would be lost. A None is passed over."""
+    for name, tensor in tensors:
+        if forward_ad._current_level >= 0 and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            message = "has a forward-mode tangent, and there is no derivative yet; pass its primal (fwAD.unpack_dual)"
+            raise ArgumentError(name, message, reason="forward_ad")
+
+
+def check_storage(*tensors: tuple[str, Any]) -> None:
+    """ArgumentError for a tensor that has elements but no memory of its own."""
+    for name, tensor in tensors:
+        try:
+            bare = tensor.data_ptr() == 0 and tensor.numel() > 0
+        except RuntimeError:  # of torch.func's wrappers
+            bare = True
+        if bare:
+            message = (
+                f"{type(tensor).__name__} without memory of its own (a DTensor, FakeTensor, torch.func wrapper, freed "
+                "storage), must be a plain tensor; a DTensor's is .to_local()"
+            )
+            raise ArgumentError(name, message, reason="storage")
 
 
 def misaligned(*pointers: tuple[str, int]) -> ArgumentError:
@@ -71,6 +96,8 @@ def _check_tensor(name: str, tensor: Any, torch: Any, device_type: str) -> None:
         raise ArgumentError(name, f"{type(tensor).__name__}, must be a torch.Tensor", reason="type")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ArgumentError(name, f"layout {tensor.layout}, must be a plain strided tensor", reason="layout")
+    if tensor.is_neg():  # not asked again by warm calls: only as_strided gives one a contiguous head_dim
+        raise ArgumentError(name, "is a view still to be negated (is_neg); .resolve_neg() it", reason="layout")
     if tensor.dtype not in (torch.bfloat16, torch.float16):
         raise ArgumentError(name, f"dtype {tensor.dtype}, must be torch.bfloat16 or torch.float16", reason="dtype")
     if tensor.dim() != 4:
@@ -123,7 +150,7 @@ def _overlaps_itself(tensor: Any) -> bool:
     return False
 
 
-def _window(causal: Any, window: Any) -> tuple[int, int]:
+def window_bounds(causal: Any, window: Any) -> tuple[int, int]:
     """(left, right) as the kernels take them. causal bounds the right side by 0."""
     if window is None:
         window = (None, None)

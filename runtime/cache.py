@@ -11,9 +11,12 @@ import contextlib
 import logging
 import os
 import stat
+import time
 
 from registry.contract import sha256_hex
 from runtime.errors import SourceError
+
+STALE_S = 86_400  # of a temporary file whose process must be gone
 
 log = logging.getLogger("cubinery")
 
@@ -27,6 +30,7 @@ class DiskCache:
     def __init__(self, root: str):
         self.root = root
         self._complained = False
+        self._bypassed: set[str] = set()  # paths of corrupt entries that could not be moved
 
     def path(self, kind: str, digest: str) -> str:
         """Where an entry lies. kind: 'blobs' or 'indexes'."""
@@ -35,8 +39,11 @@ class DiskCache:
     def get(self, kind: str, digest: str, cap: int) -> bytes | None:
         """An entry's bytes, unverified; None where there is no regular file of at most `cap` bytes, owned by us."""
         self.check_owner()
-        try:
-            fd = os.open(self.path(kind, digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        path = self.path(kind, digest)
+        if path in self._bypassed:
+            return None
+        try:  # O_NONBLOCK: opening a FIFO would wait for its writer
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:  # absent, a link, or unreadable: all a miss
             return None
         with os.fdopen(fd, "rb") as file:
@@ -54,19 +61,29 @@ class DiskCache:
         try:
             self._make_folder(os.path.dirname(path))
             _write_whole(path, data)
+            self._bypassed.discard(path)
+            _remove_stale(os.path.dirname(path))
         except OSError as error:
             if not self._complained:
                 self._complained = True
                 log.warning("cache %s cannot be written (%s): loading from memory", self.root, error.strerror)
 
     def set_aside(self, kind: str, digest: str) -> bool:
-        """Move an entry found corrupt out of the way. Whether the next `get` will miss."""
+        """Move an entry found corrupt out of the way, or where it cannot be moved pass it over from now on.
+
+        Whether there was one, so that the next `get` will miss.
+        """
         path = self.path(kind, digest)
         try:
             os.replace(path, path + ".corrupt")
-        except OSError:
+            log.warning("cache entry %s was corrupt: set aside", path)
+        except FileNotFoundError:
             return False
-        log.warning("cache entry %s was corrupt: set aside", path)
+        except OSError as error:
+            if path in self._bypassed:
+                return False  # the bytes did not come from it
+            self._bypassed.add(path)
+            log.warning("cache entry %s is corrupt and cannot be moved (%s): passed over", path, error.strerror)
         return True
 
     def check_owner(self) -> None:
@@ -117,3 +134,12 @@ def _write_whole(path: str, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _remove_stale(folder: str) -> None:
+    """Remove what killed processes left half-written."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process was faster
+                if entry.name.endswith(".tmp") and entry.stat(follow_symlinks=False).st_mtime < time.time() - STALE_S:
+                    os.unlink(entry.path)

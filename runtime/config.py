@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def _text(value: Any, name: str, accepted: str) -> str:
         text = os.fspath(value)
     except TypeError:
         text = None
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError(f"{name}: {value!r:.100} is not {accepted}")
     return text
 
@@ -90,13 +91,19 @@ def _text(value: Any, name: str, accepted: str) -> str:
 def _registry(text: str) -> str:
     if "://" not in text:
         return os.path.abspath(text) if text else ""
+    if "@" in text.split("://", 1)[1]:  # not shown: it may be a password
+        raise ConfigError(
+            "registry: a URL with '@' is refused: a user or password in it would show in messages and ledgers; "
+            "accepted are http(s)://host[:port][/path], so let a proxy (HTTPS_PROXY) add the credentials"
+        )
     try:
         parts = urllib.parse.urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of a port that is no number, or an address in broken brackets
         usable = False
-    if not usable:
-        raise ConfigError(f"registry: {text!r:.200} is neither a file's path nor an http:// or https:// URL")
+    if not usable or re.search(r"[\s\x00-\x1f\x7f?#]", text):
+        message = "is neither a file's path nor an http:// or https:// URL without spaces, query and fragment"
+        raise ConfigError(f"registry: {text!r:.200} {message}")
     return text.rstrip("/")
 
 

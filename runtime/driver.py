@@ -5,7 +5,8 @@ cuda-bindings 12.9 and 13.x are both served: every function returns (status, val
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from runtime import stages
@@ -26,7 +27,7 @@ class Driver(Protocol):
 
     def check(self, status: Any, call: str) -> None: ...
     def version(self) -> int: ...
-    def bind_context(self, device: int) -> None: ...
+    def context(self, device: int) -> AbstractContextManager[None]: ...
     def load_library(self, cubin: bytes) -> Any: ...
     def unload_library(self, library: Any) -> None: ...
     def kernel(self, library: Any, symbol: str) -> Any: ...
@@ -47,6 +48,7 @@ class CudaDriver:
         self._cu = driver
         self.success = driver.CUresult.CUDA_SUCCESS
         self.launch = driver.cuLaunchKernel
+        self._primary: dict[int, Any] = {}
         self._call("cuInit", 0)
 
     def check(self, status: Any, call: str) -> None:
@@ -72,12 +74,26 @@ class CudaDriver:
         minor = self._call("cuDeviceGetAttribute", names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle)
         return major, minor
 
-    def bind_context(self, device: int) -> None:
-        """Make the device's primary context current in this thread, unless a context is: a thread that has only used
-        cached memory has none yet, and a launch would fail."""
-        if int(self._call("cuCtxGetCurrent")) == 0:
-            context = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
-            self._call("cuCtxSetCurrent", context)
+    @contextmanager
+    def context(self, device: int) -> Iterator[None]:
+        """Within, the device's primary context, which is torch's, is current in this thread.
+
+        It stays so afterwards if none was before: a thread that has only used cached memory has none yet, and a launch
+        would fail. Another one, such as a library's own, comes back.
+        """
+        if device not in self._primary:  # retained once, as long as the process
+            self._primary[device] = self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device))
+        primary, before = self._primary[device], int(self._call("cuCtxGetCurrent"))
+        if before == 0:
+            self._call("cuCtxSetCurrent", primary)
+        foreign = before not in (0, int(primary))
+        if foreign:
+            self._call("cuCtxPushCurrent", primary)
+        try:
+            yield
+        finally:
+            if foreign:
+                self._call("cuCtxPopCurrent")
 
     def load_library(self, cubin: bytes) -> Any:
         """A library in every context of this process. No JIT options: a cubin is all that is ever handed over."""

@@ -76,8 +76,8 @@ class CaptureError(CubineryError, RuntimeError):
 class SourceError(CubineryError, OSError):
     """A registry, server or cache that cannot give what is asked.
 
-    reason: no_registry, unreadable, schema, no_channel, missing, offline, unreachable, status, redirect, too_long,
-    deadline, cache_owner.
+    reason: no_registry, unreadable, schema, no_channel, missing, offline, url, client, unreachable, status, redirect,
+    too_long, deadline, cache_owner.
     """
 
     reason = "source"

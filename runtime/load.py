@@ -8,7 +8,9 @@ from registry.contract import Abi, Artifact
 from runtime.driver import Driver
 from runtime.errors import DriverError, IntegrityError
 
-DEFAULT_SMEM = 48 << 10  # bytes of dynamic shared memory that a function may use without being allowed more
+DEFAULT_SMEM = (
+    48 << 10
+)  # bytes of shared memory, static and dynamic, that a function may use without being allowed more
 
 
 class Kernel(NamedTuple):
@@ -21,7 +23,7 @@ class Kernel(NamedTuple):
 
 
 def load(driver: Driver, cubin: bytes, artifact: Artifact, abi: Abi, device: int, padding: int = 0) -> Kernel:
-    """Load into the device's context, which is current afterwards if none was.
+    """Load into the device's primary context.
 
     cubin: verified bytes. padding: bytes added to the dynamic shared memory, to emulate another chip's occupancy.
     Raises DriverError (old driver, refused image), IntegrityError ('abi') when the cubin's parameters are not the
@@ -34,24 +36,24 @@ def load(driver: Driver, cubin: bytes, artifact: Artifact, abi: Abi, device: int
             "update the NVIDIA driver, or rebuild with an older toolkit",
             reason="old_driver",
         )
-    driver.bind_context(device)
-    library = driver.load_library(cubin)
-    try:
-        kernel = driver.kernel(library, artifact.symbol)
-        found = driver.params(kernel)
-        if found != abi.layout:
-            raise IntegrityError(
-                f"{artifact.variant}: the cubin's parameters are not those of ABI {abi.op} v{abi.version}: "
-                + _difference(found, abi),
-                reason="abi",
-            )
-        function = driver.function(kernel)
-        smem = artifact.smem + padding
-        if smem > DEFAULT_SMEM:
-            driver.allow_dynamic_smem(function, smem)
-    except BaseException:
-        driver.unload_library(library)
-        raise
+    smem = artifact.smem + padding
+    with driver.context(device):
+        library = driver.load_library(cubin)
+        try:
+            kernel = driver.kernel(library, artifact.symbol)
+            found = driver.params(kernel)
+            if found != abi.layout:
+                raise IntegrityError(
+                    f"{artifact.variant}: the cubin's parameters are not those of ABI {abi.op} v{abi.version}: "
+                    + _difference(found, abi),
+                    reason="abi",
+                )
+            function = driver.function(kernel)
+            if smem + artifact.static_smem > DEFAULT_SMEM:
+                driver.allow_dynamic_smem(function, smem)
+        except BaseException:
+            driver.unload_library(library)
+            raise
     return Kernel(artifact, abi, function, smem)  # the library stays loaded as long as the process
 
 

@@ -11,11 +11,12 @@ from runtime.errors import NoKernelError
 NEAR = 6  # rejections that a message shows; the error object carries all
 
 
-def select(index: Index, op: str, facts: Mapping[str, Any]) -> Artifact:
+def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = NEAR) -> Artifact:
     """The artifact that the first dispatch row whose conditions all hold names.
 
     facts: every fact of the call; see docs/design.md. Raises NoKernelError with each row's reason: 'row' if no row
-    holds, 'variant' if the row's variant is not in the index (a later row is never taken in its place).
+    holds, 'variant' if the row's variant is not in the index (a later row is never taken in its place); its message
+    shows the nearest `shown` of them, None: all.
     """
     rows = [row for row in index.rows if row.op == op]
     for row in rows:
@@ -24,7 +25,7 @@ def select(index: Index, op: str, facts: Mapping[str, Any]) -> Artifact:
             if artifact is not None:
                 return artifact
             break
-    raise _no_kernel(index, op, facts, [_reject(row, index, facts) for row in rows])
+    raise _no_kernel(index, op, facts, [_reject(row, index, facts) for row in rows], shown)
 
 
 def candidates(index: Index, op: str, facts: Mapping[str, Any]) -> tuple[list[Artifact], list[str]]:
@@ -74,7 +75,8 @@ def _reject(row: DispatchRow, index: Index, facts: Mapping[str, Any]) -> tuple[i
     return len(failed), row.variant, why or f"serves this call, but is not in the index for {index.arch}"
 
 
-def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tuple[int, str, str]]) -> NoKernelError:
+def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tuple[int, str, str]],
+               shown: int | None) -> NoKernelError:  # fmt: skip
     """What is nearest first; the command builds the missing variant, or says that the table must grow first."""
     found = sorted(found, key=lambda rejection: rejection[0])
     rejections = [(key, why) for _, key, why in found]
@@ -87,7 +89,7 @@ def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tupl
     else:
         todo = f"No row of the dispatch table serves it; {checkout}add one to kernels/dispatch.py, then {command}"
     call = ", ".join(f"{name}={value}" for name, value in facts.items())
-    lines = [f"no {op} kernel on {index.arch} for {call}", *(f"  {key}: {why}" for key, why in rejections[:NEAR])]
-    if len(rejections) > NEAR:
-        lines.append(f"  and {len(rejections) - NEAR} more (python -m runtime explain lists all)")
+    lines = [f"no {op} kernel on {index.arch} for {call}", *(f"  {key}: {why}" for key, why in rejections[:shown])]
+    if shown is not None and len(rejections) > shown:
+        lines.append(f"  and {len(rejections) - shown} more (python -m runtime explain lists all)")
     return NoKernelError("\n".join([*lines, todo]), reason="variant" if missing else "row", rejections=rejections)

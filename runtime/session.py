@@ -28,7 +28,8 @@ class Session:
         self._backend: Any = None
         self._digests: dict[str, str] | None = None
         self._indexes: dict[str, Index] = {}
-        self._kernels: dict[tuple[str, int], Kernel] = {}
+        self._kernels: dict[tuple[str, int], Kernel] = {}  # by variant and device
+        self._loading: dict[tuple[str, int], threading.Lock] = {}
 
     @property
     def backend(self) -> Any:
@@ -82,37 +83,40 @@ class Session:
 
         return self._once_more(read, "blobs", artifact.frame_sha256)
 
-    def kernel(self, op: str, facts: dict[str, Any], device: int) -> tuple[Kernel, bool]:
+    def kernel(self, op: str, facts: dict[str, Any], device: int, capturing: bool) -> tuple[Kernel, bool]:
         """The loaded kernel for a call on a device (which is torch's current one), and whether this call loaded it.
 
-        Raises every error of the tree but ArgumentError; CaptureError, before the driver is touched, if it would have
-        to load while a graph is captured.
+        capturing: whether this thread is capturing a CUDA graph. Raises every error of the tree but ArgumentError;
+        CaptureError, before disk, network or driver are touched, if it would have to load while capturing. Waits for
+        a fetch by another thread only if it needs the same kernel.
         """
+        if capturing and not any(where == device for _, where in list(self._kernels)):
+            raise _unloaded("no kernel is loaded yet on this device")
+        index = self.index_for(self.backend.capability(device))
+        start = perf_counter()
+        artifact = select.select(index, op, facts)
+        spent = (perf_counter() - start) * 1e3
+        place = artifact.variant, device
+        found = self._kernels.get(place)
+        if found is not None:
+            return found, False
+        if capturing:
+            raise _unloaded(f"{artifact.variant} is not loaded yet")
         with self._lock:
-            backend = self.backend
-            index = self.index_for(backend.capability(device))
-            start = perf_counter()
-            artifact = select.select(index, op, facts)
-            spent = (perf_counter() - start) * 1e3
-            found = self._kernels.get((artifact.cubin_sha256, device))
-            if found is not None:
-                return found, False
-            if backend.is_capturing():
-                raise CaptureError(
-                    f"{artifact.variant} is not loaded yet, and nothing can be loaded while a CUDA graph is being "
-                    "captured: make this call once before the capture"
-                )
+            loading = self._loading.setdefault(place, threading.Lock())
+        with loading:
+            if place in self._kernels:  # by another thread, meanwhile
+                return self._kernels[place], False
             stages.record("select", artifact.variant, spent)
-            return self._load(artifact, index, device), True
+            kernel = self._kernels[place] = self._load(artifact, index, device)
+            return kernel, True
 
     def _load(self, artifact: Artifact, index: Index, device: int) -> Kernel:
         cubin = self.cubin(artifact)
         padding = launch.SMEM_PADDING(artifact) if launch.SMEM_PADDING else 0
         driver = self.backend.driver
         with stages.stage("load", artifact.variant):
-            kernel = load(driver, cubin, artifact, index.abi(artifact.abi), device, padding)
-        self._kernels[artifact.cubin_sha256, device] = kernel
-        return kernel
+            return load(driver, cubin, artifact, index.abi(artifact.abi), device, padding)
 
     def _once_more(self, read: Callable[[], Any], kind: str, digest: str) -> Any:
         try:
@@ -123,8 +127,14 @@ class Session:
             return read()
 
 
+def _unloaded(what: str) -> CaptureError:
+    return CaptureError(
+        f"{what}, and nothing can be loaded while a CUDA graph is being captured: make this call once before it"
+    )
+
+
 _current: Session | None = None
-_lock = threading.Lock()
+_lock = threading.Lock()  # of _current, and of the settings that it was made from
 
 
 def current() -> Session:
@@ -138,7 +148,15 @@ def current() -> Session:
 
 def reset() -> None:
     """Drop the session and every plan. Loaded code stays in the driver; calls in flight finish with what they hold."""
+    with _lock:
+        _drop()
+
+
+def _drop() -> None:
+    """With the lock held: nobody may store a session of settings that have just been replaced."""
     global _current
+    if _current is not None:
+        _current.source.close()
     _current = None
     launch.drop_plans()
 
@@ -163,15 +181,17 @@ def configure(
 
     Raises ConfigError, and then changes nothing.
     """
-    config.give(registry, index, cache, channel, offline)
-    reset()
+    with _lock:
+        config.give(registry, index, cache, channel, offline)
+        _drop()
 
 
 def _after_fork() -> None:
     """A child starts afresh: its parent's driver handles, locks and connections are not its own."""
-    global _lock
+    global _lock, _current
     _lock = threading.Lock()
-    reset()
+    _current = None  # not closed: a goodbye on a connection that the parent still uses would end it there
+    launch.drop_plans()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -116,8 +116,9 @@ class FakeDriver:
     def version(self) -> int:
         return self._version
 
-    def bind_context(self, device: int) -> None:
-        self.calls.append("bind_context")
+    def context(self, device: int) -> contextlib.AbstractContextManager[None]:
+        self.calls.append("context")
+        return contextlib.nullcontext()
 
     def load_library(self, cubin: bytes) -> Any:
         self.calls.append("load_library")
@@ -218,5 +219,7 @@ class FakeBackend:
     def guard(self, device: int) -> Any:
         self.guarded.append(device)
         before, self.current = self.current, device
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before

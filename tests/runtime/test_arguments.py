@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import runtime
-from runtime import arguments
+from runtime import arguments, launch
 from runtime.errors import ArgumentError, CubineryError, InstallError
 from tests.runtime.fakes import FakeBackend
 
@@ -25,6 +27,16 @@ def t(*shape, dtype=torch.bfloat16, device="cpu"):
 
 def strided(shape, strides):
     return torch.zeros(200_000, dtype=torch.bfloat16).as_strided(shape, strides)
+
+
+def freed(*shape):
+    tensor = t(*shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def fake(*shape):
+    return FakeTensorMode().from_tensor(t(*shape))
 
 
 CASES = {
@@ -45,6 +57,11 @@ CASES = {
     "meta": ({"q": t(*Q, device="meta")}, "q", "device"),
     "mixed devices": ({"v": t(*K, device="meta")}, "v", "device"),
     "out device": ({"out": t(*Q, device="meta")}, "out", "device"),
+    "freed q": ({"q": freed(*Q)}, "q", "storage"),
+    "freed v": ({"v": freed(*K)}, "v", "storage"),
+    "freed out": ({"out": freed(*Q)}, "out", "storage"),
+    "fake k": ({"k": fake(*K)}, "k", "storage"),
+    "all fake": ({"q": fake(*Q), "k": fake(*K), "v": fake(*K)}, "q", "storage"),
     "batch": ({"k": t(3, 7, 2, 64), "v": t(3, 7, 2, 64)}, "k", "shape"),
     "seqlen_k": ({"v": t(2, 8, 2, 64)}, "v", "shape"),
     "heads_kv": ({"v": t(2, 7, 1, 64)}, "v", "shape"),
@@ -86,13 +103,14 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(backend: FakeBackend, registry: Path, name):
     changes, argument, reason = CASES[name]
     given_ = {"q": t(*Q), "k": t(*K), "v": t(*K)} | changes
-    # A key holds device indices. A CUDA tensor's is its own; only here a meta tensor's equals the backend's, a CPU's.
-    meta = any(getattr(value, "is_meta", False) for value in given_.values())
-    for warm in (False,) if meta else (False, True):
+    for warm in (False, True):
+        if warm and name in ("mixed devices", "out device"):  # a key has but q's device and the others' indices; here
+            reason = "storage"  # both are -1, so that only the missing address tells
         with pytest.raises(ArgumentError) as error:
             runtime.flash_attn(**given_)
         assert (error.value.argument, error.value.reason) == (argument, reason), error.value
@@ -102,6 +120,49 @@ def test_bad_input(backend: FakeBackend, registry: Path, name):
         if not warm:  # and again beside a plan that exists
             assert not backend.driver.calls
             runtime.flash_attn(t(*Q), t(*K), t(*K))
+            runtime.flash_attn(t(*Q), t(*K), t(*K), out=t(*Q))
+
+
+def test_tensors_inside_transforms_are_refused(backend: FakeBackend, registry: Path):
+    """torch.func's wrappers have no address, or none but 0; a plan made outside must not launch with it."""
+    q, k = t(*Q), t(*K)
+    refused = []
+
+    def attend(x):
+        with pytest.raises(ArgumentError) as error:
+            runtime.flash_attn(x, k, k)
+        refused.append((error.value.argument, error.value.reason))
+        return x.sum()
+
+    for _ in range(2):  # first and warm
+        torch.func.vmap(attend)(q[None])
+        torch.func.functionalize(attend)(q)
+        assert not backend.driver.launches
+        runtime.flash_attn(q, k, k)
+        backend.driver.launches.clear()
+    assert refused == [("q", "storage")] * 4
+
+
+def test_forward_mode_tangents_are_refused_first_and_warm(backend: FakeBackend, registry: Path):
+    q, k = t(*Q), t(*K)
+    with fwAD.dual_level():
+        for _ in range(2):
+            for name, tensors in (("q", (fwAD.make_dual(q, q), k, k)), ("v", (q, k, fwAD.make_dual(k, k)))):
+                with pytest.raises(ArgumentError, match="tangent") as error:
+                    runtime.flash_attn(*tensors)
+                assert (error.value.argument, error.value.reason) == (name, "forward_ad")
+            with pytest.raises(ArgumentError, match="tangent"):
+                runtime.flash_attn(q, k, k, out=fwAD.make_dual(t(*Q), q))
+            runtime.flash_attn(q, k, k)  # without a tangent, a dual level changes nothing
+            runtime.flash_attn(q, k, k, out=t(*Q))
+
+
+def test_negated_views_are_refused(backend: FakeBackend, registry: Path):
+    with pytest.raises(ArgumentError, match="resolve_neg") as error:
+        runtime.flash_attn(torch._neg_view(t(*Q)), t(*K), t(*K))
+    assert (error.value.argument, error.value.reason) == ("q", "layout")
+    ordinary = torch.zeros(Q, dtype=torch.complex64).conj().imag  # whose strides forbid a plan to be warm with
+    assert ordinary.is_neg() and ordinary.stride(3) == 2
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 256])
@@ -131,11 +192,17 @@ def test_without_torch(monkeypatch):
         runtime.flash_attn(1, 2, 3)
 
 
-def test_index_like_window_and_flag_ints_serve(backend: FakeBackend, registry: Path):
+@pytest.mark.parametrize("left", [np.int64(3), np.array(3), torch.tensor(3)], ids=lambda left: type(left).__name__)
+def test_index_like_window_and_flag_ints_serve(backend: FakeBackend, registry: Path, left):
+    """But keep no plan: an array has no hash, and a tensor's is not of its value."""
     q, k = t(*Q), t(*K)
-    runtime.flash_attn(q, k, k, window=(np.int64(3), None), causal=1, return_lse=0)
-    assert backend.driver.launches[-1]["params"]["window_left"] == 3
-    assert backend.driver.launches[-1]["params"]["window_right"] == 0
+    for _ in range(2):
+        runtime.flash_attn(q, k, k, window=(left, None), causal=1, return_lse=0)
+        assert backend.driver.launches[-1]["params"]["window_left"] == 3
+        assert backend.driver.launches[-1]["params"]["window_right"] == 0
+    assert not launch.plans.by_call
+    runtime.flash_attn(q, k, k, window=(3, None), causal=1, return_lse=0)
+    assert len(launch.plans.by_call) == 1
 
 
 AXIS = st.tuples(st.integers(1, 3), st.integers(0, 9))  # (size, stride)

@@ -10,10 +10,10 @@ import torch
 
 import runtime
 from kernels.abi import FWD
-from registry.contract import WINDOW_OPEN
+from registry.contract import WINDOW_OPEN, Index
 from runtime import attention, launch, select, session
-from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError
-from tests.runtime.fakes import FakeBackend, write_registry
+from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError, SourceError
+from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubin, write_registry
 
 BF16 = torch.bfloat16
 
@@ -119,6 +119,21 @@ def test_out_is_written_in_place(backend: FakeBackend, registry: Path):
     assert torch.equal(buffer[:, :, 0], out)
 
 
+def test_autograd_sees_that_out_was_overwritten(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    for _ in range(2):  # first and warm
+        out, weight = torch.ones_like(q), torch.ones(q.shape, dtype=BF16, requires_grad=True)
+        loss = (weight * out).sum()  # keeps out for its backward
+        runtime.flash_attn(q, k, v, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    before = [tensor._version for tensor in (q, k, v)]
+    runtime.flash_attn(q, k, v)
+    assert [tensor._version for tensor in (q, k, v)] == before
+    with torch.inference_mode():  # whose tensors count no versions
+        runtime.flash_attn(q, k, v, out=torch.empty(q.shape, dtype=BF16))
+
+
 def test_out_may_be_a_part_of_the_inputs_own_buffer(backend: FakeBackend, registry: Path):
     packed = torch.randn(2, 6, 4, 2, 64).to(BF16)
     before = packed.clone()
@@ -219,7 +234,7 @@ def test_another_device_than_the_current_one_is_guarded(backend: FakeBackend, re
 def test_capture_refuses_a_load_before_touching_the_driver(backend: FakeBackend, registry: Path):
     q, k, v = inputs()
     backend.capturing = True
-    with pytest.raises(CaptureError, match="before the capture"):
+    with pytest.raises(CaptureError, match="once before it"):
         runtime.flash_attn(q, k, v)
     assert not backend.driver.calls and not backend.driver.launches
     backend.capturing = False
@@ -229,6 +244,29 @@ def test_capture_refuses_a_load_before_touching_the_driver(backend: FakeBackend,
     runtime.flash_attn(*inputs(seqlen_k=3))  # a new plan of a loaded kernel
     with pytest.raises(CaptureError):
         runtime.flash_attn(*inputs(head_dim=128))
+
+
+def test_capture_refuses_before_disk_and_network(backend: FakeBackend, tmp_path: Path):
+    runtime.configure(registry=tmp_path / "nothing.db")
+    backend.capturing = True
+    with pytest.raises(CaptureError, match="no kernel is loaded yet"):
+        runtime.flash_attn(*inputs())
+    assert not backend.driver.calls
+    backend.capturing = False
+    with pytest.raises(SourceError):
+        runtime.flash_attn(*inputs())
+
+
+def test_a_capture_on_the_current_device_forbids_a_load_on_another(
+    backend: FakeBackend, registry: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And the other way round: either side of the device guard may be the one that is capturing."""
+    for captured in (3, -1):
+        backend.current = 3
+        monkeypatch.setattr(backend, "is_capturing", lambda captured=captured: backend.current == captured)
+        with pytest.raises(CaptureError):
+            runtime.flash_attn(*inputs())
+        assert backend.current == 3 and not backend.driver.calls
 
 
 def test_requires_grad_is_refused_first_and_warm(backend: FakeBackend, registry: Path):
@@ -315,6 +353,27 @@ def test_small_shared_memory_needs_no_permission(backend: FakeBackend, tmp_path:
     runtime.configure(registry=tmp_path / "r.db")
     runtime.flash_attn(*inputs())
     assert not any(call.startswith("allow") for call in backend.driver.calls)
+
+
+def test_static_shared_memory_counts_towards_the_permission(backend: FakeBackend, tmp_path: Path):
+    write_registry(tmp_path / "r.db", only="bf16-d64", smem=48 << 10, static_smem=16)
+    runtime.configure(registry=tmp_path / "r.db")
+    runtime.flash_attn(*inputs())
+    assert f"allow_dynamic_smem {48 << 10}" in backend.driver.calls
+    assert backend.driver.launches[0]["smem"] == 48 << 10
+
+
+def test_variants_of_one_cubin_keep_their_own_launch_facts(backend: FakeBackend, registry: Path, monkeypatch):
+    short, long = (variant for dtype, d, _, variant in TABLE if (dtype, d) == ("bf16", 64))
+    shared = toy_cubin(short, "sm_120")
+    made = [toy_artifact(v, "sm_120", cubin=shared, symbol=short.key) for v in (short, long)]
+    index = Index("sm_120", "0.1", tuple(artifact for artifact, _ in made), rows(), (FWD,))
+    now = session.current()
+    monkeypatch.setattr(now, "index_for", lambda capability: index)
+    monkeypatch.setattr(now, "cubin", lambda artifact: shared)
+    for seqlen_q in (64, 65):  # one tile of 64 rows, one of 128
+        runtime.flash_attn(*inputs(batch=1, seqlen_q=seqlen_q, heads_q=2))
+    assert [made["grid"][0] for made in backend.driver.launches] == [2, 2]
 
 
 def test_the_ledger_tells_each_stage(backend: FakeBackend, tmp_path: Path):

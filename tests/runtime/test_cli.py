@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +113,11 @@ def test_prefetch_of_model_shapes(registry: Path, tmp_path: Path, capsys):
     assert f"{len(TABLE)} of {len(TABLE)} kernels" in captured.out and "prefetch 12/12" in captured.err
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '[{"heads": 3}]', '[{"head_dim": "64"}]', "[{}]", '{"head_dim": 64}'])
+@pytest.mark.parametrize("text", [
+    "[]", "{", '[{"heads": 3}]', '[{"head_dim": "64"}]', "[{}]", '{"head_dim": 64}', '[{"head_dim": true}]',
+    '[{"dtype": "bf8"}]', '[{"dtype": ["bf16"]}]', '[{"causal": 2}]', '[{"batch": 0}]', '[{"seqlen_q": 1.5}]',
+    '[{"heads_q": 7, "heads_kv": 2}]', '[{"heads_kv": 0}]', pytest.param("[" * 100_000, id="deep"),
+])  # fmt: skip
 def test_prefetch_refuses_shapes_it_cannot_read(tmp_path: Path, capsys, text):
     (tmp_path / "shapes.json").write_text(text)
     assert "--shapes" in usage(capsys, "prefetch", "--shapes", tmp_path / "shapes.json")
@@ -120,6 +129,13 @@ def test_usage(capsys):
     assert "--arch" in usage(capsys, "explain", "--arch", "sm_120a")
     assert "required" in usage(capsys, "explain")
     assert "doctor|prefetch|explain" in usage(capsys)
+    for heads in ("3/0", "32/-8", "-32/8", "7/2", "8/16"):
+        assert "--heads" in usage(capsys, "prefetch", f"--heads={heads}")
+    for count in ("0", "-5", "1.5", "2147483648", "x"):
+        for name in ("batch", "head-dim", "seqlen-q", "seqlen-k", "heads-q", "heads-kv"):
+            assert f"--{name}" in usage(capsys, "explain", "--arch", "sm_120", f"--{name}={count}")
+    for window in ("garbage,xx", "128", "1,2,3", "1.5,"):
+        assert "--window" in usage(capsys, "explain", "--arch", "sm_120", f"--window={window}")
 
 
 def test_prefetch_shows_a_bar_on_a_terminal_with_rich(monkeypatch, capsys):
@@ -145,11 +161,76 @@ def test_explain_lists_every_rejection(registry: Path, capsys):
     code, report = run(capsys, *given)
     assert code == 1 and report["variant"] is None and len(report["rejections"]) == len(TABLE)
     assert cli.main([*map(str, given)]) == 1
-    assert capsys.readouterr().out.count("needs head_dim ==") >= len(TABLE)
+    text = capsys.readouterr().out
+    assert all(text.count(f"  {v.key}: ") == 1 for *_, v in TABLE), "once each"
+    assert "runtime explain" not in text and "python -m builder" in text
     code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_90")
     assert code == 1 and report["error"]["reason"] == "arch"
     code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_120", "--heads-kv", "5")
-    assert code == 1 and report["error"]["reason"] == "heads"
+    assert code == 2 and report["error"]["reason"] == "heads"
+    code, report = run(capsys, *given, "--seqlen-q", 2**29, "--seqlen-k", 2**29)
+    assert code == 2 and report["error"]["reason"] == "too_large"
+    code, report = run(capsys, *given, "--window=-1,-7")
+    assert code == 2 and "never -1" in report["error"]["message"]
+    code, report = run(capsys, "doctor", "--registry", "ftp://x")
+    assert code == 2 and report["error"]["reason"] == "config"
+
+
+def test_doctor_without_a_kernel_for_its_sample_call(tmp_path: Path, capsys):
+    write_registry(tmp_path / "r.db", only="bf16-d64")
+    assert cli.main(["doctor", "--registry", str(tmp_path / "r.db")]) == 0
+    text = capsys.readouterr().out
+    assert "2 kernels of 0.1, none of them for a call with bf16 and head_dim 128" in text and "e.g. None" not in text
+
+
+def program(*argv: object, **options) -> subprocess.Popen:
+    """A shell may have started the tests with SIGINT ignored, which a child would inherit."""
+    start = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += f"sys.argv = {['runtime', *map(str, argv)]!r}; runpy.run_module('runtime', run_name='__main__')"
+    where = Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.PIPE, text=True, cwd=where, **options)
+
+
+def test_a_reader_that_has_gone(registry: Path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with program("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", 80, stdout=writer) as process:
+        os.close(writer)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 141 and errors == ""
+
+
+def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
+    """The server gives the index, and then nothing: kernels are being downloaded by a pool of threads."""
+    index, _ = toy_index(only="bf16-d64")
+    asked, over = threading.Event(), threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if "/blobs/" in self.path:
+                asked.set()
+                over.wait(60)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(index.to_bytes())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        given = ("prefetch", "--registry", url, "--index", index.digest, "--cache", tmp_path / "cache")
+        with program(*given, stdout=subprocess.DEVNULL) as process:
+            assert asked.wait(60)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+            spent = time.monotonic() - start
+        over.set()
+        server.shutdown()
+    assert process.returncode == 130 and errors == "" and spent < 5
 
 
 def test_errors_are_short_on_stderr(capsys):

@@ -35,7 +35,7 @@ def test_a_cubin_of_another_abi_is_refused_and_unloaded(abi, says):
     fake = FakeDriver()
     with pytest.raises(IntegrityError, match=says) as error:
         load.load(fake, toy_cubin(VARIANT, "sm_120", abi), ARTIFACT, FWD, 0)
-    assert error.value.reason == "abi" and fake.calls == ["bind_context", "load_library", "unload_library"]
+    assert error.value.reason == "abi" and fake.calls == ["context", "load_library", "unload_library"]
 
 
 def test_an_old_driver_is_refused_before_anything_is_loaded():
@@ -71,6 +71,7 @@ def real(**functions) -> driver.CudaDriver:
     made = object.__new__(driver.CudaDriver)
     made._cu = Bindings(**functions)
     made.success = 0
+    made._primary = {}
     return made
 
 
@@ -98,17 +99,36 @@ def test_parameters_are_asked_for_until_there_are_no_more():
         real(cuKernelGetParamInfo=lambda kernel, i: (801, 0, 0)).params("kernel")
 
 
-@pytest.mark.parametrize("bound", [True, False])
-def test_a_thread_without_a_context_gets_the_primary_one(bound):
-    asked = []
-    made = real(
-        cuCtxGetCurrent=lambda: (0, 0xC0 if bound else 0),
-        cuDeviceGet=lambda ordinal: (0, f"device {ordinal}"),
-        cuDevicePrimaryCtxRetain=lambda device: (0, f"context of {device}"),
-        cuCtxSetCurrent=lambda context: (asked.append(context) or 0,),
-    )
-    made.bind_context(2)
-    assert asked == ([] if bound else ["context of device 2"])
+class Contexts:
+    """A thread's stack of current contexts, and how often each device's primary one was retained."""
+
+    def __init__(self, *stack: int):
+        self.stack, self.retained = list(stack), []
+        self.driver = real(
+            cuCtxGetCurrent=lambda: (0, self.stack[-1] if self.stack else 0),
+            cuDeviceGet=lambda ordinal: (0, ordinal),
+            cuDevicePrimaryCtxRetain=lambda device: (self.retained.append(device) or 0, 0xC0 + device),
+            cuCtxSetCurrent=lambda context: (self.stack.__setitem__(slice(-1, None), [context]) or 0,),
+            cuCtxPushCurrent=lambda context: (self.stack.append(context) or 0,),
+            cuCtxPopCurrent=lambda: (0, self.stack.pop()),
+        )
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ([], [0xC2]),  # none: the primary one stays
+    ([0xC2], [0xC2]),
+    ([0xC1], [0xC1]),  # another device's
+    ([0xC2, 0xF0], [0xC2, 0xF0]),  # a library's own
+], ids=["none", "primary", "other", "foreign"])  # fmt: skip
+def test_the_primary_context_is_current_within(before, after):
+    contexts = Contexts(*before)
+    for _ in range(2):
+        with contexts.driver.context(2):
+            assert contexts.stack[-1] == 0xC2
+        assert contexts.stack == after
+    with pytest.raises(KeyError), contexts.driver.context(2):
+        raise KeyError
+    assert contexts.stack == after and contexts.retained == [2]
 
 
 def test_the_installed_bindings_offer_what_is_used():
@@ -125,6 +145,8 @@ def test_the_installed_bindings_offer_what_is_used():
         "cuFuncSetAttribute": 3,
         "cuLaunchKernel": 11,
         "cuCtxGetCurrent": 0,
+        "cuCtxPopCurrent": 0,
+        "cuCtxPushCurrent": 1,
         "cuCtxSetCurrent": 1,
         "cuDevicePrimaryCtxRetain": 1,
         "cuDeviceGet": 1,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import runtime
-from runtime import launch
+from runtime import launch, session
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import inputs, reference
 
@@ -42,7 +42,7 @@ class Block:
             raise ImportError(f"{name} is blocked: there is no compiler at run time")
 
 sys.meta_path.insert(0, Block())
-import ctypes, json, struct, torch
+import contextlib, ctypes, json, struct, torch
 import runtime
 from runtime import session, verify
 
@@ -50,7 +50,7 @@ class Driver:  # not tests.runtime.fakes': that builds registries, so it imports
     success, launches = 0, []
     def check(self, status, call): assert status == 0
     def version(self): return 13000
-    def bind_context(self, device): pass
+    def context(self, device): return contextlib.nullcontext()
     def load_library(self, cubin):
         assert type(cubin) is bytes and verify.elf_arch(cubin) == "sm_120"  # a cubin, never PTX
         return json.loads(cubin[64:])
@@ -173,14 +173,70 @@ def test_a_plan_made_while_settings_change_is_not_kept(backend: FakeBackend, reg
     assert not launch.plans.by_call and len(backend.driver.launches) == 1
 
 
+def test_a_session_of_replaced_settings_is_not_stored(
+    backend: FakeBackend, registry: Path, tmp_path: Path, monkeypatch
+):
+    """configure() while another thread is between reading the settings and storing its session."""
+    opening, go_on = threading.Event(), threading.Event()
+    plain = session.open_source
+
+    def slow(settings):
+        opening.set()
+        assert go_on.wait(30)
+        return plain(settings)
+
+    monkeypatch.setattr(session, "open_source", slow)
+    first = threading.Thread(target=session.current)
+    first.start()
+    assert opening.wait(30)
+    other = str(tmp_path / "other.db")
+    second = threading.Thread(target=runtime.configure, kwargs={"registry": other})
+    second.start()
+    second.join(0.3)  # as far as it gets
+    go_on.set()
+    first.join()
+    second.join()
+    assert session.current().config.registry == other
+
+
+def test_a_loaded_kernel_s_new_plan_waits_for_no_fetch(backend: FakeBackend, registry: Path, monkeypatch):
+    runtime.flash_attn(*inputs())
+    source = session.current().source
+    fetching, go_on = threading.Event(), threading.Event()
+    plain, fetched = source.frame, []
+
+    def slow(artifact):
+        fetched.append(artifact.variant)
+        fetching.set()
+        assert go_on.wait(30)
+        return plain(artifact)
+
+    monkeypatch.setattr(source, "frame", slow)
+    slow_ones = [threading.Thread(target=runtime.flash_attn, args=inputs(head_dim=128)) for _ in range(2)]
+    quick = threading.Thread(target=runtime.flash_attn, args=inputs(seqlen_k=3))
+    try:
+        slow_ones[0].start()
+        assert fetching.wait(30)
+        slow_ones[1].start()
+        quick.start()
+        quick.join(10)
+        assert not quick.is_alive()
+    finally:
+        go_on.set()
+        for thread in (*slow_ones, quick):
+            thread.join()
+    assert len(fetched) == 1, "one fetch serves all who wait for it"
+    assert backend.driver.calls.count("load_library") == 2 and len(backend.driver.launches) == 4
+
+
 def test_a_new_thread_binds_its_context(backend: FakeBackend, registry: Path):
     q, k, v = inputs()
     runtime.flash_attn(q, k, v)
-    before = backend.driver.calls.count("bind_context")
+    before = backend.driver.calls.count("context")
     thread = threading.Thread(target=runtime.flash_attn, args=(q, k, v))
     thread.start()
     thread.join()
-    assert backend.driver.calls.count("bind_context") == before + 1
+    assert backend.driver.calls.count("context") == before + 1
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -208,8 +264,6 @@ def test_a_forked_child_starts_afresh(backend: FakeBackend, registry: Path):
 
 def test_a_fork_while_a_load_is_under_way(backend: FakeBackend, registry: Path):
     """The child's locks are new, though the parent's are held by another thread."""
-    from runtime import session
-
     q, k, v = inputs()
     runtime.flash_attn(q, k, v)
     held, release = threading.Event(), threading.Event()
@@ -244,3 +298,19 @@ def test_cuda_in_a_bad_fork_is_a_typed_error(monkeypatch):
     with pytest.raises(DriverError, match="spawn") as error:
         TorchBackend()
     assert error.value.reason == "fork"
+
+
+def test_configure_closes_what_the_last_settings_had_open(monkeypatch, tmp_path):
+    from runtime import session
+
+    closed = []
+    monkeypatch.setattr(session.Session, "__init__", lambda self: setattr(self, "source", self))
+    monkeypatch.setattr(session.Session, "close", lambda self: closed.append(self), raising=False)
+    session.reset()
+    old = session.current()
+    runtime.configure(registry=tmp_path / "other.db")
+    assert closed == [old]
+    session.current()
+    session._after_fork()  # the parent still uses its connections
+    assert closed == [old]
+    runtime.configure()

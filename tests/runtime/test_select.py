@@ -52,6 +52,13 @@ def test_no_row_lists_every_rejection_nearest_first():
     assert "seqlen_k=65" in text and "and 6 more" in text
 
 
+def test_a_message_may_show_every_rejection():
+    with pytest.raises(NoKernelError) as error:
+        select.select(INDEX, "fwd", FACTS | {"head_dim": 80}, shown=None)
+    text = str(error.value)
+    assert all(text.count(f"  {key}: ") == 1 for key in INDEX.by_variant) and "explain" not in text
+
+
 def test_a_row_whose_variant_was_not_built_is_never_passed_over():
     """Short queries' kernel is missing; the long one would do, slowly: it is not taken."""
     short = "fwd-bf16-d64-dv64-m64-n64-w4-s1"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
 import shutil
+import socket
+import socketserver
 import sqlite3
 import stat
 import subprocess
@@ -13,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -117,6 +121,105 @@ def test_a_folder_that_cannot_be_written(registry: Path):
     finally:
         folder.chmod(0o755)
         shutil.rmtree(folder)
+
+
+def edited(registry: Path, *statements: str) -> EmbeddedSource:
+    with sqlite3.connect(registry) as db:
+        db.execute("PRAGMA foreign_keys = OFF")
+        for statement in statements:
+            db.execute(statement)
+    db.close()
+    return EmbeddedSource(str(registry))
+
+
+def plain(registry: Path) -> None:
+    """No WAL, so that another connection can lock the whole file."""
+    with sqlite3.connect(registry) as db:
+        assert db.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+    db.close()
+
+
+def test_a_locked_file_is_never_read_as_immutable(registry: Path, monkeypatch):
+    plain(registry)
+    monkeypatch.setattr(source, "BUSY_S", 0.05)
+    writer = sqlite3.connect(registry, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    assert "locked" in fails(lambda: EmbeddedSource(str(registry)).channel("stable"), "unreadable")
+    writer.execute("ROLLBACK")
+    writer.close()
+    assert EmbeddedSource(str(registry)).channel("stable")
+
+
+@pytest.mark.parametrize("beside", ["-wal", "-journal"])
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_BUSY])
+def test_immutable_needs_a_file_that_stands_alone(registry: Path, monkeypatch, beside, code):
+    """As from a folder that cannot be written: without immutable SQLite refuses."""
+    connect = sqlite3.connect
+
+    def refuse(where: str, **options):
+        if "immutable=1" in where:
+            return connect(where, **options)
+        error = sqlite3.OperationalError("refused")
+        error.sqlite_errorcode = code
+        raise error
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    if code == sqlite3.SQLITE_BUSY:
+        fails(lambda: EmbeddedSource(str(registry)).channel("stable"), "unreadable")
+    else:
+        assert EmbeddedSource(str(registry)).channel("stable")
+    Path(f"{registry}{beside}").write_bytes(b"x" * 100)
+    fails(lambda: EmbeddedSource(str(registry)).channel("stable"), "unreadable")
+
+
+def test_paths_that_a_uri_could_misread(registry: Path, monkeypatch):
+    assert EmbeddedSource("/" + str(registry)).channel("stable"), "//host/path would name a host"
+    odd = registry.parent / "a?mode=rw#%41\udcff.db"
+    shutil.copy(registry, odd)
+    assert EmbeddedSource(str(odd)).channel("stable")
+    monkeypatch.chdir(registry.parent)
+    assert EmbeddedSource(registry.name).path == str(registry) and EmbeddedSource(registry.name).channel("stable")
+
+
+@pytest.mark.parametrize("row", ["'sm_120a', '" + "0" * 64 + "'", "'sm_120', 'latest'", "3, 4"])
+def test_channels_are_architectures_and_digests(registry: Path, row):
+    source = edited(registry, f"INSERT INTO channels (name, arch, digest) VALUES ('odd', {row})")
+    fails(lambda: source.channel("odd"), "unreadable")
+
+
+def test_a_file_of_others_cannot_fill_the_memory(registry: Path, monkeypatch):
+    digest, huge = "1" * 64, 3_000_000
+    source_ = edited(
+        registry,
+        f"INSERT INTO indexes (digest, arch, body) VALUES ('{digest}', 'sm_120', zeroblob({huge}))",
+        f"INSERT INTO indexes (digest, arch, body) VALUES ('{digest[::-1][1:]}2', 'sm_120', zeroblob(1001))",
+    )
+    assert source_.index(digest) == bytes(huge)
+    monkeypatch.setattr(source, "MAX_INDEX", 1000)
+    fails(lambda: source_.index(digest), "too_long")
+    fails(lambda: source_.index(digest[1:] + "2"), "too_long")
+    artifact = toy_index()[0].artifacts[0]
+    changed = f"UPDATE blobs SET frame = zeroblob({huge}) WHERE sha256 = '{artifact.frame_sha256}'"
+    fails(lambda: edited(registry, changed).frame(artifact), "too_long")
+
+
+def test_a_file_of_others_cannot_hold_a_call(registry: Path, monkeypatch):
+    rows = "WITH n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 20000) "
+    slow = edited(
+        registry, "DROP TABLE channels", "CREATE TABLE channels (name, arch, digest)",
+        f"INSERT INTO channels {rows} SELECT 'x' || i, 'sm_120', '{'0' * 64}' FROM n",
+    )  # fmt: skip
+    fails(lambda: slow.channel("stable"), "no_channel")
+    monkeypatch.setattr(source, "FILE_S", -source.BUSY_S)
+    fails(lambda: slow.channel("stable"), "deadline")
+
+
+@pytest.mark.parametrize("trick", [
+    "CREATE VIEW channels AS SELECT 'stable' AS name, 'sm_120' AS arch, '" + "0" * 64 + "' AS digest",
+    "CREATE VIRTUAL TABLE channels USING fts4(name, arch, digest)",
+], ids=["view", "virtual table"])  # fmt: skip
+def test_only_tables_are_read(registry: Path, trick):
+    fails(lambda: edited(registry, "DROP TABLE channels", trick).channel("stable"), "schema")
 
 
 # -- servers, without sockets -----------------------------------------------------------------------------------------
@@ -267,7 +370,8 @@ def test_client_errors_are_not():
 @pytest.mark.parametrize(("target", "followed"), [
     ("/moved", True), (URL + "/moved", True), ("http://elsewhere.test/moved", False),
     ("https://registry.test/moved", False), ("http://registry.test:81/moved", False), ("//elsewhere.test/x", False),
-    ("file:///etc/passwd", False),
+    ("file:///etc/passwd", False), ("http://registry.test:99999/moved", False), ("http://[/moved", False),
+    ("/moved\x01", False), ("http://user:secret@registry.test/moved", False),
 ])  # fmt: skip
 def test_redirects_stay_on_their_origin(target, followed):
     def answer(request):
@@ -278,7 +382,7 @@ def test_redirects_stay_on_their_origin(target, followed):
     if followed:
         assert mock(answer).index("0" * 64) == b"body"
     else:
-        fails(lambda: mock(answer).index("0" * 64), "redirect")
+        assert "secret" not in fails(lambda: mock(answer).index("0" * 64), "redirect")
     fails(lambda: mock(lambda _: httpx2.Response(302, headers={"location": "/loop"})).index("0" * 64), "redirect")
 
 
@@ -312,6 +416,54 @@ def test_channels_of_a_server_are_readable_but_confer_no_trust(server: Server):
     assert remote.channel("stable") == {"sm_120": server.index.digest}
     fails(lambda: mock(lambda _: reply(200, b"[]")).channel("stable"), "status")
     fails(lambda: remote.channel("../../etc"), "missing")
+    for body in (b"[" * 100_000, b'{"indexes": []}', b'{"indexes": {"sm_120a": "x"}}'):
+        fails(lambda body=body: mock(lambda _: reply(200, body)).channel("stable"), "status")
+
+
+@pytest.mark.parametrize("url", ["http://a..b", "http://h\x01", "http://☃.☃☃"])
+def test_urls_that_httpx_refuses(url):
+    fails(lambda: HttpSource(url).index("0" * 64), "url")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("ALL_PROXY", "socks5://127.0.0.1:9"), ("ALL_PROXY", "gopher://x"), ("SSL_CERT_FILE", "/nope"),
+    ("SSL_CERT_FILE", __file__),
+])  # fmt: skip
+def test_an_environment_that_httpx_refuses(monkeypatch, name, value):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(name, value)
+    assert name.split("_")[-1] in fails(lambda: HttpSource("http://127.0.0.1:9").index("0" * 64), "client")
+
+
+def test_connections_are_kept_and_closed(monkeypatch):
+    made = []
+
+    class Client(httpx2.Client):
+        def __init__(self, **options):
+            made.append(self)
+            super().__init__(**options)
+
+    monkeypatch.setattr(httpx2, "Client", Client)
+    together = threading.Barrier(2)
+    calls = threading.local()
+
+    def answer(request):
+        if not hasattr(calls, "seen"):
+            calls.seen = together.wait(10)
+        return reply(200, b"body")
+
+    remote = mock(answer)
+    threads = [threading.Thread(target=remote.index, args=("0" * 64,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    calls.seen = 0
+    assert remote.index("0" * 64) == b"body" and len(made) == 2, "one client for each request at a time"
+    CachedSource(remote, DiskCache("/nonexistent")).close()
+    assert all(client.is_closed for client in made)
+    assert remote.index("0" * 64) == b"body", "a call in flight finishes"
+    assert len(made) == 3 and all(client.is_closed for client in made)
 
 
 def test_without_httpx2(monkeypatch):
@@ -321,6 +473,53 @@ def test_without_httpx2(monkeypatch):
 
 
 # -- once with real sockets -------------------------------------------------------------------------------------------
+
+
+DRIPS = {"header": b"HTTP/1.1 200 OK\r\nX-Slow: ", "body": b"HTTP/1.1 200 OK\r\n\r\n", "status": b"HTTP/1.1"}
+
+
+@pytest.fixture(params=DRIPS)
+def dripping(request) -> Iterator[str]:
+    """A server that starts its answer, and then sends a byte now and then."""
+
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(DRIPS[request.param])
+                for _ in range(200):
+                    time.sleep(0.05)
+                    self.request.sendall(b" ")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        server.daemon_threads = True
+        server.block_on_close = False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_deadline_covers_every_phase(dripping: str):
+    start = time.monotonic()
+    fails(lambda: HttpSource(dripping, deadline_s=0.4).index("0" * 64), "deadline")
+    assert time.monotonic() - start < 3
+
+
+def test_the_deadline_covers_a_tls_handshake():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            with contextlib.suppress(OSError), server.accept()[0] as peer:
+                peer.sendall(b"\x16\x03\x03\x3f\xff")  # a long handshake record
+                for _ in range(200):
+                    time.sleep(0.05)
+                    peer.sendall(b"\x02")
+
+        threading.Thread(target=drip, daemon=True).start()
+        start = time.monotonic()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        fails(lambda: HttpSource(url, deadline_s=0.4).index("0" * 64), "deadline")
+        assert time.monotonic() - start < 3
 
 
 def test_a_static_server_over_loopback(backend: FakeBackend, tmp_path: Path):
@@ -391,8 +590,47 @@ def test_entries_that_are_links_foreign_or_too_long_are_misses(cache: DiskCache,
     cache.put("blobs", DIGEST, DATA)
     assert not path.is_symlink() and cache.get("blobs", DIGEST, 100) == DATA
     path.unlink()
-    os.mkfifo(path)
-    path.chmod(0o600)
+    os.mkfifo(path, 0o600)
+    found: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: found.append(cache.get("blobs", DIGEST, 100)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found == [None], "nobody waits for a FIFO's writer"
+
+
+def test_what_killed_processes_left_is_removed(cache: DiskCache):
+    cache.put("blobs", DIGEST, DATA)
+    folder = Path(cache.path("blobs", DIGEST)).parent
+    old, new = folder / f"{DIGEST}.1.aa.tmp", folder / f"{DIGEST}.2.bb.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 90_000))
+    cache.put("blobs", DIGEST, DATA)
+    assert sorted(p.name for p in folder.iterdir()) == [DIGEST, new.name]
+
+
+@pytest.mark.parametrize("kind", ["blobs", "indexes"])
+def test_a_corrupt_entry_that_cannot_be_moved_is_passed_over(backend, server, tmp_path, monkeypatch, caplog, kind):
+    settings = {"registry": URL, "index": server.index.digest, "cache": tmp_path / "cache"}
+    runtime.configure(**settings)
+    runtime.flash_attn(Q, Q, Q)
+    (entry,) = (tmp_path / "cache" / "v1" / kind).rglob("[0-9a-f]" * 64)
+    entry.write_bytes(b"?" * entry.stat().st_size)
+
+    def refuse(*_, **__):
+        raise OSError(30, os.strerror(30))
+
+    for call in ("replace", "rename"):
+        monkeypatch.setattr(os, call, refuse)
+    asked = len(server.asked)
+    runtime.configure(**settings)
+    runtime.flash_attn(Q, Q, Q)
+    assert len(server.asked) == asked + 1 and "passed over" in caplog.text
+    server.frames = dict.fromkeys(server.frames, b"?")
+    runtime.configure(**settings)
+    if kind == "blobs":
+        fails(lambda: runtime.flash_attn(Q, Q, Q), "size", IntegrityError)
+        assert len(server.asked) == asked + 2, "the server is asked once more, not for ever"
 
 
 @pytest.mark.parametrize("damage", ["writable", "link", "file"])

@@ -71,6 +71,37 @@ def test_a_missing_file_is_missing_not_untrusted(tmp_path: Path):
     assert error.value.reason == "no_registry"
 
 
+def test_a_missing_file_is_not_opened(tmp_path: Path, monkeypatch):
+    """Not even if somebody puts one there meanwhile."""
+    open_folder = tmp_path / "open"
+    for path in (open_folder / "r.db", tmp_path / "absent" / "r.db"):
+        open_folder.mkdir(exist_ok=True)
+        open_folder.chmod(0o777)
+        embedded = EmbeddedSource(str(path))
+        assert trust.why_remote(embedded)
+        monkeypatch.setattr(embedded, "channel", lambda name: pytest.fail("opened"))
+        with pytest.raises(SourceError) as error:
+            trust.resolve(embedded, "stable")
+        assert error.value.reason == "no_registry"
+        monkeypatch.setattr(embedded, "check_present", lambda: None)  # there by now
+        with pytest.raises(UntrustedError):
+            trust.resolve(embedded, "stable")
+
+
+def test_a_folder_that_cannot_be_examined_is_remote(registry: Path):
+    assert "cannot be examined" in str(trust.why_remote(EmbeddedSource(str(registry / "r.db"))))
+
+
+def test_nobody_is_told_to_change_the_mode_of_tmp(tmp_path: Path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    write_registry(folder / "r.db", only="bf16-d64")
+    with pytest.raises(UntrustedError, match="move the registry to a folder of your own") as error:
+        trust.resolve(EmbeddedSource(str(folder / "r.db")), "stable")
+    assert "chmod" not in str(error.value)
+
+
 def test_given_digests_are_all_that_counts(backend, tmp_path: Path):
     digests = write_registry(tmp_path / "r.db", "sm_120", "sm_90", only="bf16-d64")
     runtime.configure(registry=tmp_path / "r.db", index=digests["sm_90"])
@@ -118,6 +149,8 @@ def test_configure_stands_over_the_environment_over_the_defaults(monkeypatch, tm
 
 @pytest.mark.parametrize("settings", [
     {"registry": "ftp://x"}, {"registry": "s3://bucket"}, {"registry": "http://"},
+    {"registry": "http://host/?a=1"}, {"registry": "http://host/#top"}, {"registry": "http://host /x"},
+    {"registry": "http://a\tb"}, {"registry": "a\0b"}, {"cache": "a\0b"},
     {"registry": "http://[half"}, {"registry": "http://host:port"}, {"registry": 3}, {"registry": ""}, {"index": 3},
     {"index": "abc"}, {"index": A.upper()}, {"index": f"sm120={A}"}, {"index": f"{A},{B}"},
     {"index": f"{A},sm_120={B}"}, {"index": {"sm_120": None}},
@@ -129,6 +162,19 @@ def test_settings_that_cannot_be_used_change_nothing(registry: Path, settings):
         runtime.configure(**settings)
     assert str(error.value).startswith(next(iter(settings)) + ": ")
     assert config.current() == before
+
+
+@pytest.mark.parametrize("url", [
+    "https://user:secret@host/r", "ftp://user:secret@host", "http://user:se/secret@host", "https://secret@[half",
+])  # fmt: skip
+def test_a_password_is_refused_and_not_shown(url, monkeypatch):
+    with pytest.raises(ConfigError, match="HTTPS_PROXY") as error:
+        runtime.configure(registry=url)
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("CUBINERY_REGISTRY", url)
+    with pytest.raises(ConfigError, match="HTTPS_PROXY") as error:
+        config.current()
+    assert "secret" not in str(error.value)
 
 
 def test_an_environment_that_cannot_be_used_is_named(monkeypatch, backend):
