@@ -2,8 +2,8 @@
 
     python -m tests.gpu.sanitize --registry registry.db --planted planted.db
 
-One process per tool launches every variant, then planted faults that the tool must see: an output that is too small
-for memcheck, kernels without one of their barriers for racecheck (tests/gpu/plant_race.py writes their file). Only
+One process per tool launches every variant, then planted faults that the tool must see: an output astray for
+memcheck, kernels without one of their barriers for racecheck (tests/gpu/plant_race.py writes their file). Only
 kernels of ours are instrumented, and a finding names its kernel, so each variant gets its own verdict: it passes when
 its launches ended, nothing names its symbol, and a planted fault was seen. A tool that cannot run here, or that is
 blind, gives no verdict: the report says so and the ledger stays as it is.
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.derived import private_copy, read_index
@@ -239,7 +240,7 @@ def _child(options: argparse.Namespace) -> None:
             _say(event="end", variant=key)
         if options.planted:
             planted = private_copy(options.planted, Path(scratch) / "planted.db")
-            (_write_past_the_end if options.tools == ["memcheck"] else _race)(planted, arch)
+            (_write_astray if options.tools == ["memcheck"] else _race)(planted, arch)
 
 
 def _say(**event: Any) -> None:
@@ -269,8 +270,11 @@ def _race(planted: Path, arch: str) -> None:
         _launch(runtime.flash_attn, key)
 
 
-def _write_past_the_end(planted: Path, arch: str) -> None:
-    """A planted kernel with an output of half the rows that it is told. The last act of a process: the context dies."""
+def _write_astray(planted: Path, arch: str) -> None:
+    """A planted kernel whose output lies where nothing is. The last act of a process: the context dies.
+
+    Not just past a short output's end: there may be another allocation, and then memcheck has nothing to say.
+    """
     import torch
 
     from benchmarks.cubins import Kernel, bind_fwd, read
@@ -279,8 +283,8 @@ def _write_past_the_end(planted: Path, arch: str) -> None:
     candidate = read(planted, arch)[0]
     size = (1, 128, 1, candidate.variant.head_dim)
     q, k, v = (torch.ones(size, dtype=DTYPES[candidate.variant.dtype], device="cuda") for _ in range(3))
-    short, lse = torch.empty_like(q[:, :64]), torch.empty(1, 1, 128, device="cuda")
-    bind_fwd(Kernel(candidate), q, k, v, short, lse, causal=False)()
+    nowhere = SimpleNamespace(data_ptr=lambda: 1 << 46, stride=q.stride)
+    bind_fwd(Kernel(candidate), q, k, v, nowhere, torch.empty(1, 1, 128, device="cuda"), causal=False)()
     torch.cuda.synchronize()
 
 
