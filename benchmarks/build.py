@@ -9,7 +9,6 @@ Needs no GPU. Writes build.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -70,19 +69,6 @@ def rows(flags: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def stamp() -> dict[str, Any]:
-    """Where and when: commit, date, Python and the number of CPUs."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=measure.ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": os.environ.get("CUBINERY_COMMIT") or git or "?",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "python": platform.python_version(),
-        "cpus": len(os.sched_getaffinity(0)),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, write `build.json`; 1 if the builder failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.build", description=(__doc__ or "").splitlines()[0])
@@ -105,7 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['case']:24} {built:>8} {row['wall_s']:8.2f} {row['cpu_s']:8.2f} {each:>8}  "
             f"{row['figure']} <= {row['bar']}: {verdict}"
         )
-    print(measure.write(options.out, "build", {**stamp(), "rows": found}))
+    print(
+        measure.write(
+            options.out,
+            "build",
+            {
+                **measure.stamp(),
+                "python": platform.python_version(),
+                "cpus": len(os.sched_getaffinity(0)),
+                "rows": found,
+            },
+        )
+    )
     return 0
 
 

@@ -27,12 +27,15 @@ def main(which: str, device: str) -> None:
         import runtime
 
         imported = time.perf_counter()
-        call = lambda: runtime.flash_attn(q, k, v, causal=True)  # noqa: E731
+
+        def call() -> object:
+            return runtime.flash_attn(q, k, v, causal=True)
+
     else:
         imported = start
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
 
-        def call() -> torch.Tensor:
+        def call() -> object:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device == "cuda" else SDPBackend.MATH):
                 return sdpa(qt, kt, vt, is_causal=True, enable_gqa=True)
 

@@ -171,7 +171,13 @@ def environment() -> dict[str, str]:
         "gpu": gpu,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
         "torch": torch.__version__,
-        # A copy of the tree on a GPU machine may have no history: the variable then says what it is a copy of.
+        **stamp(),
+    }
+
+
+def stamp() -> dict[str, str]:
+    """commit and date. A copy of the tree on a GPU machine may have no history: CUBINERY_COMMIT says what it is of."""
+    return {
         "commit": os.environ.get("CUBINERY_COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "?",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from builder import ROOT, nvjitlink
 from builder.errors import ToolchainError
 from registry.contract import canonical_json, sha256_hex
-from registry.frames import zstd  # type: ignore[attr-defined]  # its version shapes the frames
+from registry.frames import ZSTD_VERSION
 
 DSL_ARCH = "sm_80"  # PTX is generated once, for this target, and assembled for every architecture
 DSL_DISTRIBUTIONS = tuple(
@@ -58,7 +58,7 @@ class Toolchain:
             assemble={
                 nvjitlink.DISTRIBUTION: str(needed[nvjitlink.DISTRIBUTION]),
                 NVDISASM: str(needed[NVDISASM]),
-                "zstd": zstd.zstd_version,
+                "zstd": ZSTD_VERSION,
                 **sources,
             },
             toolkit=nvjitlink.version(),

@@ -11,6 +11,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+ZSTD_VERSION: str = zstd.zstd_version  # shapes the frames: another one may compress otherwise
+
 # Level 19 takes 50 ms for 200 KB and is a fifth smaller than level 12; reading costs the same at every level.
 _COMPRESS: dict[int, int] = {
     zstd.CompressionParameter.compression_level: 19,

@@ -8,15 +8,13 @@ raised. Importing this package imports neither torch nor CUDA.
 
 from time import perf_counter as _perf_counter
 
-_start = _perf_counter()
-
-from runtime import _beside  # noqa: E402,F401  first: everything else imports `registry`
-from runtime.attention import flash_attn  # noqa: E402
-from runtime.errors import CubineryError  # noqa: E402
-from runtime.session import configure  # noqa: E402
-from runtime.stages import ledger  # noqa: E402
-from runtime.stages import record as _record  # noqa: E402
+from runtime import _beside  # first: everything else imports `registry`
+from runtime.attention import flash_attn
+from runtime.errors import CubineryError
+from runtime.session import configure
+from runtime.stages import ledger
+from runtime.stages import record as _record
 
 __all__ = ["CubineryError", "configure", "flash_attn", "ledger"]
 
-_record("import runtime", "", (_perf_counter() - _start) * 1e3)
+_record("import runtime", "", (_perf_counter() - _beside.STARTED) * 1e3)

@@ -4,8 +4,11 @@ The error cannot come from the common tree, which stands in the very package tha
 """
 
 import os
+from time import perf_counter
 
 import registry
+
+STARTED = perf_counter()  # of `import runtime`: this module is its first
 
 
 class MisplacedError(ImportError):

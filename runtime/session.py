@@ -43,16 +43,21 @@ class Session:
         with self._lock:
             if self._digests is None:
                 with stages.stage("resolve", self.source.where):
-                    arch_of = lambda digest: self.index(digest).arch  # noqa: E731
-                    self._digests = trust.resolve(self.source, self.config.channel, self.config.pins, arch_of)
+                    self._digests = trust.resolve(self.source, self.config.channel, self.config.pins, self._arch_of)
             return self._digests
+
+    def _arch_of(self, digest: str) -> str:
+        return self.index(digest).arch
 
     def index(self, digest: str) -> Index:
         """A verified index; a corrupt copy in the disk cache is set aside and fetched again, once."""
+
+        def read() -> Index:
+            return verify.index(self.source.index(digest), digest)
+
         with self._lock:
             if digest not in self._indexes:
                 with stages.stage("index", digest[:12]):
-                    read = lambda: verify.index(self.source.index(digest), digest)  # noqa: E731
                     self._indexes[digest] = self._once_more(read, "indexes", digest)
             return self._indexes[digest]
 

@@ -66,8 +66,7 @@ def test_the_padding_is_what_emulates_sm120(tmp_path, on_cpu):
 
 def test_a_wrong_result_or_a_missing_kernel_fails_its_case_alone(tmp_path, on_cpu, monkeypatch, capsys):
     path = write_registry(tmp_path / "r.db", [KEY])
-    wrong = lambda q, k, v, causal=False: attention(q, k, v, causal=False)  # noqa: E731
-    monkeypatch.setattr(runtime, "flash_attn", wrong)
+    monkeypatch.setattr(runtime, "flash_attn", lambda q, k, v, causal=False: attention(q, k, v, causal=False))
     options = ["--registry", str(path), "--out", str(tmp_path), "--repeats", "1", "--modes", "free"]
     assert forward.main(options) == 1
     assert "tiny/S64/causal            FAILED benchmark" in capsys.readouterr().out

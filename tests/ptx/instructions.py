@@ -7,6 +7,7 @@ the builder; a step makes NumPy calls and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,17 +159,22 @@ def integer_multiply(m: Machine, i: Instruction) -> Step:
     result = wide if i.has("wide") else i.type
     target = m.target(i.register(0), result)
     if i.has("wide"):
-        product: Callable[[], Array] = lambda: np.multiply(x, y, dtype=TYPES[wide])  # noqa: E731
+        product: Callable[[], Array] = partial(np.multiply, x, y, dtype=TYPES[wide])
     elif not i.has("hi"):
-        product = lambda: np.multiply(x, y)  # noqa: E731
+        product = partial(np.multiply, x, y)
     elif bits == 64:
-        product = lambda: high_64(x, y)  # noqa: E731
+        product = partial(high_64, x, y)
     else:
-        product = lambda: (np.multiply(x, y, dtype=TYPES[wide]) >> bits).astype(x.dtype)  # noqa: E731
+        product = partial(high_half, x, y, TYPES[wide])
     if i.opcode == "mul":
         return lambda mask: assign(target, mask, product())
     z = m.source(i.register(3), result)
     return lambda mask: assign(target, mask, product() + z)
+
+
+def high_half(x: Array, y: Array, wide: type) -> Array:
+    """The upper half of products, by way of a type of twice the width."""
+    return (np.multiply(x, y, dtype=wide) >> (8 * x.itemsize)).astype(x.dtype)
 
 
 def high_64(x: Array, y: Array) -> Array:
@@ -374,9 +380,9 @@ def convert(m: Machine, i: Instruction) -> Step:
         raise PtxError(f"instruction not known: {i.text}")
     x = m.wide_source(i.register(1), "b16" if of == "bf16" else of)
     if of == "bf16":
-        value: Callable[[], Array] = lambda: formats.bf16_to_f32(x)  # noqa: E731
+        value: Callable[[], Array] = partial(formats.bf16_to_f32, x)
     else:
-        value = lambda: x  # noqa: E731
+        value = partial(np.asarray, x)
     if to == "bf16":
         target = m.target(i.register(0), "b16")
         return lambda mask: assign(target, mask, formats.f32_to_bf16(value()))

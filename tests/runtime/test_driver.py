@@ -93,7 +93,10 @@ def test_no_libcuda_is_a_typed_error():
 
 def test_parameters_are_asked_for_until_there_are_no_more():
     places = [(0, 8), (8, 4)]
-    ask = lambda kernel, i: (0, *places[i]) if i < len(places) else (driver.INVALID_VALUE, 0, 0)  # noqa: E731
+
+    def ask(kernel, i):
+        return (0, *places[i]) if i < len(places) else (driver.INVALID_VALUE, 0, 0)
+
     assert real(cuKernelGetParamInfo=ask).params("kernel") == tuple(places)
     with pytest.raises(DriverError):
         real(cuKernelGetParamInfo=lambda kernel, i: (801, 0, 0)).params("kernel")

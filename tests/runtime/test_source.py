@@ -387,7 +387,10 @@ def test_redirects_stay_on_their_origin(target, followed):
 
 
 def test_https_never_falls_back_to_http():
-    answer = lambda _: httpx2.Response(301, headers={"location": "http://registry.test/x"})  # noqa: E731
+
+    def answer(_):
+        return httpx2.Response(301, headers={"location": "http://registry.test/x"})
+
     secure = HttpSource("https://registry.test", transport=httpx2.MockTransport(answer))
     fails(lambda: secure.index("0" * 64), "redirect")
 
