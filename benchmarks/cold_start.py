@@ -22,14 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError
 from benchmarks.derived import private_copy, read_index
 
-CASE = "llama3-8b/S1024/causal"
-FACTS = {
-    "dtype": "bf16", "head_dim": 128, "head_dim_v": 128, "batch": 2, "heads_q": 32, "heads_kv": 8,
-    "seqlen_q": 1024, "seqlen_k": 1024, "group": 4, "causal": 1,
-}  # fmt: skip
+CASE = Case("llama3-8b", 1024, True, 32, 8, 128, 2)
 NO_SERVER = "http://127.0.0.1:9"  # the discard port: whoever asked it would fail at once
 
 
@@ -57,7 +54,7 @@ def run(registry: Path, scratch: Path, processes: int) -> dict[str, Any]:
     from runtime.select import select
 
     arch = measure.device_arch()
-    artifact = select(read_index(registry, arch), "fwd", FACTS)
+    artifact = select(read_index(registry, arch), "fwd", CASE.facts()).artifact
     local = private_copy(registry, scratch / "registry.db")
     settings = {
         "embedded": {"CUBINERY_REGISTRY": str(local), "CUBINERY_INDEX": ""},
@@ -80,7 +77,7 @@ def run(registry: Path, scratch: Path, processes: int) -> dict[str, Any]:
         mine = _medians(seen[name])
         rows.append(
             {
-                "case": f"{CASE}/{name}",
+                "case": f"{CASE.name}/{name}",
                 "ours": mine["total"],
                 "peer": peer["total"],
                 "ratio": round(peer["total"] / mine["total"], 4),

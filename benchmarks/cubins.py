@@ -1,4 +1,4 @@
-"""Cubins straight from a registry file and a raw launcher for them: what a sweep over unlisted variants needs.
+"""Cubins straight from a registry file and a raw launcher for them: what tuning over unlisted variants needs.
 
 It goes around `runtime` on purpose: candidates stand in no index, and the launch's shared memory is varied. Needs
 cuda.bindings, torch and a CUDA device only where a kernel is loaded.
@@ -16,10 +16,11 @@ from typing import Any
 
 from benchmarks.occupancy import padded_smem
 from kernels.abi import ABIS
-from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, sha256_hex
+from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, division, sha256_hex
 from registry.frames import decompress
 
 LOG2_E = 1.4426950408889634
+OPEN = (WINDOW_OPEN, WINDOW_OPEN)
 
 
 class BenchmarkError(CubineryError):
@@ -145,26 +146,53 @@ class Launch:
         check(launch(kernel.function, self.blocks, 1, 1, threads, 1, 1, kernel.smem, stream, self.address, 0))
 
 
-def fwd_values(abi: Abi, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool, scale: float) -> dict[str, Any]:
-    """Every parameter of the forward's ABI for dense tensors of shape (batch, seqlen, heads, head_dim)."""
+def fwd_values(
+    abi: Abi, q: Any, k: Any, v: Any, o: Any, lse: Any, *, scale: float, window: tuple[int, int] = OPEN, pack: int = 1,
+    cu_seqlens: tuple[Any, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Every parameter of the forward's ABI.
+
+    q, k, v, o: (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) with cu_seqlens of queries and keys,
+    int32 on the device, which must outlive the launch. window: (left, right). pack: 1, or heads_q / heads_kv.
+    """
     values: dict[str, Any] = {p.name: 0.0 if p.type == "f32" else 0 for p in abi.params}
     for name, tensor in (("q", q), ("k", k), ("v", v), ("o", o)):
         values[name] = tensor.data_ptr()
-        values[f"{name}_stride_b"], values[f"{name}_stride_s"], values[f"{name}_stride_h"] = tensor.stride()[:3]
+        strides = tensor.stride()[:-1]
+        values[f"{name}_stride_s"], values[f"{name}_stride_h"] = strides[-2:]
+        values[f"{name}_stride_b"] = strides[0] if cu_seqlens is None else 0
     values["lse"] = lse.data_ptr()
-    values["lse_stride_b"], values["lse_stride_h"] = lse.stride()[:2]
-    values["batch"], values["seqlen_q"], values["heads_q"] = q.shape[:3]
-    values["seqlen_k"], values["heads_kv"] = k.shape[1:3]
-    values["window_left"], values["window_right"] = WINDOW_OPEN, 0 if causal else WINDOW_OPEN
+    values["lse_stride_b"], values["lse_stride_h"] = lse.stride()[:2] if cu_seqlens is None else (0, lse.stride(0))
+    values["batch"] = q.shape[0] if cu_seqlens is None else len(cu_seqlens[0]) - 1
+    if cu_seqlens is not None:
+        values["cu_seqlens_q"], values["cu_seqlens_k"] = (x.data_ptr() for x in cu_seqlens)
+    values["seqlen_q"], values["heads_q"], values["head_dim"] = q.shape[-3:]
+    values["seqlen_k"], values["heads_kv"], values["head_dim_v"] = v.shape[-3:]
+    values["window_left"], values["window_right"] = window
+    values["pack"] = pack
+    values["pack_magic"], values["pack_shift"] = division(pack)
     values["num_splits"], values["scale_log2"] = 1, scale * LOG2_E
     return values
 
 
-def bind_fwd(kernel: Kernel, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool) -> Launch:
-    """A launch of `kernel` on these tensors with scale 1/√head_dim."""
-    values = fwd_values(kernel.abi, q, k, v, o, lse, causal=causal, scale=q.shape[3] ** -0.5)
-    facts = {"batch": q.shape[0], "seqlen_q": q.shape[1], "heads_q": q.shape[2]}
-    return kernel.bind(kernel.abi.pack(values), kernel.artifact.grid.blocks(facts))
+def bind_fwd(
+    kernel: Kernel, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool = False, window: int | None = None,
+    pack: bool = False, cu_seqlens: tuple[Any, Any] | None = None,
+) -> Launch:  # fmt: skip
+    """A launch of `kernel` on these tensors with scale 1/√head_dim; see `fwd_values`.
+
+    window: keys to the left of the diagonal, which then also ends what a query sees. pack: let the query heads of a
+    key/value head share tiles.
+    """
+    left, right = WINDOW_OPEN if window is None else window, 0 if causal or window is not None else WINDOW_OPEN
+    together = q.shape[-2] // k.shape[-2] if pack else 1
+    values = fwd_values(
+        kernel.abi, q, k, v, o, lse,
+        scale=q.shape[-1] ** -0.5, window=(left, right), pack=together, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    facts = {name: values[name] for name in ("batch", "seqlen_q", "heads_q")}
+    facts |= {"varlen": int(cu_seqlens is not None), "total_q": q.shape[0]}
+    return kernel.bind(kernel.abi.pack(values), kernel.artifact.grid.blocks(facts, together))
 
 
 def check(result: tuple[Any, ...]) -> Any:

@@ -9,17 +9,16 @@ queue is emptied before each series and a series is shorter than the queue, so t
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
 from benchmarks.cases import Case
+from benchmarks.ours import Ours
 
 CASES = (
     Case("llama3-8b", 1, False, 32, 8, 128, 1),
@@ -31,15 +30,11 @@ SERIES = 25
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_overhead", description=__doc__.splitlines()[0])
-    parser.add_argument("--registry", type=Path, help="registry file; by default CUBINERY_REGISTRY")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS)
+    parser = measure.parser("host_overhead", __doc__)
     parser.add_argument("--series", type=int, default=SERIES)
     parser.add_argument("--calls", type=int, default=CALLS)
     options = parser.parse_args(argv)
-    from benchmarks.forward import Forward
-
-    bench = Forward(measure.registry_path(options.registry), "free")
+    bench = Ours(measure.registry_path(options.registry), "free")
     rows = []
     for case in CASES:
         rows += case_rows(bench, case, options.series, options.calls)
@@ -51,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def case_rows(bench: Any, case: Case, series: int, calls: int) -> list[dict[str, Any]]:
+def case_rows(bench: Ours, case: Case, series: int, calls: int) -> list[dict[str, Any]]:
     """Rows for a call that returns the output alone, one with the LSE and one into a given output, each against the
     same SDPA call."""
     import torch
 
-    artifact = bench.artifact(case, "bf16")
+    artifact = bench.choice(case).artifact
     q, k, v = measure.make_inputs(case, "bf16")[0]
     out, attn, causal = torch.empty_like(q), bench.runtime.flash_attn, case.causal
     # SDPA gets views made once: a caller of it would hold its data in that layout.

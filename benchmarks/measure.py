@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -31,7 +33,8 @@ Run = Callable[[int], object]  # enqueues one call on input set i
 def interleaved(runs: Mapping[str, Run], sets: int, repeats: int, warmup: int = 2) -> dict[str, list[float]]:
     """Milliseconds of each run, `repeats` times: one call of every run a round, so that clocks drift alike for all.
 
-    Input sets rotate from call to call. On a GPU, events are recorded around each call while the queue is kept full,
+    Input sets rotate from call to call, and so do the places within a round, in both directions: what runs before it
+    moves a kernel by up to 2 %. On a GPU, events are recorded around each call while the queue is kept full,
     so host time stays out of the figures.
     """
     for i in range(warmup):
@@ -39,8 +42,11 @@ def interleaved(runs: Mapping[str, Run], sets: int, repeats: int, warmup: int = 
             run(i % sets)
     time_round = _cuda_round if DEVICE == "cuda" else _cpu_round
     times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for repeat in range(repeats):
-        for name, ms in time_round(runs, repeat, sets).items():
+        at = repeat // 2 % len(names)
+        order = (names[at:] + names[:at])[:: -1 if repeat % 2 else 1]
+        for name, ms in time_round({name: runs[name] for name in order}, repeat, sets).items():
             times[name].append(ms)
     return times
 
@@ -68,6 +74,19 @@ def _cpu_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, flo
         run((repeat + i) % sets)
         times[name] = (time.perf_counter() - start) * 1e3
     return times
+
+
+def call(bound: Sequence[Callable[[], object]], i: int) -> object:
+    """Run input set `i`."""
+    return bound[i % len(bound)]()
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The command line that benchmarks share: --registry and --out."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0])
+    made.add_argument("--registry", type=Path, help="registry file; by default CUBINERY_REGISTRY")
+    made.add_argument("--out", type=Path, default=RESULTS)
+    return made
 
 
 def registry_path(given: Path | None) -> Path:
@@ -116,20 +135,37 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def make_inputs(case: Case, dtype: str) -> list[tuple[Any, Any, Any]]:
-    """Sets of random q, k, v of shape (batch, seqlen, heads, head_dim), enough of them to outgrow the L2 cache."""
+def make_inputs(case: Case, dtype: str, rotated: int = ROTATED_BYTES) -> list[tuple[Any, Any, Any]]:
+    """Sets of random q, k, v, enough of them to outgrow the L2 cache: `rotated` bytes, up to 16 sets.
+
+    Shapes are (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) of a varlen case.
+    """
     import torch
 
     kind = getattr(torch, DTYPES[dtype])
-    shapes = [(case.batch, case.seqlen, heads, case.head_dim) for heads in (case.heads_q, case.heads_kv, case.heads_kv)]
+    lead_q = (case.batch, case.seqlen) if case.lengths is None else (sum(case.lengths),)
+    lead_k = (case.batch, case.keys) if case.lengths is None else lead_q
+    head_dim, head_dim_v = case.dims
+    shapes = (
+        (*lead_q, case.heads_q, head_dim),
+        (*lead_k, case.heads_kv, head_dim),
+        (*lead_k, case.heads_kv, head_dim_v),
+    )
     nbytes = 2 * sum(math.prod(shape) for shape in shapes)
-    sets = max(2, min(16, -(-ROTATED_BYTES // nbytes))) if DEVICE == "cuda" else 2
+    sets = max(2, min(16, -(-rotated // nbytes))) if DEVICE == "cuda" else 2
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> Any:
         return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(kind)
 
     return [(draw(shapes[0]), draw(shapes[1]), draw(shapes[2])) for _ in range(sets)]
+
+
+def cu_seqlens(lengths: Sequence[int]) -> Any:
+    """Where each sequence of a packed array starts, and where the last one ends: int32 on the device."""
+    import torch
+
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
 
 
 def sdpa(q: Any, k: Any, v: Any, causal: bool) -> Any:

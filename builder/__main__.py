@@ -1,10 +1,11 @@
-"""python -m builder: compile the dispatch table into a registry. See EXIT_CODES."""
+"""python -m builder: compile the dispatch table into a registry, and the two commands of tuning it."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import fnmatch
+import importlib
 import json
 import os
 import signal
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from builder import misplaced
+from builder import options as command_lines
 
 if TYPE_CHECKING:
     from builder.build import Job, Result, Table
     from registry.contract import Variant
 
-EXIT_CODES = """exit code: 0 done, even if a channel was left alone; 1 a variant or the build failed, or one is not
-verified; 2 usage; 130 Ctrl-C; 143 SIGTERM. Interrupted, it keeps every variant that was finished."""
+PARSERS = {"candidates": command_lines.candidates_parser, "accept": command_lines.accept_parser}
 SIGTERM_CODE = 128 + signal.SIGTERM
 # What --json states of every run; null where a run ended before it was known. An `error` object comes on top.
 FIELDS = ("variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "index", "moved", "lacking")
@@ -54,10 +55,7 @@ def _guarded(arguments: list[str], table: Callable[[], Table] | None, answer: di
     from registry.contract import CubineryError
 
     try:
-        options = parser().parse_args(arguments)
-        from builder.build import Table
-
-        return run(options, (table or Table.ours)(), answer)
+        return _command(arguments, table, answer)
     except ModuleNotFoundError as error:
         return failed(1, "toolchain", f"{error.name} is not installed: pip install -e '.[build,serve]' in the checkout")
     except UsageError as error:
@@ -73,6 +71,20 @@ def _guarded(arguments: list[str], table: Callable[[], Table] | None, answer: di
     except Exception as error:
         traceback.print_exc()
         return failed(1, "internal", f"{type(error).__name__}: {error}")
+
+
+def _command(arguments: list[str], table: Callable[[], Table] | None, answer: dict[str, Any]) -> int:
+    """Parse, then run the build or the command of tuning that the first argument names."""
+    name, rest = (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in PARSERS else ("", arguments)
+    options = PARSERS[name]().parse_args(rest) if name else command_lines.build_parser().parse_args(rest)
+    from builder.build import Table
+
+    given = (table or Table.ours)()
+    if not name:
+        return run(options, given, answer)
+    command = importlib.import_module(f"builder.{name}").command
+    with _progress() as progress:
+        return int(command(options, given, progress))
 
 
 def _left(answer: dict[str, Any]) -> str:
@@ -100,59 +112,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """As any usage error, so that --json tells of this one too."""
-        from builder.errors import UsageError
-
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def parser() -> argparse.ArgumentParser:
-    p = _Parser(
-        prog="python -m builder",
-        description="Compile SM120 attention kernels into a registry.",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,  # else --js would be --json
-    )
-    p.add_argument(
-        "--arch", action="append", metavar="sm_N", help="architecture to assemble for (default sm_120); repeat"
-    )
-    p.add_argument(
-        "--registry", type=_file, metavar="PATH", help="SQLite file (default: CUBINERY_REGISTRY or user data)"
-    )
-    p.add_argument("--op", action="append", help="only variants of this op; repeat")
-    p.add_argument("--only", metavar="GLOB", help="only variants whose key matches, e.g. 'fwd-bf16-d128-*'")
-    p.add_argument("--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="worker processes")
-    p.add_argument(
-        "--channel", default="stable", help="name to point at the new index if nothing fails (default stable)"
-    )
-    p.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="move the channel even if the new index lacks variants of the table which its current one has, as after a "
-        "change of sources and --only; without this it stays, and a line says so",
-    )
-    p.add_argument("--dry-run", action="store_true", help="list what would be built, build nothing")
-    p.add_argument("--json", action="store_true", help="print one JSON object last on stdout; all else goes to stderr")
-    p.add_argument(
-        "--require-verified", action="store_true", help="fail if the ledger lacks a pass for any indexed PTX"
-    )
-    return p
-
-
-def _file(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is a URL; the builder writes a file")
-    return Path(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def run(options: argparse.Namespace, table: Table, answer: dict[str, Any]) -> int:
@@ -321,6 +280,25 @@ def report(result: Result, options: argparse.Namespace, table_size: int, path: P
             markup=False,
             highlight=False,
         )
+    for arch, number in result.formats.items():
+        console.print(_other_format(options.channel, arch, number, arch in result.moved), highlight=False)
+
+
+def _other_format(channel: str, arch: str, number: int, moved: bool) -> str:
+    """About a channel whose index another release wrote."""
+    from registry.contract import FORMAT
+
+    if moved:
+        return (
+            f"channel {channel} left its {arch} index of format {number}, which this release does not read; it stays "
+            "in the registry under its digest"
+        )
+    if number > FORMAT:
+        return (
+            f"channel {channel} keeps its {arch} index of format {number}, of a newer release than this (format "
+            f"{FORMAT}): update the checkout, or give --allow-partial to replace it"
+        )
+    return f"channel {channel} keeps its {arch} index of format {number}, an older release's, until a build replaces it"
 
 
 def summary(result: Result, archs: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from builder.toolchain import Toolchain, broken, closure
 from builder.verified import Verified
 from builder.worker import TIME_LIMIT, Answer, Pool, Task
 from registry import __version__
-from registry.contract import Abi, Artifact, ContractError, DispatchRow, Index, Variant, sha256_hex
+from registry.contract import FORMAT, Abi, Artifact, ContractError, DispatchRow, Index, Variant, sha256_hex
 from registry.store import ConflictError, Store
 
 BATCH = 16  # cubins of one architecture that share an nvdisasm run
@@ -72,7 +73,8 @@ class Result:
     artifacts: of the selected variants, by (variant key, arch). unverified: indexed variants, selected or not, that
     the ledger does not show as verified. indexes: arch → digest, indexed: arch → how many variants. moved: the
     architectures whose channel points at the new index now. lacking: those whose channel was left alone because its
-    index has these variants of the table and the new one has not.
+    index has these variants of the table and the new one has not. formats: where the channel's index was of another
+    format than this release writes, that format's number; an older one is replaced, a newer one only if allowed.
     """
 
     variants: int
@@ -85,6 +87,7 @@ class Result:
     indexed: dict[str, int] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     lacking: dict[str, list[str]] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -235,8 +238,12 @@ class Build:
             if not artifacts:
                 continue
             index = Index(arch, __version__, artifacts, self.table.rows, abis)
-            lacking = [] if allow_partial else self._lacking(index, channel)
-            move = not (result.failed or result.unverified or lacking)
+            body = self.store.get_index(self.store.channel(channel).get(arch, "")) or b""
+            if (number := other_format(body)) is not None:
+                result.formats[arch] = number
+            newer = number is not None and number > FORMAT
+            lacking = [] if allow_partial else self._lacking(index, body)
+            move = not (result.failed or result.unverified or lacking or (newer and not allow_partial))
             result.indexes[arch] = self.store.put_index(index, channel if move else None)
             result.indexed[arch] = len(artifacts)
             if move:
@@ -244,14 +251,24 @@ class Build:
             if lacking:
                 result.lacking[arch] = lacking
 
-    def _lacking(self, index: Index, channel: str) -> list[str]:
-        """Variants of the table that the channel's index has and `index` has not."""
-        body = self.store.get_index(self.store.channel(channel).get(index.arch, ""))
+    def _lacking(self, index: Index, body: bytes) -> list[str]:
+        """Variants of the table that the channel's index, of these bytes, has and `index` has not."""
         try:
-            current = Index.from_bytes(body).by_variant.keys() if body is not None else set()
-        except ContractError:  # of a format that this release no longer reads: nothing is lost by replacing it
+            current = Index.from_bytes(body).by_variant.keys() if body else set()
+        except ContractError:  # of a format that this release does not read
             return []
         return sorted((current & self.jobs.keys()) - index.by_variant.keys())
+
+
+def other_format(body: bytes) -> int | None:
+    """The format that an index states, if it is another than ours; 0 if it states none. None for no index at all."""
+    if not body:
+        return None
+    try:
+        number = json.loads(body)["format"]
+    except (ValueError, KeyError, TypeError):
+        return 0
+    return None if number == FORMAT else number if type(number) is int else 0
 
 
 def unverified(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified) -> dict[str, str]:

@@ -16,6 +16,7 @@ class BuildError(CubineryError):
     ├── InspectError    a cubin, nvJitLink's log or nvdisasm's text does not read as expected
     ├── ToolchainError  a tool or package is missing, or `kernels` is somebody else's
     ├── LedgerError     the conformance list or a ledger file does not read as expected
+    ├── ResultsError    a tuning result that `accept` cannot believe
     └── UsageError      an argument of the command line that cannot be met
     """
 
@@ -44,6 +45,13 @@ class LedgerError(BuildError):
     """tests/gpu/conformance.json or a line of a ledger file does not follow docs/design.md 'Verification'."""
 
     reason = "ledger"
+
+
+class ResultsError(BuildError):
+    """A tuning result that `accept` cannot believe. reason: 'results' (not one), 'dims' (head dims that the table has
+    not), 'stale' (of other PTX than the builder makes now, or against another table)."""
+
+    reason = "results"
 
 
 class UsageError(BuildError):

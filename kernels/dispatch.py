@@ -1,42 +1,144 @@
-"""The dispatch table: which variants exist and which call gets which. Pure data, written once. No cutlass import.
+"""The dispatch table: which variants exist and which call gets which. Pure data, read from JSON. No cutlass import.
 
 The builder compiles `variants()`, the index carries `rows()`, the runtime evaluates what the index carries.
+`fwd_tiles.json` is what tuning writes (`python -m builder accept`): classes of calls, first match first, and for each
+pair of head dims the tiles of the classes that have one of their own, cheapest dims first.
 """
 
-from registry.contract import DTYPES, Condition, DispatchRow, Variant
+from __future__ import annotations
 
-# (head_dim, head_dim_v) -> two tiles (query rows, key columns, warps, stages): for long queries and for short ones,
-# which must not pay for 128 rows. docs/tuning.md has the measurements behind them.
-FWD_TILES = {
-    (64, 64): ((128, 64, 4, 2), (64, 64, 4, 2)),
-    (96, 96): ((128, 64, 4, 1), (64, 64, 4, 1)),
-    (128, 128): ((128, 32, 4, 1), (64, 64, 4, 1)),
-    (192, 192): ((128, 64, 8, 1), (64, 32, 4, 1)),
-    (256, 256): ((128, 32, 8, 1), (64, 64, 4, 1)),
-}
-FWD_SHORT_QUERY = 64  # up to this seqlen_q the short tile wastes fewer rows
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.validity import fwd_invalid
+from registry.contract import DTYPES, Condition, ContractError, DispatchRow, Variant
+
+FWD_TILES = Path(__file__).with_name("fwd_tiles.json")
+# What conditions of a class may be about: call facts that are numbers, head dims apart (docs/design.md).
+FACTS = (
+    *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "total_q", "packed_rows"),
+    *("causal", "varlen", "window"),
+)
 
 
-def _fwd(dtype: str, dims: tuple[int, int], tile: tuple[int, int, int, int]) -> Variant:
-    return Variant("fwd", dtype, *dims, tile=tuple(zip("mnws", tile, strict=True)))
+@dataclass(frozen=True)
+class Tile:
+    """What serves the calls of a class with head dims up to `dims`. evidence: the measurement behind it, if any."""
+
+    dims: tuple[int, int]
+    call_class: str
+    tile: str  # e.g. 'm128-n32-w4-s1' or, with Q kept in registers, 'm128-n32-w4-s1-q1'
+    pack: bool
+    evidence: dict[str, Any] | None = None
+
+    def variant(self, dtype: str) -> Variant:
+        return Variant.parse(f"fwd-{dtype}-d{self.dims[0]}-dv{self.dims[1]}-{self.tile}")
 
 
-def rows() -> tuple[DispatchRow, ...]:
+@dataclass(frozen=True)
+class Tiles:
+    """The forward's table. classes: name -> conditions, in the order in which they are tried."""
+
+    classes: dict[str, tuple[Condition, ...]]
+    tiles: tuple[Tile, ...]
+
+    @classmethod
+    def read(cls, path: Path = FWD_TILES) -> Tiles:
+        """ContractError, which names the file and what is wrong in it, if it is no such table."""
+        try:
+            value = json.loads(path.read_bytes())
+            classes = {c["name"]: tuple(_condition(*when) for when in c["when"]) for c in value["classes"]}
+            if len(classes) != len(value["classes"]):
+                raise ValueError("a class is named twice")
+            tiles = tuple(
+                Tile((t["head_dim"], t["head_dim_v"]), t["class"], t["tile"], t["pack"], t["evidence"])
+                for t in value["tiles"]
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ContractError(f"{path}: {type(error).__name__}: {error}") from None
+        table = cls(classes, tiles)
+        if problem := table.problem():
+            raise ContractError(f"{path}: {problem}")
+        return table
+
+    def problem(self) -> str | None:
+        """What keeps this from being a table; None if nothing does."""
+        if not self.tiles:
+            return "no tiles"
+        for tile in self.tiles:
+            if reason := self._tile_problem(tile):
+                return f"{tile.dims[0]}/{tile.dims[1]} {tile.call_class} {tile.tile}: {reason}"
+        at = [self.place(tile) for tile in self.tiles]
+        if at != sorted(set(at)):
+            return "tiles are not one a class, by head_dim + head_dim_v, then head_dim, then class"
+        served = {tile.dims for tile in self.tiles if not self.classes[tile.call_class]}
+        if unserved := {tile.dims for tile in self.tiles} - served:
+            return f"head dims {sorted(unserved)[0]} lack a tile of the class without conditions"
+        return None
+
+    def _tile_problem(self, tile: Tile) -> str | None:
+        when = self.classes.get(tile.call_class)
+        if when is None:
+            return f"no class of that name, there are {', '.join(self.classes)}"
+        if type(tile.pack) is not bool:
+            return f"pack {tile.pack!r} is neither true nor false"
+        if tile.pack and not groups(when):
+            return "pack needs a class with the condition group >= 2"
+        if not re.fullmatch(r"m\d+-n\d+-w\d+-s\d+(-q1)?", tile.tile):
+            return "a tile is like 'm128-n32-w4-s1', or that with '-q1'"
+        try:
+            return fwd_invalid(tile.variant(DTYPES[0]))
+        except ContractError as error:
+            return str(error)
+
+    def place(self, tile: Tile) -> tuple[int, int, int]:
+        """Where it stands among the others: cheap head dims first, then in the order of the classes."""
+        return sum(tile.dims), tile.dims[0], list(self.classes).index(tile.call_class)
+
+    def to_text(self) -> str:
+        """The file's one text for this table: a class or tile a line."""
+        classes = [{"name": n, "when": [[c.fact, c.op, c.value] for c in w]} for n, w in self.classes.items()]
+        tiles = [
+            {"head_dim": t.dims[0], "head_dim_v": t.dims[1], "class": t.call_class, "tile": t.tile, "pack": t.pack,
+             "evidence": t.evidence}
+            for t in sorted(self.tiles, key=self.place)
+        ]  # fmt: skip
+        lines = {name: ",\n".join(map(json.dumps, rows)) for name, rows in (("classes", classes), ("tiles", tiles))}
+        return "{" + ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items()) + "}\n"
+
+
+def _condition(fact: str, op: str, value: int) -> Condition:
+    if fact not in FACTS:
+        raise ValueError(f"condition on {fact!r}, which is none of {', '.join(sorted(FACTS))}")
+    if type(value) is not int or op == "in":
+        raise ValueError(f"condition {[fact, op, value]} is no comparison with a whole number")
+    return Condition(fact, op, value)
+
+
+def groups(when: tuple[Condition, ...]) -> bool:
+    """Whether all calls of a class have several query heads a key/value head: only those can be packed."""
+    return any(c.fact == "group" and c.op in (">=", "==") and c.value >= 2 for c in when)
+
+
+def rows(path: Path = FWD_TILES) -> tuple[DispatchRow, ...]:
     """All dispatch rows, in order: the first whose conditions hold serves the call."""
-    table = []
-    for dims, (long_tile, short_tile) in FWD_TILES.items():
+    table = Tiles.read(path)
+    found = []
+    for tile in table.tiles:
         for dtype in DTYPES:
             base = (
                 Condition("dtype", "==", dtype),
-                Condition("head_dim", "==", dims[0]),
-                Condition("head_dim_v", "==", dims[1]),
+                Condition("head_dim", "<=", tile.dims[0]),
+                Condition("head_dim_v", "<=", tile.dims[1]),
             )
-            short = Condition("seqlen_q", "<=", FWD_SHORT_QUERY)
-            table.append(DispatchRow("fwd", (*base, short), _fwd(dtype, dims, short_tile).key))
-            table.append(DispatchRow("fwd", base, _fwd(dtype, dims, long_tile).key))
-    return tuple(table)
+            when = (*base, *table.classes[tile.call_class])
+            found.append(DispatchRow("fwd", when, tile.variant(dtype).key, tile.pack))
+    return tuple(found)
 
 
-def variants() -> tuple[Variant, ...]:
+def variants(path: Path = FWD_TILES) -> tuple[Variant, ...]:
     """Every variant that a row names, once, sorted by key."""
-    return tuple(Variant.parse(key) for key in sorted({row.variant for row in rows()}))
+    return tuple(Variant.parse(key) for key in sorted({row.variant for row in rows(path)}))

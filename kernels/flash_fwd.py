@@ -1,7 +1,7 @@
 """Attention forward for SM120-class chips: cp.async, ldmatrix, mma.sync.
 
-One block computes one (query tile, head, batch entry). Scores never leave registers. Key blocks that need a mask come
-first, then the interior ones in a loop of its own without any mask code; softmax does not mind the order.
+One block computes one (query tile, tile head, batch entry). Scores never leave registers. Key blocks that need a mask
+come first, then the interior ones in a loop of its own without any mask code; softmax does not mind the order.
 """
 
 from types import SimpleNamespace
@@ -10,17 +10,63 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from kernels import mask, softmax
+from kernels import mask, scores, softmax
 from kernels.abi import FWD
 from kernels.compile import to_ptx
 from kernels.generate import Generated
-from kernels.mma import as_a_operand, gemm_rs, gemm_ss, rows_columns, tiled_mma
-from kernels.tiles import load_tile, matrix_of, smem_layout, store_tile, thread_view, tile_copy
-from kernels.validity import fwd_invalid, fwd_smem
+from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, tiled_mma, transposed
+from kernels.place import divided, element, entry_of, first_tile, opaque, reread_tid, schedule, sequence, token_head
+from kernels.tiles import (
+    VECTOR,
+    load_rows,
+    load_tile,
+    matrix_of,
+    smem_layout,
+    store_rows,
+    thread_view,
+    tile_copy,
+)
+from kernels.validity import NOTES, fwd_invalid, fwd_smem, q_in_registers
 from registry.contract import ContractError, Grid, Variant
 
-SECTION = 64  # heads whose query tiles run side by side; docs/tuning.md
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+LOG2E = 1.4426950408889634
+CROWDED = 192  # registers of O and Q, of 255: from here on little else fits
+
+
+def named(parameters: tuple) -> SimpleNamespace:
+    """The kernel's parameters by their names in the ABI."""
+    return SimpleNamespace(**{p.name: value for p, value in zip(FWD.params, parameters, strict=True)})
+
+
+SEQLEN_K = 3  # the place of seqlen_k among the notes
+
+
+@cute.jit
+def note(notes: cute.Tensor, tid: Int32, *values: Int32):
+    """Put down what is needed again after the loops, so that no register holds it meanwhile."""
+    if tid == 0:
+        for i in cutlass.range_constexpr(len(values)):
+            notes[i] = values[i]
+
+
+@cute.jit
+def recall(state: SimpleNamespace) -> SimpleNamespace:
+    """The tile's rows as `FlashForward.place` found them."""
+    call, notes = state.call, state.notes
+    return SimpleNamespace(
+        start=notes[6], count=notes[0], head=notes[1], q_first=notes[2], seqlen_k=notes[SEQLEN_K], offset=notes[4],
+        entry=notes[5], pack=call.pack, magic=call.pack_magic, shift=call.pack_shift,
+    )  # fmt: skip
+
+
+def row_of(tXcX: cute.Tensor, r: int) -> Int32:
+    """The tile's row that is this thread's r-th. tXcX: a partition of the tile's coordinates like an accumulator."""
+    return rows_columns(tXcX)[r, 0][0]
+
+
+def aligned(pointer: cute.Pointer, offset: Int64) -> cute.Pointer:
+    return pointer + cute.assume(offset, divby=VECTOR)
 
 
 class FlashForward:
@@ -36,95 +82,111 @@ class FlashForward:
         self.tile_m, self.tile_n = variant.size("m"), variant.size("n")
         self.warps, self.stages = variant.size("w"), variant.size("s")
         self.threads = 32 * self.warps
+        self.q_in_registers = q_in_registers(variant)
         # A narrow accumulator is cheaper to rescale at every block than to branch around.
         self.lazy_rescale = self.head_dim_v > 64
 
     @cute.jit
     def __call__(self, *parameters):
         """The host side, for its launch facts alone: nobody calls it, the runtime launches the cubin."""
-        self.kernel(*parameters).launch(grid=(1, 1, 1), block=(self.threads, 1, 1), smem=self.smem)
+        self.kernel(parameters).launch(grid=(1, 1, 1), block=(self.threads, 1, 1), smem=self.smem)
 
     @cute.kernel
-    def kernel(
-        self,
-        q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, o: cute.Pointer, lse: cute.Pointer,
-        cu_seqlens_q: cute.Pointer, cu_seqlens_k: cute.Pointer, seqused_q: cute.Pointer, seqused_k: cute.Pointer,
-        page_table: cute.Pointer, sink: cute.Pointer, alibi_slopes: cute.Pointer,
-        o_partial: cute.Pointer, lse_partial: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer,
-        q_stride_b: Int64, q_stride_s: Int64, q_stride_h: Int64,
-        k_stride_b: Int64, k_stride_s: Int64, k_stride_h: Int64,
-        v_stride_b: Int64, v_stride_s: Int64, v_stride_h: Int64,
-        o_stride_b: Int64, o_stride_s: Int64, o_stride_h: Int64,
-        lse_stride_b: Int64, lse_stride_h: Int64,
-        batch: Int32, heads_q: Int32, heads_kv: Int32, seqlen_q: Int32, seqlen_k: Int32,
-        window_left: Int32, window_right: Int32, page_size: Int32, page_table_stride: Int32, num_splits: Int32,
-        scale_log2: Float32, softcap: Float32,
-    ):  # fmt: skip
+    def kernel(self, parameters: tuple):
+        call = named(parameters)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        m_block, head, entry = self.schedule(block, cute.ceil_div(seqlen_q, self.tile_m), heads_q, batch)
-        head_kv = head // (heads_q // heads_kv)
-        mQ = matrix_of(q, seqlen_q, self.head_dim, q_stride_s, q_stride_h, q_stride_b, head, entry)
-        mK = matrix_of(k, seqlen_k, self.head_dim, k_stride_s, k_stride_h, k_stride_b, head_kv, entry)
-        mV = matrix_of(v, seqlen_k, self.head_dim_v, v_stride_s, v_stride_h, v_stride_b, head_kv, entry)
-        mO = matrix_of(o, seqlen_q, self.head_dim_v, o_stride_s, o_stride_h, o_stride_b, head, entry)
+        rows, entry = self.place(call, block)
+        if (rows.start >= 0) & (rows.start < rows.count):  # an entry of a packed array may have more tiles than rows
+            self.tile(call, rows, entry, tid)
+
+    @cute.jit
+    def place(self, call: SimpleNamespace, block: Int32) -> tuple[SimpleNamespace, Int32]:
+        """(the tile's rows, its batch entry): start and count of packed rows, first query head, lengths and offsets."""
+        heads = divided(call.heads_q, call.pack_magic, call.pack_shift)
+        tiles = cute.ceil_div(call.seqlen_q * call.pack, self.tile_m)
+        pairs = heads * call.batch
+        if call.cu_seqlens_q.toint() != 0:
+            tiles = call.seqlen_q * call.pack // self.tile_m + call.batch
+            pairs = heads
+        tile, pair = schedule(block, tiles, pairs)
+        entry = pair // heads
+        head = pair - entry * heads
+        if call.cu_seqlens_q.toint() != 0:
+            total, pack = call.seqlen_q, call.pack
+            entry = entry_of(tile, call.cu_seqlens_q, call.batch, total, pack, self.tile_m)
+            tile = tile - first_tile(call.cu_seqlens_q, entry, total, pack, self.tile_m)
+        q_first, seqlen_q = sequence(call.cu_seqlens_q, call.seqused_q, entry, call.seqlen_q)
+        k_first, seqlen_k = sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
+        rows = SimpleNamespace(
+            start=tile * self.tile_m, count=seqlen_q * call.pack, head=head * call.pack,
+            pack=call.pack, magic=call.pack_magic, shift=call.pack_shift,
+            q_first=q_first, k_first=k_first, seqlen_k=seqlen_k, offset=seqlen_k - seqlen_q,
+        )  # fmt: skip
+        return rows, entry
+
+    @cute.jit
+    def tile(self, call: SimpleNamespace, rows: SimpleNamespace, entry: Int32, tid: Int32):
+        """One query tile: Q, every key block that it sees, and the output."""
+        head_kv = rows.head * call.heads_kv // call.heads_q
+        q_start = entry * call.q_stride_b + rows.q_first * call.q_stride_s + rows.head * call.q_stride_h
+        k_start = entry * call.k_stride_b + rows.k_first * call.k_stride_s + head_kv * call.k_stride_h
+        v_start = entry * call.v_stride_b + rows.k_first * call.v_stride_s + head_kv * call.v_stride_h
+        mK = matrix_of(call.k, rows.seqlen_k, self.head_dim, call.k_stride_s, k_start)
+        mV = matrix_of(call.v, rows.seqlen_k, self.head_dim_v, call.v_stride_s, v_start)
 
         state = self.state(tid)
-        state.scale_log2 = scale_log2
+        state.call = call
         state.tKgK = thread_view(state.copy_qk, mK, self.tile_n, tid)
         state.tVgV = thread_view(state.copy_v, mV, self.tile_n, tid)
-        tQgQ = thread_view(state.copy_qk, mQ, self.tile_m, tid)
-        state.m_start = m_block * self.tile_m
-        state.seqlen_q, state.seqlen_k, state.left, state.right = seqlen_q, seqlen_k, window_left, window_right
+        token_first, _ = token_head(rows, rows.start)
+        token_last, _ = token_head(rows, cutlass.min(rows.start + self.tile_m, rows.count) - 1)
         first, inner_first, inner_end, end = mask.block_ranges(
-            state.m_start, self.tile_m, self.tile_n, seqlen_q, seqlen_k, window_left, window_right
+            token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right
         )
         # Visiting order: right edge downwards, left edge upwards, interior downwards.
         right_edge = end - inner_end
         edges = right_edge + inner_first - first
-        state.count = end - first
+        count = end - first
 
-        load_tile(state.copy_qk, tQgQ, state.sQ, m_block, tid, seqlen_q - state.m_start)
-        if state.count > 0:
+        note(state.notes, tid, rows.count, rows.head, rows.q_first, rows.seqlen_k, rows.offset, entry, rows.start)
+        rows.token_stride, rows.head_stride = call.q_stride_s, call.q_stride_h
+        load_rows(state.copy_qk, aligned(call.q, q_start), rows, call.head_dim, state.sQ, tid)
+        if count > 0:
             n_block = self.visit(0, first, inner_end, end, right_edge, edges)
-            rows_left = seqlen_k - n_block * self.tile_n
-            load_tile(state.copy_qk, state.tKgK, state.sK[None, None, 0], n_block, tid, rows_left)
+            rows_left = rows.seqlen_k - n_block * self.tile_n
+            self.load_k(state, n_block, 0, rows_left)
             if cutlass.const_expr(self.stages > 1):
-                load_tile(state.copy_v, state.tVgV, state.sV[None, None, 0], n_block, tid, rows_left)
+                self.load_v(state, n_block, 0, rows_left)
         cute.arch.cp_async_commit_group()
+        if count == 0:
+            cute.arch.barrier()  # the notes are read next; else behind a barrier of `one_block`
+        if cutlass.const_expr(self.q_in_registers):
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.barrier()
+            state.rQ = load_a(state.mma, tid, state.sQ, self.dtype)
         # Only the last key block may reach past seqlen_k, and it comes first: the loads ahead need no bound.
         for i in cutlass.range(0, edges, 1, unroll=1):
             n_block = self.visit(i, first, inner_end, end, right_edge, edges)
             n_next = self.visit(i + 1, first, inner_end, end, right_edge, edges)
-            self.one_block(state, i, n_block, n_next, masked=True)
-        for i in cutlass.range(edges, state.count, 1, unroll=1):
-            n_block = inner_end - 1 - (i - edges)
-            self.one_block(state, i, n_block, n_block - 1, masked=False)
-        self.epilogue(state, m_block, mO, lse, entry * lse_stride_b + head * lse_stride_h)
-
-    @cute.jit
-    def schedule(self, block: Int32, num_m: Int32, heads_q: Int32, batch: Int32) -> tuple[Int32, Int32, Int32]:
-        """(query tile, head, batch entry) of a block.
-
-        Heads go in sections of SECTION (of any batch entries) and within one from the last query tile to the first:
-        under a causal mask the longest tiles start first and the short ones fill the tail, while the keys and values
-        of a section's heads stay in L2.
-        """
-        done = block // (num_m * SECTION) * SECTION
-        width = cutlass.min(SECTION, heads_q * batch - done)
-        within = block - done * num_m
-        pair = done + within % width
-        return num_m - 1 - within // width, pair % heads_q, pair // heads_q
+            self.one_block(state, i % 2, n_block, n_next, i + 1 < count, masked=True)
+        turn, n_block = edges, inner_end - 1
+        while n_block >= inner_first:
+            self.one_block(state, turn % 2, n_block, n_block - 1, n_block > inner_first, masked=False)
+            turn, n_block = turn + 1, opaque(n_block - 1)
+        self.epilogue(state)
 
     def state(self, tid: Int32) -> SimpleNamespace:
         """What a block keeps through its loops: tiles in shared memory, accumulators, softmax statistics, copies."""
         memory = cute.arch.get_dyn_smem(self.dtype, alignment=1024)
+        sK = self.staged(memory, self.head_dim)
+        memory += self.stages * self.tile_n * self.head_dim
+        sV = self.staged(memory, self.head_dim_v)
+        if cutlass.const_expr(not self.q_in_registers):
+            memory += self.stages * self.tile_n * self.head_dim_v
         sQ = cute.make_tensor(memory, smem_layout(self.tile_m, self.head_dim))
         sO = cute.make_tensor(memory, smem_layout(self.tile_m, self.head_dim_v))
-        memory += self.tile_m * max(self.head_dim, self.head_dim_v)
-        pair = self.tile_n * (self.head_dim + self.head_dim_v)
-        sK = self.staged(memory, self.head_dim, pair)
-        sV = self.staged(memory + self.tile_n * self.head_dim, self.head_dim_v, pair)
+        end = cute.arch.get_dyn_smem(Int32, alignment=1024) + (self.smem - NOTES) // 4
         mma = tiled_mma(self.dtype, self.warps)
         acc_O = cute.make_rmem_tensor(mma.get_slice(tid).partition_shape_C((self.tile_m, self.head_dim_v)), Float32)
         acc_O.fill(0.0)
@@ -133,16 +195,16 @@ class FlashForward:
         row_max.fill(-Float32.inf)
         row_sum.fill(0.0)
         return SimpleNamespace(
-            tid=tid, sQ=sQ, sO=sO, sK=sK, sV=sV, mma=mma,
+            tid=tid, sQ=sQ, sO=sO, sK=sK, sV=sV, notes=cute.make_tensor(end, cute.make_layout(NOTES // 4)), mma=mma,
             acc_O=acc_O, row_max=row_max, row_sum=row_sum,
             copy_qk=tile_copy(self.dtype, self.head_dim, self.threads, True),
             copy_v=tile_copy(self.dtype, self.head_dim_v, self.threads, True),
         )  # fmt: skip
 
-    def staged(self, memory: cute.Pointer, columns: int, stride: int) -> cute.Tensor:
-        """(tile_n, columns, stages): one key or value tile a stage, `stride` elements apart."""
+    def staged(self, memory: cute.Pointer, columns: int) -> cute.Tensor:
+        """(tile_n, columns, stages): one key or value tile a stage."""
         layout = smem_layout(self.tile_n, columns)
-        outer = cute.append(layout.outer, cute.make_layout(self.stages, stride=stride))
+        outer = cute.append(layout.outer, cute.make_layout(self.stages, stride=self.tile_n * columns))
         return cute.make_tensor(memory, cute.make_composed_layout(layout.inner, 0, outer))
 
     @cute.jit
@@ -156,8 +218,14 @@ class FlashForward:
         return n_block
 
     @cute.jit
-    def one_block(self, state: SimpleNamespace, i: Int32, n_block: Int32, n_next: Int32, masked: cutlass.Constexpr):
-        """Add key block n_block to the output, and start the loads of n_next, the block after it."""
+    def one_block(
+        self, state: SimpleNamespace, turn: Int32, n_block: Int32, n_next: Int32, more: cutlass.Boolean,
+        masked: cutlass.Constexpr,
+    ):  # fmt: skip
+        """Add key block n_block to the output and, if there are more, start the loads of n_next, the one after it.
+
+        turn: the stage of n_block, if there are two.
+        """
         acc_S = cute.make_rmem_tensor(
             state.mma.get_slice(state.tid).partition_shape_C((self.tile_m, self.tile_n)), Float32
         )
@@ -168,49 +236,105 @@ class FlashForward:
         stage = 0
         if cutlass.const_expr(self.stages == 1):
             # V arrives while S is computed, the next K during softmax and P·V.
-            rows_left = state.seqlen_k - n_block * self.tile_n if masked else None
-            load_tile(state.copy_v, state.tVgV, state.sV[None, None, 0], n_block, tid, rows_left)
+            rows_left = state.notes[SEQLEN_K] - n_block * self.tile_n if masked else None
+            self.load_v(state, n_block, 0, rows_left)
         else:
-            stage = i % 2
-            if i + 1 < state.count:
-                self.load_pair(state, n_next, 1 - stage)
+            stage = turn
+            if more:
+                self.load_k(state, n_next, 1 - stage)
+                self.load_v(state, n_next, 1 - stage)
         cute.arch.cp_async_commit_group()
-        gemm_ss(state.mma, tid, acc_S, state.sQ, state.sK[None, None, stage], self.dtype)
+        sK, sV = state.sK[None, None, stage], state.sV[None, None, stage]
+        if cutlass.const_expr(self.q_in_registers):
+            gemm_rs(state.mma, tid, acc_S, state.rQ, sK, self.dtype, n_contiguous=False)
+        else:
+            gemm_ss(state.mma, tid, acc_S, state.sQ, sK, self.dtype)
         if cutlass.const_expr(self.stages == 1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
-            if i + 1 < state.count:
-                load_tile(state.copy_qk, state.tKgK, state.sK[None, None, 0], n_next, tid)
+            if more:
+                self.load_k(state, n_next, 0)
             cute.arch.cp_async_commit_group()
-        if cutlass.const_expr(masked):
-            tScS = state.mma.get_slice(tid).partition_C(cute.make_identity_tensor((self.tile_m, self.tile_n)))
-            mask.apply(
-                acc_S, tScS, state.m_start, n_block * self.tile_n,
-                state.seqlen_q, state.seqlen_k, state.left, state.right,
-            )  # fmt: skip
-        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, state.scale_log2, masked, self.lazy_rescale)
+        self.modify(state, acc_S, n_block * self.tile_n, masked)
+        scale_log2 = state.call.scale_log2
+        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, scale_log2, masked, self.lazy_rescale)
         rP = cute.make_fragment_like(acc_S, self.dtype)
         rP.store(acc_S.load().to(self.dtype))
-        gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), state.sV[None, None, stage], self.dtype)
+        gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), transposed(sV), self.dtype, n_contiguous=True)
 
     @cute.jit
-    def load_pair(self, state: SimpleNamespace, n_block: Int32, stage: Int32):
-        load_tile(state.copy_qk, state.tKgK, state.sK[None, None, stage], n_block, state.tid)
-        load_tile(state.copy_v, state.tVgV, state.sV[None, None, stage], n_block, state.tid)
+    def load_k(self, state: SimpleNamespace, n_block: Int32, stage: Int32, rows_left: Int32 | None = None):
+        sK, offset = state.sK[None, None, stage], Int64(n_block * self.tile_n) * state.call.k_stride_s
+        load_tile(state.copy_qk, state.tKgK, sK, state.call.head_dim, offset, self.loader(state), rows_left)
 
     @cute.jit
-    def epilogue(self, state: SimpleNamespace, m_block: Int32, mO: cute.Tensor, lse: cute.Pointer, lse_offset: Int64):
+    def load_v(self, state: SimpleNamespace, n_block: Int32, stage: Int32, rows_left: Int32 | None = None):
+        sV, offset = state.sV[None, None, stage], Int64(n_block * self.tile_n) * state.call.v_stride_s
+        load_tile(state.copy_v, state.tVgV, sV, state.call.head_dim_v, offset, self.loader(state), rows_left)
+
+    def loader(self, state: SimpleNamespace) -> Int32:
+        """The thread's number for a load: read anew where O and Q leave no register for what depends on it."""
+        q_registers = self.tile_m * self.head_dim // 2 // self.threads if self.q_in_registers else 0
+        o_registers = self.tile_m * self.head_dim_v // self.threads
+        return reread_tid() if o_registers + q_registers >= CROWDED else state.tid
+
+    @cute.jit
+    def modify(self, state: SimpleNamespace, acc_S: cute.Tensor, n_start: Int32, masked: cutlass.Constexpr):
+        """Apply softcap, ALiBi and the mask to the scores of the key block that begins at n_start."""
+        call = state.call
+        if call.softcap_scale != 0.0:
+            scores.cap(acc_S, call.softcap_scale)
+        if call.alibi_slopes.toint() != 0:
+            self.add_alibi(state, acc_S, n_start)
+        if cutlass.const_expr(masked):
+            rows = recall(state)
+            tScS = self.coordinates(state, self.tile_n)
+            keys_left = rows.seqlen_k - n_start
+            diagonals = self.diagonals(rows, tScS, n_start)
+            mask.apply(acc_S, tScS, diagonals, keys_left, call.window_left, call.window_right)
+
+    @cute.jit
+    def add_alibi(self, state: SimpleNamespace, acc_S: cute.Tensor, n_start: Int32):
+        call, rows = state.call, recall(state)
+        tScS = self.coordinates(state, self.tile_n)
+        start = call.alibi_slopes + (rows.entry * call.alibi_stride_b + rows.head)
+        slopes = cute.make_rmem_tensor(cute.size(state.row_max), Float32)
+        for r in cutlass.range_constexpr(cute.size(slopes)):
+            _, head = token_head(rows, rows.start + row_of(tScS, r))
+            slopes[r] = element(start, head) * (LOG2E / call.scale_log2)
+        scores.add_distance(acc_S, tScS, slopes, self.diagonals(rows, tScS, n_start))
+
+    def coordinates(self, state: SimpleNamespace, columns: int) -> cute.Tensor:
+        """(row, column) of each element of an accumulator of `columns`; they cost no registers between two uses."""
+        identity = cute.make_identity_tensor((self.tile_m, columns))
+        return state.mma.get_slice(reread_tid()).partition_C(identity)
+
+    @cute.jit
+    def diagonals(self, rows: SimpleNamespace, tScS: cute.Tensor, n_start: Int32) -> cute.Tensor:
+        """The column of each row's diagonal, relative to n_start."""
+        columns = cute.make_rmem_tensor(cute.size(rows_columns(tScS), mode=[0]), Int32)
+        for r in cutlass.range_constexpr(cute.size(columns)):
+            token, _ = token_head(rows, rows.start + row_of(tScS, r))
+            columns[r] = token + rows.offset - n_start
+        return columns
+
+    @cute.jit
+    def epilogue(self, state: SimpleNamespace):
         """Normalise, write the LSE where it is wanted, and store O through the shared memory that held Q."""
-        softmax.finish(state.acc_O, state.row_max, state.row_sum, state.scale_log2)
-        if lse.toint() != 0:
-            mLSE = cute.make_tensor(lse + lse_offset, cute.make_layout(state.seqlen_q))
-            cO = cute.make_identity_tensor((self.tile_m, self.head_dim_v))
-            place = rows_columns(state.mma.get_slice(state.tid).partition_C(cO))
-            if place[0, 0][1] == 0:
-                for r in cutlass.range_constexpr(cute.size(state.row_sum)):
-                    row = state.m_start + place[r, 0][0]
-                    if row < state.seqlen_q:
-                        mLSE[row] = state.row_sum[r]
+        call, rows = state.call, recall(state)
+        entry = rows.entry
+        place = self.coordinates(state, self.head_dim_v)
+        sinks = self.sinks(call, rows, place)
+        softmax.finish(state.acc_O, state.row_max, state.row_sum, call.scale_log2, sinks)
+        if (call.lse.toint() != 0) & (place[0][1] == 0):
+            lse = call.lse + (entry * call.lse_stride_b + rows.head * call.lse_stride_h + rows.q_first)
+            for r in cutlass.range_constexpr(cute.size(state.row_sum)):
+                row = rows.start + row_of(place, r)
+                token, head = token_head(rows, row)
+                if row < rows.count:
+                    cute.make_tensor(lse + (head * call.lse_stride_h + token), cute.make_layout(1))[0] = state.row_sum[
+                        r
+                    ]
         rO = cute.make_fragment_like(state.acc_O, self.dtype)
         rO.store(state.acc_O.load().to(self.dtype))
         # Q's loads may still be in flight where no key block was visited, and other warps may still read Q.
@@ -221,7 +345,25 @@ class FlashForward:
         ).get_slice(state.tid)
         cute.copy(to_smem, to_smem.retile(rO), to_smem.partition_D(state.sO))
         cute.arch.barrier()
-        store_tile(tile_copy(self.dtype, self.head_dim_v, self.threads, False), state.sO, mO, m_block, state.tid)
+        rows.token_stride, rows.head_stride = call.o_stride_s, call.o_stride_h
+        o_start = entry * call.o_stride_b + rows.q_first * call.o_stride_s + rows.head * call.o_stride_h
+        copy = tile_copy(self.dtype, self.head_dim_v, self.threads, False)
+        store_rows(copy, state.sO, aligned(call.o, o_start), rows, call.head_dim_v, state.tid)
+
+    @cute.jit
+    def sinks(self, call: SimpleNamespace, rows: SimpleNamespace, place: cute.Tensor) -> cute.Tensor:
+        """The sink of each row's head in log2; −inf without one."""
+        sinks = cute.make_rmem_tensor(cute.size(rows_columns(place), mode=[0]), Float32)
+        sinks.fill(-Float32.inf)
+        if call.sink.toint() != 0:
+            for r in cutlass.range_constexpr(cute.size(sinks)):
+                _, head = token_head(rows, cutlass.min(rows.start + row_of(place, r), rows.count - 1))
+                if call.sink_low != 0:
+                    low = cute.recast_ptr(call.sink, dtype=self.dtype)
+                    sinks[r] = Float32(element(low, rows.head + head)) * LOG2E
+                else:
+                    sinks[r] = element(call.sink, rows.head + head) * LOG2E
+        return sinks
 
 
 def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:

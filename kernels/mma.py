@@ -36,6 +36,16 @@ def as_a_operand(rP: cute.Tensor) -> cute.Tensor:
 
 
 @cute.jit
+def load_a(mma: cute.TiledMma, tid: cutlass.Int32, sA: cute.Tensor, dtype: cutlass.Constexpr) -> cute.Tensor:
+    """A (m, k) from shared memory as an operand in registers."""
+    copy_a = cute.make_tiled_copy_A(ldmatrix(dtype), mma).get_slice(tid)
+    thread = mma.get_slice(tid)
+    rA = thread.make_fragment_A(thread.partition_A(sA))
+    cute.copy(copy_a, copy_a.partition_S(sA), copy_a.retile(rA))
+    return rA
+
+
+@cute.jit
 def gemm_ss(
     mma: cute.TiledMma, tid: cutlass.Int32, acc: cute.Tensor, sA: cute.Tensor, sB: cute.Tensor, dtype: cutlass.Constexpr
 ):
@@ -53,17 +63,27 @@ def gemm_ss(
         cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)
 
 
+def transposed(sB: cute.Tensor) -> cute.Tensor:
+    """A (k, n) tile as (n, k)."""
+    columns, depth = cute.size(sB, mode=[1]), cute.size(sB, mode=[0])
+    return cute.composition(sB, cute.make_layout((columns, depth), stride=(depth, 1)))
+
+
 @cute.jit
 def gemm_rs(
-    mma: cute.TiledMma, tid: cutlass.Int32, acc: cute.Tensor, rA: cute.Tensor, sB: cute.Tensor, dtype: cutlass.Constexpr
+    mma: cute.TiledMma,
+    tid: cutlass.Int32,
+    acc: cute.Tensor,
+    rA: cute.Tensor,
+    sB: cute.Tensor,
+    dtype: cutlass.Constexpr,
+    n_contiguous: cutlass.Constexpr,
 ):
-    """acc += A·B with A in registers (`as_a_operand`) and B (k, n) in shared memory, n contiguous."""
-    columns, depth = cute.size(sB, mode=[1]), cute.size(sB, mode=[0])
-    sBt = cute.composition(sB, cute.make_layout((columns, depth), stride=(depth, 1)))
-    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=True), mma).get_slice(tid)
+    """acc += A·Bᵀ with A in registers and B (n, k) in shared memory, where n or k is contiguous."""
+    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=n_contiguous), mma).get_slice(tid)
     thread = mma.get_slice(tid)
-    rB = thread.make_fragment_B(thread.partition_B(sBt))
-    tBsB, rB_view = copy_b.partition_S(sBt), copy_b.retile(rB)
+    rB = thread.make_fragment_B(thread.partition_B(sB))
+    tBsB, rB_view = copy_b.partition_S(sB), copy_b.retile(rB)
     for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
         cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
         cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)

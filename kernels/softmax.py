@@ -89,12 +89,25 @@ def reference_point(row_max: cutlass.Float32, masked: cutlass.Constexpr) -> cutl
 
 
 @cute.jit
-def finish(acc_O: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, scale_log2: cutlass.Float32):
-    """Divide acc_O by the row sums and leave the LSE (natural log, fp32) in row_sum. Empty rows: 0 and −inf."""
+def finish(
+    acc_O: cute.Tensor,
+    row_max: cute.Tensor,
+    row_sum: cute.Tensor,
+    scale_log2: cutlass.Float32,
+    sinks: cute.Tensor,
+):
+    """Divide acc_O by the row sums and leave the LSE (natural log, fp32) in row_sum. Empty rows: 0 and −inf.
+
+    sinks: a logit of each row, in log2, that takes weight but has no value; −inf: none.
+    """
     out = rows_columns(acc_O)
     for r in cutlass.range_constexpr(cute.size(row_sum)):
-        total = quad_sum(row_sum[r])
-        empty = row_max[r] == -cutlass.Float32.inf
-        out[r, None] = out[r, None].load() * (cutlass.Float32(0.0) if empty else cute.arch.rcp_approx(total))
-        lse = (row_max[r] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
+        highest = row_max[r] * scale_log2
+        top = cute.arch.fmax(highest, sinks[r])
+        empty = top == -cutlass.Float32.inf
+        base = cutlass.Float32(0.0) if empty else top
+        shrink = cute.math.exp2(highest - base, fastmath=True)
+        total = quad_sum(row_sum[r]) * shrink + cute.math.exp2(sinks[r] - base, fastmath=True)
+        out[r, None] = out[r, None].load() * (cutlass.Float32(0.0) if empty else shrink * cute.arch.rcp_approx(total))
+        lse = (top + cute.math.log2(total, fastmath=True)) * LN2
         row_sum[r] = -cutlass.Float32.inf if empty else lse

@@ -3,9 +3,13 @@
 Names: mX is a whole (rows, columns) matrix in global memory, gX a tile of it, sX a tile in shared memory, rX registers.
 """
 
+from types import SimpleNamespace
+
 import cutlass
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import CopyUniversalOp, LoadCacheMode, cpasync
+
+from kernels.place import token_head
 
 VECTOR = 8  # elements of a 16-byte access at two bytes each
 
@@ -41,23 +45,19 @@ def matrix_of(
     rows: cutlass.Int32,
     columns: cutlass.Constexpr,
     row_stride: cutlass.Int64,
-    head_stride: cutlass.Int64,
-    batch_stride: cutlass.Int64,
-    head: cutlass.Int32,
-    batch: cutlass.Int32,
+    offset: cutlass.Int64,
 ) -> cute.Tensor:
-    """The (rows, columns) matrix of one head and batch entry of a strided 4-D array. Offsets are 64 bits wide."""
-    offset = cute.assume(batch * batch_stride + head * head_stride, divby=VECTOR)
+    """The (rows, columns) matrix of one head and batch entry, `offset` elements (64 bits wide) into an array."""
     layout = cute.make_layout((rows, columns), stride=(cute.assume(row_stride, divby=VECTOR), 1))
-    return cute.make_tensor(pointer + offset, layout)
+    return cute.make_tensor(pointer + cute.assume(offset, divby=VECTOR), layout)
 
 
 def thread_view(copy: cute.TiledCopy, mX: cute.Tensor, rows: int, tid: cutlass.Int32) -> cute.Tensor:
-    """What a thread copies of each row block of mX: (vector, row, column, row block).
+    """What a thread copies of the first `rows` rows of mX: (vector, row, panel).
 
-    Made once, outside the loops: the thread's own offset then stays in registers, and a block costs one product.
+    Made once, outside the loops: the thread's own offset then stays in registers.
     """
-    return copy.get_slice(tid).partition_S(cute.local_tile(mX, (rows, cute.size(mX, mode=[1])), (None, 0)))
+    return copy.get_slice(tid).partition_S(cute.local_tile(mX, (rows, cute.size(mX, mode=[1])), (0, 0)))
 
 
 @cute.jit
@@ -65,40 +65,84 @@ def load_tile(
     copy: cute.TiledCopy,
     tXgX: cute.Tensor,
     sX: cute.Tensor,
-    block: cutlass.Int32,
+    columns: cutlass.Int32,
+    offset: cutlass.Int64,
     tid: cutlass.Int32,
     rows_left: cutlass.Int32 | None = None,
 ):
-    """Start the asynchronous copy of row block `block` of a matrix (`thread_view`) into sX.
+    """Start the asynchronous copy of a tile of a matrix, `offset` elements behind its first (`thread_view`), into sX.
 
-    rows_left: where the matrix may end within the block: rows from it on are not read but become zeros. Zeros, not
-        leftovers: 0 · NaN in P·V is NaN. None: the block is whole.
+    What lies outside is not read but becomes zeros: columns from `columns` on, and rows from `rows_left` on (None: the
+    block is whole). Zeros, not leftovers: 0 · NaN is NaN in a product.
     """
     thread = copy.get_slice(tid)
     tXsX = thread.partition_D(sX)
-    source = tXgX[None, None, None, block]
-    if cutlass.const_expr(rows_left is not None):
-        tXcX = thread.partition_S(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
-        for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            if tXcX[0, row, 0][0] < rows_left:
-                cute.copy(copy, source[None, row, None], tXsX[None, row, None])
-            else:
-                tXsX[None, row, None].fill(0)
-    else:
-        cute.copy(copy, source, tXsX)
+    tXcX = thread.partition_S(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
+    source = cute.make_tensor(tXgX.iterator + cute.assume(offset, divby=VECTOR), tXgX.layout)
+    inside = cute.make_rmem_tensor(1, cutlass.Boolean)
+    for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+        for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+            inside[0] = tXcX[0, row, panel][1] < columns
+            if cutlass.const_expr(rows_left is not None):
+                inside[0] = inside[0] & (tXcX[0, row, panel][0] < rows_left)
+            cute.copy(copy, source[None, row, panel], tXsX[None, row, panel], pred=inside)
 
 
 @cute.jit
-def store_tile(copy: cute.TiledCopy, sX: cute.Tensor, mX: cute.Tensor, block: cutlass.Int32, tid: cutlass.Int32):
-    """Write the rows of sX that exist in mX as row block `block`, 16 bytes a thread."""
-    tile = (cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))
+def row_offsets(rows: SimpleNamespace, tXcX: cute.Tensor) -> cute.Tensor:
+    """Where each row that a thread copies begins, in elements. tXcX: their coordinates in the tile. See `load_rows`."""
+    offsets = cute.make_rmem_tensor(cute.size(tXcX, mode=[1]), cutlass.Int64)
+    first = rows.start + tXcX[0, 0, 0][0]
+    if rows.pack == 1:  # by far the most frequent: one product for all rows
+        offsets[0] = first * rows.token_stride
+        for row in cutlass.range_constexpr(1, cute.size(offsets)):
+            offsets[row] = offsets[0] + (tXcX[0, row, 0][0] - tXcX[0, 0, 0][0]) * rows.token_stride
+    else:
+        for row in cutlass.range_constexpr(cute.size(offsets)):
+            token, head = token_head(rows, rows.start + tXcX[0, row, 0][0])
+            offsets[row] = token * rows.token_stride + head * rows.head_stride
+    return offsets
+
+
+@cute.jit
+def load_rows(
+    copy: cute.TiledCopy, pointer: cute.Pointer, rows: SimpleNamespace, columns: cutlass.Int32, sX: cute.Tensor,
+    tid: cutlass.Int32,
+):  # fmt: skip
+    """Start the asynchronous copy of a tile of packed rows; what lies outside the array becomes zeros.
+
+    rows: what `place` says of the tile, and token_stride and head_stride of the array at `pointer`.
+    """
+    thread = copy.get_slice(tid)
+    tXsX = thread.partition_D(sX)
+    tXcX = thread.partition_S(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
+    offsets = row_offsets(rows, tXcX)
+    inside = cute.make_rmem_tensor(1, cutlass.Boolean)
+    for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+        for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+            column = tXcX[0, row, panel][1]
+            inside[0] = (rows.start + tXcX[0, row, panel][0] < rows.count) & (column < columns)
+            cute.copy(copy, vector_at(pointer, offsets[row] + column), tXsX[None, row, panel], pred=inside)
+
+
+@cute.jit
+def store_rows(
+    copy: cute.TiledCopy, sX: cute.Tensor, pointer: cute.Pointer, rows: SimpleNamespace, columns: cutlass.Int32,
+    tid: cutlass.Int32,
+):  # fmt: skip
+    """Write the rows and columns of sX that the array has, 16 bytes a thread. rows: as in `load_rows`."""
     thread = copy.get_slice(tid)
     tXsX = thread.partition_S(sX)
-    tXgX = thread.partition_D(cute.local_tile(mX, tile, (block, 0)))
-    tXcX = thread.partition_D(cute.make_identity_tensor(tile))
-    rows_left = mX.shape[0] - block * tile[0]
+    tXcX = thread.partition_D(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
     rX = cute.make_fragment_like(tXsX)
     cute.copy(copy, tXsX, rX)
+    offsets = row_offsets(rows, tXcX)
     for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-        if tXcX[0, row, 0][0] < rows_left:
-            cute.copy(copy, rX[None, row, None], tXgX[None, row, None])
+        for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+            column = tXcX[0, row, panel][1]
+            if (rows.start + tXcX[0, row, panel][0] < rows.count) & (column < columns):
+                cute.copy(copy, rX[None, row, panel], vector_at(pointer, offsets[row] + column))
+
+
+def vector_at(pointer: cute.Pointer, offset: cutlass.Int64) -> cute.Tensor:
+    return cute.make_tensor(pointer + cute.assume(offset, divby=VECTOR), cute.make_layout(((VECTOR, 1),)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-FORMAT = 1  # of the index; a client refuses an index of another format
+FORMAT = 2  # of the index; a client refuses an index of another format
 SCHEMA = 1  # of the registry file, the user_version in its header: the number of registry.store's migrations
 
 DTYPES = ("bf16", "fp16")
@@ -230,7 +230,9 @@ class Abi:
 class Grid:
     """How many blocks a call launches, as data.
 
-    rule 'tiles_heads_batch': grid = (ceil(seqlen_q / tile_m) · heads_q · batch, 1, 1).
+    rule 'tiles_heads_batch': a block for each query tile, tile head and batch entry, in one dimension. `pack` query
+    heads share a tile head. Entries of a packed (varlen) array lie anywhere: the device gives the one that starts at
+    token c, number b, the tiles from c·pack // tile_m + b on, which is always enough.
     """
 
     rule: str
@@ -242,8 +244,23 @@ class Grid:
         if self.tile_m < 1:
             raise ContractError(f"grid: tile_m {self.tile_m} is not positive")
 
-    def blocks(self, facts: Mapping[str, Any]) -> int:
-        return -(-facts["seqlen_q"] // self.tile_m) * facts["heads_q"] * facts["batch"]
+    def blocks(self, facts: Mapping[str, Any], pack: int = 1) -> int:
+        """Blocks of a call with these facts. pack: 1, or heads_q / heads_kv."""
+        heads, batch = facts["heads_q"] // pack, facts["batch"]
+        if facts.get("varlen"):
+            tiles = facts["total_q"] * pack // self.tile_m + batch if facts["total_q"] else 0
+        else:
+            tiles = -(-facts["seqlen_q"] * pack // self.tile_m) * batch
+        return tiles * heads
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """(magic, shift) with n // divisor == n · magic >> shift for 0 ≤ n < 2**31, the product below 2**63.
+
+    Granlund & Montgomery, Division by Invariant Integers using Multiplication, 1994.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift
 
 
 @dataclass(frozen=True)
@@ -339,19 +356,23 @@ class Condition:
 
 @dataclass(frozen=True)
 class DispatchRow:
-    """When all conditions hold, `variant` (a key) serves the call. Rows are ordered: the first that holds wins."""
+    """When all conditions hold, `variant` (a key) serves the call. Rows are ordered: the first that holds wins.
+
+    pack: the query heads of a key/value head share tiles ("packed GQA").
+    """
 
     op: str
     when: tuple[Condition, ...]
     variant: str
+    pack: bool = False
 
     def to_json(self) -> dict[str, Any]:
         when = [[c.fact, c.op, list(c.value) if isinstance(c.value, tuple) else c.value] for c in self.when]
-        return {"op": self.op, "when": when, "variant": self.variant}
+        return {"op": self.op, "when": when, "variant": self.variant, "pack": self.pack}
 
     @classmethod
     def from_json(cls, value: Any) -> DispatchRow:
-        _keys(value, "dispatch row", {"op": str, "when": list, "variant": str})
+        _keys(value, "dispatch row", {"op": str, "when": list, "variant": str, "pack": bool})
         when = []
         for c in value["when"]:
             if not isinstance(c, list) or len(c) != 3 or not isinstance(c[0], str) or not isinstance(c[1], str):
@@ -363,7 +384,7 @@ class DispatchRow:
                 raise ContractError(f"dispatch row: condition {c!r:.100} compares with no number")
             when.append(Condition(c[0], c[1], tuple(c[2]) if isinstance(c[2], list) else c[2]))
         Variant.parse(value["variant"])
-        return cls(value["op"], tuple(when), value["variant"])
+        return cls(value["op"], tuple(when), value["variant"], value["pack"])
 
 
 @dataclass(frozen=True)

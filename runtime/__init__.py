@@ -2,19 +2,25 @@
 
     out = runtime.flash_attn(q, k, v, causal=True)
 
+`flash_attn_varlen` takes sequences of different lengths; `flash_attn_func` and `flash_attn_varlen_func` take
+FlashAttention-2's arguments in its order, and those of the module `fa4` FlashAttention-4's.
+
 `configure` says where the kernels come from, `ledger` where the time of first calls went, `runtime.errors` what can be
 raised. Importing this package imports neither torch nor CUDA.
 """
 
 from time import perf_counter as _perf_counter
 
-from runtime import _beside  # first: everything else imports `registry`
+from runtime import _beside, fa4  # _beside first: everything else imports `registry`
 from runtime.attention import flash_attn
 from runtime.errors import CubineryError
+from runtime.fa2 import flash_attn_func, flash_attn_varlen_func
 from runtime.session import configure
 from runtime.stages import ledger
 from runtime.stages import record as _record
+from runtime.varlen import flash_attn_varlen
 
-__all__ = ["CubineryError", "configure", "flash_attn", "ledger"]
+__all__ = ["CubineryError", "configure", "fa4", "flash_attn", "flash_attn_func", "flash_attn_varlen",
+           "flash_attn_varlen_func", "ledger"]  # fmt: skip
 
 _record("import runtime", "", (_perf_counter() - _beside.STARTED) * 1e3)

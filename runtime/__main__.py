@@ -11,26 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import runtime
-from registry.contract import DTYPES, Artifact, ContractError, Index, check_arch
+from registry.contract import DTYPES, WINDOW_OPEN, Artifact, ContractError, Index, check_arch
 from runtime import arguments, backend, select, session, stages, trust
 from runtime.driver import CudaDriver
 from runtime.errors import ArgumentError, ConfigError, CubineryError, NoKernelError
 
 DOWNLOADS = 8  # at a time
-COUNTS = ("head_dim", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k")
+COUNTS = ("head_dim", "head_dim_v", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k", "total_q")
+FLAGS = ("causal", "varlen", "window")
 LARGEST = arguments.MAX_TOKENS
-SAMPLE = {
-    "dtype": "bf16",
-    "head_dim": 128,
-    "head_dim_v": 128,
-    "batch": 1,
-    "heads_q": 8,
-    "heads_kv": 8,
-    "seqlen_q": 256,
-    "seqlen_k": 256,
-    "group": 1,
-    "causal": 0,
-}  # fmt: skip  doctor's call
+# doctor's call
+SAMPLE = arguments.facts(dtype="bf16", head_dim=128, head_dim_v=128, batch=1, heads_q=8, heads_kv=8, seqlen_q=256,
+                         seqlen_k=256, window=(WINDOW_OPEN, WINDOW_OPEN))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,10 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes",
         type=_read_shapes,
         default=[],
-        help="JSON file: a list of objects with any of " + ", ".join(("dtype", *COUNTS, "causal")),
+        help="JSON file: a list of objects with any of " + ", ".join(("dtype", *COUNTS, *FLAGS)),
     )
     prefetch.add_argument("--heads", type=_heads, default={}, help="query/kv heads of one model, e.g. 32/8")
     prefetch.add_argument("--head-dim", type=_count)
+    prefetch.add_argument("--head-dim-v", type=_count, help="default: head-dim")
     prefetch.add_argument("--dtype", choices=DTYPES)
     prefetch.set_defaults(run=_prefetch, show=_show_prefetch)
 
@@ -82,8 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dtype", choices=DTYPES, default="bf16")
     for name, default in (("head-dim", 128), ("batch", 1), ("seqlen-q", 1024), ("heads-q", 32)):
         explain.add_argument(f"--{name}", type=_count, default=default)
+    explain.add_argument("--head-dim-v", type=_count, help="default: head-dim")
     explain.add_argument("--seqlen-k", type=_count, help="default: seqlen-q")
     explain.add_argument("--heads-kv", type=_count, help="default: heads-q")
+    explain.add_argument("--varlen", action="store_true", help="packed q: seqlen-q is then the longest sequence's")
+    explain.add_argument("--total-q", type=_count, help="tokens of a packed q (default: batch times seqlen-q)")
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--window", type=_window, help="left,right; an empty side is open: '128,' or ',0' or '128,0'")
     explain.set_defaults(run=_explain, show=_show_explain)
@@ -160,7 +156,7 @@ def _would_load(now: session.Session, arch: str) -> dict[str, Any]:
     index = now.index_of(arch)
     found: dict[str, Any] = {"release": index.release, "variants": sorted(index.by_variant)}
     try:
-        artifact = select.select(index, "fwd", SAMPLE)
+        artifact, _ = select.select(index, "fwd", SAMPLE)
     except NoKernelError:
         return found | {"sample": None}
     now.cubin(artifact)
@@ -229,7 +225,7 @@ def _prefetch(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 def _shapes(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Partly known call facts; None: everything."""
-    one = {"head_dim": args.head_dim, "dtype": args.dtype, **args.heads}
+    one = {"head_dim": args.head_dim, "head_dim_v": args.head_dim_v, "dtype": args.dtype, **args.heads}
     one = {name: value for name, value in one.items() if value is not None}
     return [_facts(shape) for shape in [*args.shapes, *([one] if one else [])]] or None
 
@@ -275,8 +271,8 @@ def _read_shapes(path: str) -> list[dict[str, Any]]:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from None
     if not isinstance(shapes, list) or not shapes or not all(_is_shape(shape) for shape in shapes):
         message = (
-            f"{path}: not a list of objects with any of dtype ('bf16' or 'fp16'), causal (true or false) and, as "
-            f"numbers from 1 to {LARGEST}, {', '.join(COUNTS)}; heads_q must be a multiple of heads_kv"
+            f"{path}: not a list of objects with any of dtype ('bf16' or 'fp16'), {', '.join(FLAGS)} (true or false) "
+            f"and, as numbers from 1 to {LARGEST}, {', '.join(COUNTS)}; heads_q must be a multiple of heads_kv"
         )
         raise argparse.ArgumentTypeError(message)
     return shapes
@@ -285,10 +281,10 @@ def _read_shapes(path: str) -> list[dict[str, Any]]:
 def _is_shape(shape: Any) -> bool:
     if not isinstance(shape, dict) or not shape:
         return False
-    counts = {name: value for name, value in shape.items() if name not in ("dtype", "causal")}
+    counts = {name: value for name, value in shape.items() if name not in ("dtype", *FLAGS)}
     return (
         shape.get("dtype", DTYPES[0]) in DTYPES
-        and shape.get("causal", 0) in (0, 1)
+        and all(shape.get(flag, 0) in (0, 1) for flag in FLAGS)
         and all(name in COUNTS and type(n) is int and 1 <= n <= LARGEST for name, n in counts.items())
         and shape.get("heads_q", 0) % shape.get("heads_kv", 1) == 0
     )
@@ -296,13 +292,13 @@ def _is_shape(shape: Any) -> bool:
 
 def _facts(shape: dict[str, Any]) -> dict[str, Any]:
     """Call facts as far as a model's shape tells them."""
-    facts = dict(shape)
-    if "causal" in facts:
-        facts["causal"] = int(facts["causal"])
+    facts = shape | {flag: int(shape[flag]) for flag in FLAGS if flag in shape}
     if "head_dim" in facts:
-        facts["head_dim_v"] = facts["head_dim"]
+        facts.setdefault("head_dim_v", facts["head_dim"])
     if "heads_kv" in facts and "heads_q" in facts:
         facts["group"] = facts["heads_q"] // facts["heads_kv"]
+        if "seqlen_q" in facts:
+            facts["packed_rows"] = facts["seqlen_q"] * facts["group"]
     return facts
 
 
@@ -376,11 +372,12 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     facts = _described(args)
     report: dict[str, Any] = {"arch": args.arch, "index": digests[args.arch], "facts": facts}
     try:
-        artifact = select.select(index, "fwd", facts, shown=None)
+        artifact, pack = select.select(index, "fwd", facts, shown=None)
     except NoKernelError as error:
         rejections = [{"key": key, "why": why} for key, why in error.rejections]
         return report | {"variant": None, "rejections": rejections, "message": str(error)}, 1
-    return report | {"variant": artifact.variant, "artifact": artifact.to_json(), "rejections": []}, 0
+    found = {"variant": artifact.variant, "pack": pack, "artifact": artifact.to_json(), "rejections": []}
+    return report | found, 0
 
 
 def _described(args: argparse.Namespace) -> dict[str, Any]:
@@ -391,27 +388,29 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
     if args.seqlen_q + seqlen_k > arguments.MAX_TOKENS:
         message = f"with --seqlen-k it is {args.seqlen_q + seqlen_k}, must be at most {arguments.MAX_TOKENS}"
         raise ArgumentError("--seqlen-q", message, reason="too_large")
-    _, right = arguments.window_bounds(args.causal, args.window)
-    return {
-        "dtype": args.dtype,
-        "head_dim": args.head_dim,
-        "head_dim_v": args.head_dim,
-        "batch": args.batch,
-        "heads_q": args.heads_q,
-        "heads_kv": heads_kv,
-        "seqlen_q": args.seqlen_q,
-        "seqlen_k": seqlen_k,
-        "group": args.heads_q // heads_kv,
-        "causal": int(right == 0),
-    }
+    if args.total_q is not None and not args.varlen:
+        raise ArgumentError("--total-q", "is a packed q's; add --varlen", reason="value")
+    total_q = (args.total_q or args.batch * args.seqlen_q) if args.varlen else None
+    return arguments.facts(
+        dtype=args.dtype,
+        head_dim=args.head_dim,
+        head_dim_v=args.head_dim_v or args.head_dim,
+        batch=args.batch,
+        heads_q=args.heads_q,
+        heads_kv=heads_kv,
+        seqlen_q=args.seqlen_q,
+        seqlen_k=seqlen_k,
+        window=arguments.window_bounds(args.causal, args.window),
+        total_q=total_q,
+    )
 
 
 def _show_explain(report: dict[str, Any]) -> str:
     if report["variant"] is None:
         return report["message"]
-    a = report["artifact"]
+    a, pack = report["artifact"], ", packed GQA" if report["pack"] else ""
     return (
-        f"{report['variant']}\n  {a['arch']}, {a['threads']} threads, {a['smem']} B dynamic shared memory, "
+        f"{report['variant']}{pack}\n  {a['arch']}, {a['threads']} threads, {a['smem']} B dynamic shared memory, "
         f"{a['registers']} registers, {a['blocks_per_sm']} blocks an SM\n"
         f"  cubin {a['cubin_sha256']}\n  ptx   {a['ptx_sha256']}\n  index {report['index']}"
     )

@@ -2,64 +2,115 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any, NamedTuple
 
 from registry.contract import WINDOW_OPEN
+from runtime import memory
 from runtime.errors import ArgumentError
 
-LAYOUT = "(batch, seqlen, heads, head_dim)"
+DENSE, PACKED = "(batch, seqlen, heads, head_dim)", "(tokens, heads, head_dim)"
 STRIDE = 8  # elements: 16 bytes, what one copy of the kernels moves
+MAX_HEAD_DIM = 256
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30  # finite in fp32, and positive: the kernels scale the row's largest score
-MAX_TOKENS = WINDOW_OPEN - 1  # seqlen_q + seqlen_k: sums with window bounds stay in 32 bits
+MAX_TOKENS = WINDOW_OPEN - 1  # of q and k together: sums with window bounds stay in 32 bits
+MAX_I32 = 2**31 - 1
+
+# The optional tensors, in the ABI's order. No public function offers page_table yet.
+OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "sink", "alibi_slopes")
+Named = list[tuple[str, Any]]
+
+
+class Arguments(NamedTuple):
+    """A call's arguments as they were given; `flash_attn` and `flash_attn_varlen` say what each is.
+
+    optional: the tensors that OPTIONAL names, None where absent; None for them all if no call of the key has any.
+    pack_gqa: whether the query heads of a key/value head share tiles; None leaves it to the dispatch table.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    causal: Any
+    softmax_scale: Any
+    window: Any
+    softcap: Any
+    return_lse: Any
+    out: Any
+    optional: tuple[Any, ...] | None = None
+    max_seqlen_q: Any = None
+    max_seqlen_k: Any = None
+    pack_gqa: Any = None
 
 
 class Call(NamedTuple):
-    """A checked call. facts: what dispatch rows look at. window: (left, right) in tokens, open is WINDOW_OPEN."""
+    """A checked call.
+
+    facts: what dispatch rows look at. window: (left, right) in tokens, open is WINDOW_OPEN. seqlen_q, seqlen_k: of an
+    entry of a dense array, all tokens of a packed one. sink_low: 1 if the sink has q's dtype. alibi_stride_b: elements.
+    """
 
     facts: dict[str, Any]
     window: tuple[int, int]
     scale: float
+    softcap: float
+    pack_gqa: bool | None
+    seqlen_q: int
+    seqlen_k: int
+    sink_low: int
+    alibi_stride_b: int
 
 
-def check(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, return_lse: Any, out: Any,
-          torch: Any, device_type: str) -> Call:  # fmt: skip
+def check(given: Arguments, torch: Any, device_type: str) -> Call:
     """Everything that the call's key determines, and what hot calls check each time. Raises ArgumentError."""
-    names: list[tuple[str, Any]] = [("q", q), ("k", k), ("v", v)]
-    if out is not None:
-        names.append(("out", out))
-    for name, tensor in names:
-        _check_tensor(name, tensor, torch, device_type)
-    for name, tensor in names[1:]:
-        if tensor.dtype != q.dtype:
-            raise ArgumentError(name, f"dtype {tensor.dtype}, must be q's, {q.dtype}", reason="dtype")
-        if tensor.device != q.device:
-            raise ArgumentError(name, f"is on {tensor.device}, must be on q's device, {q.device}", reason="device")
-    _check_shapes(q, k, v, out)
-    for name, tensor in names:
-        _check_strides(name, tensor)
-        check_storage((name, tensor))
-        if tensor.data_ptr() & 15:
-            raise misaligned((name, tensor.data_ptr()))
-    if out is not None and _overlaps_itself(out):
-        raise ArgumentError("out", "elements share memory (an expanded tensor?); give each its own", reason="overlap")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in names):
-        raise wants_grad()
-    check_tangents(torch.autograd.forward_ad, *names)
-    for name, flag in (("causal", causal), ("return_lse", return_lse)):
-        if not isinstance(flag, int) or flag not in (0, 1):
-            raise ArgumentError(name, f"{flag!r:.100} is neither True nor False", reason="type")
-    bounds = window_bounds(causal, window)
-    dtype = "bf16" if q.dtype == torch.bfloat16 else "fp16"
-    return Call(_facts(q, k, dtype, bounds), bounds, _scale(softmax_scale, q.shape[3]))
+    q, optional = given.q, dict(zip(OPTIONAL, given.optional or (None,) * len(OPTIONAL), strict=True))
+    tensors = [("q", q), ("k", given.k), ("v", given.v)] + ([] if given.out is None else [("out", given.out)])
+    others = [(name, tensor) for name, tensor in optional.items() if tensor is not None]
+    _check_kinds(tensors, optional, torch, device_type)
+    batch = q.shape[0] if optional["cu_seqlens_q"] is None else optional["cu_seqlens_q"].shape[0] - 1
+    _check_shapes(given, optional, batch)
+    _check_memory(tensors, others)
+    if torch.is_grad_enabled():
+        _check_no_grad(tensors, others)
+    check_tangents(torch.autograd.forward_ad, *tensors, *others)
+    check_flag("causal", given.causal)
+    check_flag("return_lse", given.return_lse)
+    if given.pack_gqa is not None:
+        check_flag("pack_gqa", given.pack_gqa)
+    window = window_bounds(given.causal, given.window)
+    scale = _scale(given.softmax_scale, q.shape[-1])
+    sink, slopes = optional["sink"], optional["alibi_slopes"]
+    return Call(
+        facts=_facts_of(given, optional, batch, window, torch),
+        window=window,
+        scale=scale,
+        softcap=_softcap(given.softcap, scale),
+        pack_gqa=None if given.pack_gqa is None else bool(given.pack_gqa),
+        seqlen_q=q.shape[-3],
+        seqlen_k=given.k.shape[-3],
+        sink_low=int(sink is not None and sink.dtype != torch.float32),
+        alibi_stride_b=slopes.stride(0) if slopes is not None and slopes.dim() == 2 and batch > 1 else 0,
+    )
 
 
-def wants_grad() -> ArgumentError:
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def wants_grad(names: str = "q, k, v") -> ArgumentError:
     return ArgumentError(
-        "q, k, v",
+        names,
         "one requires grad, and there is no backward yet; call under torch.no_grad() or pass .detach()ed tensors",
         reason="requires_grad",
     )
+
+
+def _check_no_grad(tensors: Named, others: Named) -> None:
+    if any(tensor.requires_grad for _, tensor in tensors):
+        raise wants_grad()
+    for name, tensor in others:
+        if tensor.requires_grad:
+            raise wants_grad(name)
 
 
 def check_tangents(forward_ad: Any, *tensors: tuple[str, Any]) -> None:
@@ -70,84 +121,141 @@ def check_tangents(forward_ad: Any, *tensors: tuple[str, Any]) -> None:
             raise ArgumentError(name, message, reason="forward_ad")
 
 
-def check_storage(*tensors: tuple[str, Any]) -> None:
-    """ArgumentError for a tensor that has elements but no memory of its own."""
+def _check_kinds(tensors: Named, optional: dict[str, Any], torch: Any, device_type: str) -> None:
+    """Types, dtypes, ranks and devices."""
+    low = (torch.bfloat16, torch.float16)
     for name, tensor in tensors:
-        try:
-            bare = tensor.data_ptr() == 0 and tensor.numel() > 0
-        except RuntimeError:  # of torch.func's wrappers
-            bare = True
-        if bare:
-            message = (
-                f"{type(tensor).__name__} without memory of its own (a DTensor, FakeTensor, torch.func wrapper, freed "
-                "storage), must be a plain tensor; a DTensor's is .to_local()"
-            )
-            raise ArgumentError(name, message, reason="storage")
+        lengths = "cu_seqlens_q" if name in ("q", "out") else "cu_seqlens_k"
+        if optional[lengths] is None:
+            _check_tensor(name, tensor, torch, device_type, low, {4: DENSE})
+        else:
+            _check_tensor(name, tensor, torch, device_type, low, {3: f"{PACKED} with {lengths}"})
+    q = tensors[0][1]
+    kinds: dict[str, tuple[tuple[Any, ...], dict[int, str]]] = {
+        "cu_seqlens_q": ((torch.int32,), {1: "(batch + 1,)"}),
+        "cu_seqlens_k": ((torch.int32,), {1: "(batch + 1,)"}),
+        "seqused_q": ((torch.int32,), {1: "(batch,)"}),
+        "seqused_k": ((torch.int32,), {1: "(batch,)"}),
+        "sink": ((torch.float32, q.dtype), {1: "(heads_q,)"}),
+        "alibi_slopes": ((torch.float32,), {1: "(heads_q,)", 2: "(batch, heads_q)"}),
+    }
+    others = [(name, optional[name]) for name in kinds if optional[name] is not None]
+    for name, tensor in others:
+        _check_tensor(name, tensor, torch, device_type, *kinds[name])
+    for name, tensor in tensors[1:]:
+        if tensor.dtype != q.dtype:
+            raise ArgumentError(name, f"dtype {tensor.dtype}, must be q's, {q.dtype}", reason="dtype")
+    for name, tensor in tensors[1:] + others:
+        if tensor.device != q.device:
+            raise ArgumentError(name, f"is on {tensor.device}, must be on q's device, {q.device}", reason="device")
 
 
-def misaligned(*pointers: tuple[str, int]) -> ArgumentError:
-    name, address = next((name, address) for name, address in pointers if address & 15)
-    message = f"starts at {address:#x}, must start at a multiple of 16 bytes; .clone() it"
-    return ArgumentError(name, message, reason="alignment")
-
-
-def _check_tensor(name: str, tensor: Any, torch: Any, device_type: str) -> None:
+def _check_tensor(name: str, tensor: Any, torch: Any, device_type: str, dtypes: tuple[Any, ...],
+                  layouts: dict[int, str]) -> None:  # fmt: skip
+    """layouts: dimensions -> what they are."""
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentError(name, f"{type(tensor).__name__}, must be a torch.Tensor", reason="type")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ArgumentError(name, f"layout {tensor.layout}, must be a plain strided tensor", reason="layout")
     if tensor.is_neg():  # not asked again by warm calls: only as_strided gives one a contiguous head_dim
         raise ArgumentError(name, "is a view still to be negated (is_neg); .resolve_neg() it", reason="layout")
-    if tensor.dtype not in (torch.bfloat16, torch.float16):
-        raise ArgumentError(name, f"dtype {tensor.dtype}, must be torch.bfloat16 or torch.float16", reason="dtype")
-    if tensor.dim() != 4:
-        raise ArgumentError(name, f"{tensor.dim()} dimensions, must be the 4 of {LAYOUT}", reason="rank")
+    if tensor.dtype not in dtypes:
+        message = f"dtype {tensor.dtype}, must be {' or '.join(dict.fromkeys(map(str, dtypes)))}"
+        raise ArgumentError(name, message, reason="dtype")
+    if tensor.dim() not in layouts:
+        wanted = " or ".join(f"the {n} of {layout}" for n, layout in layouts.items())
+        raise ArgumentError(name, f"{tensor.dim()} dimensions, must be {wanted}", reason="rank")
     if tensor.device.type != device_type:
         raise ArgumentError(name, f"is on {tensor.device}, must be on a {device_type} device", reason="device")
 
 
-def _check_shapes(q: Any, k: Any, v: Any, out: Any) -> None:
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    _, seqlen_k, heads_kv, _ = k.shape
-    if head_dim == 0:
-        raise ArgumentError("q", "head_dim is 0, must be at least 1", reason="shape")
-    if k.shape[0] != batch:
-        raise ArgumentError("k", f"batch {k.shape[0]}, must be q's, {batch}", reason="shape")
-    if k.shape[3] != head_dim:
-        raise ArgumentError("k", f"head_dim {k.shape[3]}, must be q's, {head_dim}", reason="shape")
-    if v.shape != k.shape:
-        raise ArgumentError("v", f"shape {tuple(v.shape)}, must be k's, {tuple(k.shape)}", reason="shape")
+def _check_shapes(given: Arguments, optional: dict[str, Any], batch: int) -> None:
+    q, k, v = given.q, given.k, given.v
+    seqlen_q, heads_q, head_dim = q.shape[-3:]
+    seqlen_k, heads_kv, _ = k.shape[-3:]
+    _check_head_dim("q", head_dim)
+    if k.shape[-1] != head_dim:
+        raise ArgumentError("k", f"head_dim {k.shape[-1]}, must be q's, {head_dim}", reason="shape")
+    if v.shape[:-1] != k.shape[:-1]:
+        message = f"shape {tuple(v.shape)}, must be k's, {tuple(k.shape)}, but for head_dim"
+        raise ArgumentError("v", message, reason="shape")
+    _check_head_dim("v", v.shape[-1])
     if (heads_q % heads_kv if heads_kv else heads_q) != 0:
         message = f"{heads_q} heads, must be a multiple of k's and v's {heads_kv}"
         raise ArgumentError("q", message, reason="heads")
     if seqlen_q + seqlen_k > MAX_TOKENS:
-        message = f"seqlen_q + seqlen_k is {seqlen_q + seqlen_k}, must be at most {MAX_TOKENS}"
+        message = f"{seqlen_q} tokens and k has {seqlen_k}, together they must be at most {MAX_TOKENS}"
         raise ArgumentError("q", message, reason="too_large")
-    if max(batch, heads_q) >= 2**31:
+    if max(batch, heads_q) > MAX_I32:
         raise ArgumentError("q", f"batch {batch} and heads {heads_q} must be below 2**31", reason="too_large")
-    if out is not None and out.shape != q.shape:
-        raise ArgumentError("out", f"shape {tuple(out.shape)}, must be q's, {tuple(q.shape)}", reason="shape")
+    wanted = (*q.shape[:-1], v.shape[-1])
+    if given.out is not None and given.out.shape != wanted:
+        message = f"shape {tuple(given.out.shape)}, must be q's with v's head_dim, {wanted}"
+        raise ArgumentError("out", message, reason="shape")
+    _check_optional_shapes(optional, batch, heads_q)
+    if optional["cu_seqlens_k"] is None and k.shape[0] != batch:
+        raise ArgumentError("k", f"batch {k.shape[0]}, must be q's, {batch}", reason="shape")
+
+
+def _check_head_dim(name: str, head_dim: int) -> None:
+    if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % STRIDE:
+        message = f"head_dim {head_dim}, must be a multiple of {STRIDE} from {STRIDE} to {MAX_HEAD_DIM}"
+        raise ArgumentError(name, message, reason="head_dim")
+
+
+def _check_optional_shapes(optional: dict[str, Any], batch: int, heads_q: int) -> None:
+    shapes = {"cu_seqlens_q": (batch + 1,), "cu_seqlens_k": (batch + 1,), "seqused_q": (batch,), "seqused_k": (batch,),
+              "sink": (heads_q,)}  # fmt: skip
+    if batch < 0:
+        raise ArgumentError("cu_seqlens_q", "is empty, must have batch + 1 entries", reason="shape")
+    for name, shape in shapes.items():
+        tensor = optional[name]
+        if tensor is not None and tensor.shape != shape:
+            message = f"shape {tuple(tensor.shape)}, must be {shape} for this batch of {batch} and {heads_q} heads"
+            raise ArgumentError(name, message, reason="shape")
+    slopes = optional["alibi_slopes"]
+    if slopes is not None and slopes.shape not in ((heads_q,), (batch, heads_q)):
+        message = f"shape {tuple(slopes.shape)}, must be {(heads_q,)} or {(batch, heads_q)}"
+        raise ArgumentError("alibi_slopes", message, reason="shape")
+
+
+def _check_memory(tensors: Named, others: Named) -> None:
+    """Strides, storage, alignment, and whether out's elements lie apart."""
+    for name, tensor in tensors:
+        _check_strides(name, tensor)
+        memory.check_storage((name, tensor))
+        memory.check_alignment(memory.ALIGNMENT, (name, tensor.data_ptr()))
+    for name, tensor in others:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            message = f"stride {tensor.stride(-1)} along its last dimension, must be 1; .contiguous() it"
+            raise ArgumentError(name, message, reason="contiguity")
+        if tensor.dim() == 2 and tensor.stride(0) > MAX_I32:
+            raise ArgumentError(name, f"batch stride {tensor.stride(0)}, must be below 2**31", reason="stride")
+        memory.check_storage((name, tensor))
+        memory.check_alignment(tensor.element_size(), (name, tensor.data_ptr()))
+    name, tensor = tensors[-1]
+    if name == "out" and memory.overlaps_itself(tensor):
+        raise ArgumentError("out", "elements share memory (an expanded tensor?); give each its own", reason="overlap")
 
 
 def _check_strides(name: str, tensor: Any) -> None:
-    shape, stride = tensor.shape, tensor.stride()
-    if shape[3] > 1 and stride[3] != 1:
-        message = f"stride {stride[3]} along head_dim, must be 1; .contiguous() it"
+    *shape, head_dim = tensor.shape
+    *stride, last = tensor.stride()
+    if head_dim > 1 and last != 1:
+        message = f"stride {last} along head_dim, must be 1; .contiguous() it"
         raise ArgumentError(name, message, reason="contiguity")
-    for axis, (n, step) in enumerate(zip(shape[:3], stride[:3], strict=True)):
+    for axis, (n, step) in enumerate(zip(shape, stride, strict=True)):
         if n > 1 and step % STRIDE:
             message = f"stride {step} along dimension {axis}, must be a multiple of {STRIDE} elements; .contiguous() it"
             raise ArgumentError(name, message, reason="stride")
 
 
-def _overlaps_itself(tensor: Any) -> bool:
-    """Whether two elements may share memory: walking the dimensions from the finest, a step fits inside the last."""
-    reach = 0
-    for step, n in sorted((step, n) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
-        if step <= reach:
-            return True
-        reach += step * (n - 1)
-    return False
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, int) or flag not in (0, 1):
+        raise ArgumentError(name, f"{flag!r:.100} is neither True nor False", reason="type")
 
 
 def window_bounds(causal: Any, window: Any) -> tuple[int, int]:
@@ -178,43 +286,75 @@ def _scale(softmax_scale: Any, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def _facts(q: Any, k: Any, dtype: str, bounds: tuple[int, int]) -> dict[str, Any]:
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    _, seqlen_k, heads_kv, _ = k.shape
+def _softcap(softcap: Any, scale: float) -> float:
+    """0 or positive; the kernels take softcap and scale / softcap, both in fp32."""
+    if not isinstance(softcap, (int, float)) or not (softcap == 0 or MIN_SCALE <= softcap <= MAX_SCALE):
+        message = f"{softcap!r:.100} is not a number from {MIN_SCALE} to {MAX_SCALE}, or 0 for none"
+        raise ArgumentError("softcap", message, reason="value")
+    if softcap and not MIN_SCALE <= scale / softcap <= MAX_SCALE:
+        message = f"softmax_scale / softcap is {scale / softcap}, must be from {MIN_SCALE} to {MAX_SCALE}"
+        raise ArgumentError("softcap", message, reason="value")
+    return float(softcap)
+
+
+def _max_seqlen(max_seqlen: int | None, tokens: int, batch: int) -> int:
+    """The length of a packed array's entries, as far as it guides the choice of a tile."""
+    if max_seqlen is None:
+        return -(-tokens // batch) if batch else 0
+    return min(int(max_seqlen), tokens)
+
+
+def _check_max_seqlen(name: str, max_seqlen: Any) -> None:
+    """A tensor is refused: reading one from a device would synchronise."""
+    if max_seqlen is not None and (not isinstance(max_seqlen, numbers.Integral) or int(max_seqlen) < 0):
+        raise ArgumentError(name, f"{max_seqlen!r:.100} is neither an integer ≥ 0 nor None", reason="value")
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def facts(*, dtype: str, head_dim: int, head_dim_v: int, batch: int, heads_q: int, heads_kv: int, seqlen_q: int,
+          seqlen_k: int, window: tuple[int, int], total_q: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """All call facts of `fwd`. window: as `window_bounds` gives it. total_q: tokens of a packed q, None if dense."""
+    group = heads_q // heads_kv if heads_kv else 0
     return {
         "dtype": dtype,
         "head_dim": head_dim,
-        "head_dim_v": head_dim,
+        "head_dim_v": head_dim_v,
         "batch": batch,
         "heads_q": heads_q,
         "heads_kv": heads_kv,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        "group": heads_q // heads_kv if heads_kv else 0,
-        "causal": int(bounds[1] == 0),
+        "group": group,
+        "causal": int(window[1] == 0),
+        "varlen": int(total_q is not None),
+        "total_q": batch * seqlen_q if total_q is None else total_q,
+        "packed_rows": seqlen_q * group,
+        "window": int(window[0] != WINDOW_OPEN),
     }
 
 
-def span(tensor: Any) -> int:
-    """Bytes from a tensor's first element to past its last."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def check_apart(out: Any, *others: tuple[str, Any]) -> None:
-    """ArgumentError if `out` shares memory with an input whose span it meets; parts of one packed buffer do not."""
-    for name, tensor in others:
-        distance = out.data_ptr() - tensor.data_ptr()
-        if -span(out) < distance < span(tensor) and not _interleaved(out, tensor, distance):
-            raise ArgumentError("out", f"shares memory with {name}; give it its own", reason="overlap")
-
-
-def _interleaved(out: Any, tensor: Any, distance: int) -> bool:
-    """Whether both are disjoint parts of the rows of one packed buffer, e.g. q and out of (batch, seqlen, 4, …)."""
-    row = out.stride(1) * out.element_size()
-    if out.stride()[:2] != tensor.stride()[:2] or row <= 0 or (out.shape[0] > 1 and out.stride(0) % out.stride(1)):
-        return False
-    offset = distance % row  # from a row's first byte of `tensor` to the next of `out`
-    return offset >= span(tensor[0, 0]) and offset + span(out[0, 0]) <= row
+def _facts_of(given: Arguments, optional: dict[str, Any], batch: int, window: tuple[int, int],
+              torch: Any) -> dict[str, Any]:  # fmt: skip
+    seqlen_q, heads_q, head_dim = given.q.shape[-3:]
+    seqlen_k, heads_kv, _ = given.k.shape[-3:]
+    _check_max_seqlen("max_seqlen_q", given.max_seqlen_q)
+    _check_max_seqlen("max_seqlen_k", given.max_seqlen_k)
+    total_q = None
+    if optional["cu_seqlens_q"] is not None:
+        total_q, seqlen_q = seqlen_q, _max_seqlen(given.max_seqlen_q, seqlen_q, batch)
+    if optional["cu_seqlens_k"] is not None:
+        seqlen_k = _max_seqlen(given.max_seqlen_k, seqlen_k, batch)
+    return facts(
+        dtype="bf16" if given.q.dtype == torch.bfloat16 else "fp16",
+        head_dim=head_dim,
+        head_dim_v=given.v.shape[-1],
+        batch=batch,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        window=window,
+        total_q=total_q,
+    )

@@ -1,36 +1,36 @@
-"""`flash_attn`: arguments to plan, plan to launch. The hot path is the body of `flash_attn` and `Plan.launch`."""
+"""`flash_attn`: arguments to plan, plan to launch. The hot path is the body of `flash_attn` and `_run`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from runtime import arguments, launch, session, stages
+from registry.contract import division
+from runtime import arguments, launch, memory, session, stages
+from runtime.arguments import OPTIONAL, Arguments, Call
+from runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
 
 LOG2E = math.log2(math.e)
 Steps = tuple[int, int, int]  # strides in elements of batch, seqlen, heads
-ABSENT = (  # inputs of the ABI that this client does not offer yet: null
-    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "sink", "alibi_slopes"),
-    *("o_partial", "lse_partial", "k_descale", "v_descale"),
-)
+ABSENT = ("o_partial", "lse_partial", "k_descale", "v_descale")  # inputs of the ABI that this client does not offer yet
 
 
 class _Ready:
-    """What `flash_attn` needs once a call's key is known: how to launch, to allocate, and to check the rest."""
+    """What a call needs once its key is known: how to launch, to allocate, and to check the rest."""
 
-    __slots__ = ("forward_ad", "grad_enabled", "launch", "new_lse", "new_out", "out_span", "spans", "written")
+    __slots__ = ("forward_ad", "grad_enabled", "new_lse", "new_out", "out_span", "plan", "spans", "written")
     forward_ad: Any  # torch.autograd.forward_ad
     grad_enabled: Callable[[], bool]
-    launch: Callable[[int, int, int, int, int], None]
     new_lse: Callable[[], torch.Tensor]
     new_out: Callable[[torch.Tensor], torch.Tensor]
-    spans: tuple[int, int, int]  # bytes from the first to past the last element of q, k, v
+    plan: launch.Plan | None  # None: there are no queries
+    spans: tuple[int, ...]  # bytes from the first to past the last element of q, k, v, and of the optional tensors
     out_span: int  # and of a given out
     written: Callable[[torch.Tensor], None]  # tells autograd that a tensor's values change
 
@@ -43,38 +43,79 @@ def flash_attn(
     causal: bool = False,
     softmax_scale: float | None = None,
     window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    sink: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(q·kᵀ · softmax_scale + mask) · v, on torch's current stream, without synchronising.
 
-    q: (batch, seqlen_q, heads_q, head_dim). k, v: (batch, seqlen_k, heads_kv, head_dim), heads_q a multiple of
-        heads_kv. All bf16 or all fp16, on one CUDA device, with memory of their own; head_dim contiguous, other strides
-        multiples of 8 elements, 16-byte aligned; seqlen_q + seqlen_k below 2**30.
+    q: (batch, seqlen_q, heads_q, head_dim). k: (batch, seqlen_k, heads_kv, head_dim), heads_q a multiple of heads_kv.
+        v: (batch, seqlen_k, heads_kv, head_dim_v). head_dim and head_dim_v: multiples of 8 up to 256. All bf16 or all
+        fp16, on one CUDA device, with memory of their own; the last dimension contiguous, other strides multiples of
+        8 elements, 16-byte aligned; seqlen_q + seqlen_k below 2**30.
     causal: True or False (or 1 or 0): query i sees keys up to i + seqlen_k - seqlen_q (aligned bottom-right).
     softmax_scale: an int or float from 1e-30 to 1e30, so neither 0 nor negative; None is head_dim ** -0.5.
     window: (left, right): how many keys before and after that diagonal a query sees; None is an open side. With
         causal, right is 0. Calls are fastest when it is a tuple of ints and None.
-    return_lse: True or False (or 1 or 0): also return the log-sum-exp of the scaled scores, natural log, fp32,
+    softcap: c > 0 makes a scaled score s into c · tanh(s / c); 0 does not.
+    sink: (heads_q,), fp32 or of q's dtype: each row's softmax gets one more column with this score, unscaled, that
+        has no value; the LSE includes it.
+    alibi_slopes: (heads_q,) or (batch, heads_q), fp32: slope · |i + seqlen_k - seqlen_q - j| is taken off the score of
+        query i and key j, after scale and softcap.
+    return_lse: True or False (or 1 or 0): also return the log-sum-exp of the scores, natural log, fp32,
         (batch, heads_q, seqlen_q).
-    out: written and returned in place of a new contiguous tensor; q's shape and dtype, memory apart from the inputs'.
+    out: written and returned in place of a new contiguous tensor; (batch, seqlen_q, heads_q, head_dim_v) of q's dtype,
+        memory apart from the inputs'.
 
-    A query that sees no key gives zeros and an LSE of -inf. Forward only. Returns out, or (out, lse).
+    A query that sees no key gives zeros and an LSE of -inf, or of the sink. Forward only. Returns out, or (out, lse).
     The first call of each kernel loads it, which a CUDA graph cannot hold: warm up before any thread captures.
     Raises ArgumentError, CaptureError, ConfigError, ContractError, DriverError, InstallError, IntegrityError,
     NoKernelError, SourceError, UntrustedError: runtime.errors says what each means.
     """
+    if sink is not None or alibi_slopes is not None:
+        optional = (None, None, None, None, None, sink, alibi_slopes)
+        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional)
     key: Any = None
-    try:  # a device costs 0.07 µs more than its index: q's tells the type, and k, v of the same index are taken for it
+    try:  # torch.device objects are slow to make and hash: k and v of q's index are taken to be on q's device
         key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-               q.device, k.get_device(), v.get_device(), causal, softmax_scale, window, return_lse)  # fmt: skip
+               q.is_cuda, q.get_device(), k.get_device(), v.get_device(),
+               causal, softmax_scale, window, softcap, return_lse)  # fmt: skip
         if out is not None:
             key = (key, out.shape, out.stride(), out.dtype, out.get_device())
         ready = launch.plans.by_call[key]
     except Exception:  # a new call, or arguments of the wrong kind: the slow path tells which
         ready = None
     if ready is None:
-        ready = _prepare(key, q, k, v, causal, softmax_scale, window, return_lse, out)
+        ready = _prepare(key, Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out))
+    return _run(ready, q, k, v, return_lse, out, None)
+
+
+def attend(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, softcap: Any, return_lse: Any,
+           out: Any, optional: tuple[Any, ...], max_seqlen_q: Any = None, max_seqlen_k: Any = None,
+           pack_gqa: Any = None) -> Any:  # fmt: skip
+    """`flash_attn` with everything that a call can have; `arguments.Arguments` says what each is."""
+    key: Any = None
+    try:
+        key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+               q.is_cuda, q.get_device(), k.get_device(), v.get_device(),
+               causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa,
+               *[t if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in optional])  # fmt: skip
+        if out is not None:
+            key = (key, out.shape, out.stride(), out.dtype, out.get_device())
+        ready = launch.plans.by_call[key]
+    except Exception:
+        ready = None
+    if ready is None:
+        given = Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
+                          max_seqlen_k, pack_gqa)  # fmt: skip
+        ready = _prepare(key, given)
+    return _run(ready, q, k, v, return_lse, out, optional)
+
+
+def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optional: tuple[Any, ...] | None) -> Any:
+    """Check what the key leaves open, allocate, launch. optional: None if no call of this key has any."""
     if ready.grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
@@ -90,50 +131,90 @@ def flash_attn(
     except RuntimeError:  # of torch.func's wrappers
         qp = kp = vp = op = 0
     if not (qp and kp and vp and op):  # as an empty k and v may have it
-        arguments.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
+        memory.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
     if (qp | kp | vp | op) & 15:
-        raise arguments.misaligned(("q", qp), ("k", kp), ("v", vp), ("out", op))
+        memory.check_alignment(memory.ALIGNMENT, ("q", qp), ("k", kp), ("v", vp), ("out", op))
+    addresses = None if optional is None else _addresses(ready, optional)
     if given is not None:
-        for start, nbytes in zip((qp, kp, vp), ready.spans, strict=True):
+        for start, nbytes in zip((qp, kp, vp, *(addresses or ())), ready.spans, strict=True):
             if op < start + nbytes and start < op + ready.out_span:
-                arguments.check_apart(out, ("q", q), ("k", k), ("v", v))
+                others = zip(OPTIONAL, optional or (), strict=False)
+                memory.check_apart(out, ("q", q), ("k", k), ("v", v), *others)
         ready.written(out)
-    if return_lse:
-        lse = ready.new_lse()
-        ready.launch(qp, kp, vp, op, lse.data_ptr())
-        return out, lse
-    ready.launch(qp, kp, vp, op, 0)
-    return out
+    lse = ready.new_lse() if return_lse else None
+    plan = ready.plan
+    if plan is not None:
+        plan.pack(qp, kp, vp, op, 0 if lse is None else lse.data_ptr())
+        if addresses is not None:
+            plan.pack_optional(*addresses)
+        device = plan.device
+        if plan.current_device() != device:
+            with plan.guard(device):
+                (status,) = plan.fire(plan.raw_stream(device), plan.params, 0)
+        else:
+            (status,) = plan.fire(plan.raw_stream(device), plan.params, 0)
+        if status is not plan.success:
+            plan.check(status, "cuLaunchKernel")
+    return out if lse is None else (out, lse)
 
 
-def _prepare(key: Any, q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, return_lse: Any,
-             out: Any) -> _Ready:  # fmt: skip
+def _addresses(ready: _Ready, optional: tuple[Any, ...]) -> list[int]:
+    """Of the optional tensors, 0 where there is none, after the checks that the key leaves open."""
+    found = []
+    for name, tensor in zip(OPTIONAL, optional, strict=True):
+        if tensor is None:
+            found.append(0)
+            continue
+        if tensor.requires_grad and ready.grad_enabled():
+            raise arguments.wants_grad(name)
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError:
+            address = 0
+        if address == 0:
+            memory.check_storage((name, tensor))
+        elif address & (tensor.element_size() - 1):
+            memory.check_alignment(tensor.element_size(), (name, address))
+        found.append(address)
+    if ready.forward_ad._current_level >= 0:
+        arguments.check_tangents(ready.forward_ad, *zip(OPTIONAL, optional, strict=True))
+    return found
+
+
+def _prepare(key: Any, given: Arguments) -> _Ready:
     """Check everything, find and load the kernel, keep the plan. Raises whatever flash_attn raises."""
     plans = launch.plans  # before the session: a configure() in between must not get a plan of the old one
     now = session.current()
     backend = now.backend
     torch = backend.torch
-    call = arguments.check(q, k, v, causal, softmax_scale, window, return_lse, out, torch, backend.device_type)
+    call = arguments.check(given, torch, backend.device_type)
+    q, out = given.q, given.out
     ready = _Ready()
     ready.grad_enabled = torch.is_grad_enabled
     ready.forward_ad = torch.autograd.forward_ad
     ready.written = torch.autograd.graph.increment_version
-    if q.is_contiguous():
-        ready.new_out = torch.empty_like  # the fastest way to a contiguous tensor
-    else:
-        ready.new_out = partial(torch.empty_like, memory_format=torch.contiguous_format)
-    ready.spans = (arguments.span(q), arguments.span(k), arguments.span(v))
-    ready.out_span = 0 if out is None else arguments.span(out)
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    ready.new_lse = partial(torch.empty, (batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
-    if q.numel() == 0:
-        ready.launch = _nothing
-    else:
-        o_steps = (seqlen_q * heads_q * head_dim, heads_q * head_dim, head_dim) if out is None else _steps(out)
-        _plan(ready, now, call, (_steps(q), _steps(k), _steps(v), o_steps), q.get_device())
-    if key is not None and _serves_in_a_key(window):
+    ready.new_out = _allocator(q, given.v.shape[-1], torch)
+    spans = [memory.span(tensor) for tensor in (q, given.k, given.v)]
+    spans += [0 if tensor is None else memory.span(tensor) for tensor in given.optional or ()]
+    ready.spans = tuple(spans)
+    ready.out_span = 0 if out is None else memory.span(out)
+    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    ready.new_lse = partial(torch.empty, lse_shape, dtype=torch.float32, device=q.device)
+    empty = q.numel() == 0 or call.facts["batch"] == 0
+    ready.plan = None if empty else _plan(now, given, call)
+    if key is not None and _serves_in_a_key(given.window):
         plans.keep(key, ready)
     return ready
+
+
+def _allocator(q: Any, head_dim_v: int, torch: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes a contiguous tensor for the output from q, the fastest way."""
+    if head_dim_v != q.shape[-1]:
+        shape = (*q.shape[:-1], head_dim_v)
+        return lambda q: q.new_empty(shape)
+    if q.is_contiguous():
+        return torch.empty_like
+    return partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def _serves_in_a_key(window: Any) -> bool:
@@ -141,50 +222,73 @@ def _serves_in_a_key(window: Any) -> bool:
     return window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window))
 
 
-def _nothing(*addresses: int) -> None:
-    """The launch of a call without queries."""
-
-
-def _steps(tensor: Any) -> Steps:
-    """Strides of batch, seqlen and heads; 0 where there is but one, whose stride torch leaves open."""
-    batch, seqlen, heads = (step if n > 1 else 0 for n, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
-    return batch, seqlen, heads
-
-
-def _plan(ready: _Ready, now: session.Session, call: arguments.Call, steps: tuple[Steps, ...], device: int) -> None:
-    """Give `ready` its launch; a kernel's first plan and launch go to the ledger."""
-    backend = now.backend
+def _plan(now: session.Session, given: Arguments, call: Call) -> launch.Plan:
+    """A kernel's first plan and launch go to the ledger."""
+    backend, facts, device = now.backend, call.facts, given.q.get_device()
     capturing = backend.is_capturing()  # asked before the guard too: another device's capture forbids a load as well
     with backend.guard(device):
-        kernel, fresh = now.kernel("fwd", call.facts, device, capturing or backend.is_capturing())
+        kernel, packs, fresh = now.kernel("fwd", facts, device, capturing or backend.is_capturing())
         start = perf_counter()
+        pack = facts["group"] if (packs if call.pack_gqa is None else call.pack_gqa) else 1
+        if call.seqlen_q * pack > arguments.MAX_I32:
+            message = f"{call.seqlen_q} tokens of {pack} packed heads, must be below 2**31 rows; pass pack_gqa=False"
+            raise ArgumentError("q", message, reason="too_large")
+        params = values(call, _all_steps(given), pack)
         with backend.driver.context(device):  # this thread may have none, though another has loaded the kernel
-            plan = launch.Plan(kernel, values(call, steps), call.facts, device, backend)
-    ready.launch = plan.launch
-    if not fresh:
-        return
-    stages.record("plan", kernel.artifact.variant, (perf_counter() - start) * 1e3)
-
-    def first_launch(*addresses: int) -> None:
-        ready.launch = plan.launch
-        with stages.stage("first launch", kernel.artifact.variant):
-            plan.launch(*addresses)
-
-    ready.launch = first_launch
+            plan = launch.Plan(kernel, params, facts, pack, device, backend)
+    if fresh:
+        stages.record("plan", kernel.artifact.variant, (perf_counter() - start) * 1e3)
+        _time_first_launch(plan, kernel.artifact.variant)
+    return plan
 
 
-def values(call: arguments.Call, steps: tuple[Steps, ...]) -> dict[str, tuple[str, int | float]]:
-    """name -> (type, value) of every `fwd` parameter after the call slots. steps: those of q, k, v and out."""
+def _time_first_launch(plan: launch.Plan, variant: str) -> None:
+    fire = plan.fire
+
+    def first(stream: int, params: int, extra: int) -> tuple[Any]:
+        plan.fire = fire
+        with stages.stage("first launch", variant):
+            return fire(stream, params, extra)
+
+    plan.fire = first
+
+
+def _steps(shape: Sequence[int], strides: Sequence[int]) -> Steps:
+    """Of batch (0 of a packed array), tokens, heads; 0 where there is but one entry: torch leaves that stride open."""
+    steps = [step if n > 1 else 0 for n, step in zip(shape[:-1], strides[:-1], strict=True)]
+    batch, tokens, heads = steps if len(steps) == 3 else (0, *steps)
+    return batch, tokens, heads
+
+
+def _all_steps(given: Arguments) -> dict[str, Steps]:
+    """Of q, k, v, and o, which is `out` or a new contiguous tensor."""
+    q, k, v, out = given.q, given.k, given.v, given.out
+    found = {name: _steps(tensor.shape, tensor.stride()) for name, tensor in (("q", q), ("k", k), ("v", v))}
+    if out is not None:
+        return found | {"o": _steps(out.shape, out.stride())}
+    row = (q.shape[-2] * v.shape[-1], v.shape[-1], 1)
+    return found | {"o": _steps(q.shape, row if q.dim() == 3 else (q.shape[1] * row[0], *row))}
+
+
+def values(call: Call, steps: Mapping[str, Steps], pack: int) -> dict[str, tuple[str, int | float]]:
+    """name -> (type, value) of every `fwd` parameter after the call slots. steps: of q, k, v and o."""
     facts = call.facts
+    left, right = call.window
+    magic, shift = division(pack)
+    packed = bool(facts["varlen"])
     found: dict[str, tuple[str, int | float]] = {name: ("ptr", 0) for name in ABSENT}
-    for tensor, strides in zip("qkvo", steps, strict=True):
+    for tensor, strides in steps.items():
         for axis, step in zip("bsh", strides, strict=True):
             found[f"{tensor}_stride_{axis}"] = ("i64", step)
-    found["lse_stride_b"] = ("i64", facts["heads_q"] * facts["seqlen_q"])
-    found["lse_stride_h"] = ("i64", facts["seqlen_q"])
-    for name in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k"):
-        found[name] = ("i32", facts[name])
-    left, right = call.window
-    found |= {"window_left": ("i32", left), "window_right": ("i32", right)}
-    found |= {"page_size": ("i32", 0), "page_table_stride": ("i32", 0), "num_splits": ("i32", 1)}
-    return found | {"scale_log2": ("f32", call.scale * LOG2E), "softcap": ("f32", 0.0)}
+    found["lse_stride_b"] = ("i64", 0 if packed else facts["heads_q"] * call.seqlen_q)
+    found["lse_stride_h"] = ("i64", call.seqlen_q)
+    found["pack_magic"] = ("i64", magic)
+    i32 = {name: facts[name] for name in ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")}
+    i32 |= {"seqlen_q": call.seqlen_q, "seqlen_k": call.seqlen_k, "window_left": left, "window_right": right}
+    i32 |= {"pack": pack, "pack_shift": shift, "sink_low": call.sink_low, "alibi_stride_b": call.alibi_stride_b}
+    i32 |= {"page_size": 0, "page_table_stride": 0, "num_splits": 1}
+    found |= {name: ("i32", value) for name, value in i32.items()}
+    scale, softcap = call.scale, call.softcap
+    found["scale_log2"] = ("f32", (softcap or scale) * LOG2E)
+    found["softcap_scale"] = ("f32", 2 * LOG2E * scale / softcap if softcap else 0.0)
+    return found

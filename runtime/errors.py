@@ -40,6 +40,11 @@ class ArgumentError(CubineryError, ValueError):
     def __init__(self, argument: str, message: str, *, reason: str):
         super().__init__(f"{argument}: {message}", reason=reason)
         self.argument = argument
+        self._message = message
+
+    def renamed(self, argument: str) -> ArgumentError:
+        """The same under the name that the caller's function has for the argument."""
+        return ArgumentError(argument, self._message, reason=self.reason)
 
 
 class ConfigError(CubineryError, ValueError):

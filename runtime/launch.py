@@ -10,14 +10,17 @@ from functools import partial
 from typing import Any
 
 from registry.contract import PARAM_FORMATS, Artifact
+from runtime.arguments import OPTIONAL
 from runtime.errors import ArgumentError, IntegrityError
 from runtime.load import Kernel
 
 MAX_PLANS = 1024  # a thread keeps; the oldest goes first
 MAX_BLOCKS = 2**31 - 1  # of grid.x
 
-# The parameters that change with every call. They lead the ABI, so that one pack_into of five addresses suffices.
-CALL_SLOTS = ("q", "k", "v", "o", "lse")
+# The parameters that change with every call. They lead the ABI, so that one pack_into of five addresses suffices, and
+# a second one where there are optional tensors.
+MAIN_SLOTS = ("q", "k", "v", "o", "lse")
+CALL_SLOTS = MAIN_SLOTS + OPTIONAL
 
 # For benchmarks: artifact -> bytes to add to the dynamic shared memory, so that an H200 SM holds as many blocks as an
 # SM120 SM would. Set it before the first call; configure() forgets the kernels that were loaded before.
@@ -46,42 +49,37 @@ def drop_plans() -> None:
 
 
 class Plan:
-    """A launch that is ready but for its five addresses. Belongs to one thread.
+    """All that a launch needs but its addresses. Belongs to one thread.
 
-    `launch(q, k, v, o, lse)` takes addresses (lse 0: none) and launches on torch's current stream of the device.
-    values: every other parameter of the client's, by name.
+    pack, pack_optional: write the addresses of MAIN_SLOTS, of OPTIONAL (0: none). fire(stream, params, 0): launches on
+    the current device and returns (status,). values: every other parameter of the client's, by name.
+    pack_gqa: query heads that share a tile.
     """
 
-    __slots__ = ("_buffer", "_check", "_current_device", "_device", "_fire", "_guard", "_pack", "_params", "_pointers",
-                 "_raw_stream", "_success")  # fmt: skip
+    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "pack", "pack_optional", "params",
+                 "pointers", "raw_stream", "success")  # fmt: skip
 
     def __init__(self, kernel: Kernel, values: Mapping[str, tuple[str, int | float]], facts: Mapping[str, Any],
-                 device: int, backend: Any):  # fmt: skip
+                 pack_gqa: int, device: int, backend: Any):  # fmt: skip
         artifact, driver = kernel.artifact, backend.driver
-        blocks = artifact.grid.blocks(facts)
+        blocks = artifact.grid.blocks(facts, pack_gqa)
         if blocks > MAX_BLOCKS:
             message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
             raise ArgumentError("q", message, reason="too_large")
-        self._buffer = buffer = parameters(kernel, values)
+        self.buffer = buffer = parameters(kernel, values)
         start = ctypes.addressof(buffer)
         places = kernel.abi.layout
-        self._pointers = (ctypes.c_void_p * len(places))(*(start + offset for offset, _ in places))
-        self._params = ctypes.addressof(self._pointers)
-        self._pack = partial(struct.Struct(f"<{len(CALL_SLOTS)}Q").pack_into, buffer, 0)
-        self._fire = partial(driver.launch, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem)
-        self._success, self._check = driver.success, driver.check
-        self._device, self._guard = device, backend.guard
-        self._raw_stream, self._current_device = backend.raw_stream, backend.current_device
-
-    def launch(self, q: int, k: int, v: int, o: int, lse: int) -> None:
-        self._pack(q, k, v, o, lse)
-        if self._current_device() != self._device:
-            with self._guard(self._device):
-                (status,) = self._fire(self._raw_stream(self._device), self._params, 0)
-        else:
-            (status,) = self._fire(self._raw_stream(self._device), self._params, 0)
-        if status is not self._success:
-            self._check(status, "cuLaunchKernel")
+        self.pointers = (ctypes.c_void_p * len(places))(*(start + offset for offset, _ in places))
+        self.params = ctypes.addressof(self.pointers)
+        main, optional = struct.Struct(f"<{len(MAIN_SLOTS)}Q"), struct.Struct(f"<{len(OPTIONAL)}Q")
+        self.pack: Callable[..., None] = partial(main.pack_into, buffer, 0)
+        self.pack_optional: Callable[..., None] = partial(optional.pack_into, buffer, main.size)
+        self.fire: Callable[[int, int, int], tuple[Any]] = partial(
+            driver.launch, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem
+        )
+        self.success, self.check = driver.success, driver.check
+        self.device, self.guard = device, backend.guard
+        self.raw_stream, self.current_device = backend.raw_stream, backend.current_device
 
 
 def parameters(kernel: Kernel, values: Mapping[str, tuple[str, int | float]]) -> Any:

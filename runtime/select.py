@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from registry.contract import Artifact, DispatchRow, Index
+from registry.contract import DTYPES, Artifact, DispatchRow, Index
 from runtime.errors import NoKernelError
 
 NEAR = 6  # rejections that a message shows; the error object carries all
+HEAD_DIM_STEP = 32  # of a variant's dims: a panel of shared memory
 
 
-def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = NEAR) -> Artifact:
-    """The artifact that the first dispatch row whose conditions all hold names.
+class Choice(NamedTuple):
+    """What a dispatch row picks. pack: whether the query heads of a key/value head share tiles."""
+
+    artifact: Artifact
+    pack: bool
+
+
+def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = NEAR) -> Choice:
+    """What the first dispatch row whose conditions all hold picks.
 
     facts: every fact of the call; see docs/design.md. Raises NoKernelError with each row's reason: 'row' if no row
     holds, 'variant' if the row's variant is not in the index (a later row is never taken in its place); its message
@@ -23,7 +31,7 @@ def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = 
         if all(c.holds(facts) for c in row.when):
             artifact = index.by_variant.get(row.variant)
             if artifact is not None:
-                return artifact
+                return Choice(artifact, row.pack)
             break
     raise _no_kernel(index, op, facts, [_reject(row, index, facts) for row in rows], shown)
 
@@ -31,9 +39,13 @@ def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = 
 def candidates(index: Index, op: str, facts: Mapping[str, Any]) -> tuple[list[Artifact], list[str]]:
     """(artifacts, keys of missing variants) of every row that could serve a call of which only `facts` are known."""
     found: dict[str, Artifact | None] = {}
-    for row in index.rows:
-        if row.op == op and could_hold(row, facts):
-            found[row.variant] = index.by_variant.get(row.variant)
+    for dtype in DTYPES:  # apart, so that a row of one dtype can be known to hold
+        known = {"dtype": dtype, **facts}
+        for row in index.rows:
+            if row.op == op and could_hold(row, known):
+                found[row.variant] = index.by_variant.get(row.variant)
+                if all(c.fact in known for c in row.when):
+                    break  # it does hold: no call gets past it
     return [a for a in found.values() if a is not None], [key for key, a in found.items() if a is None]
 
 
@@ -68,26 +80,28 @@ def release() -> str:
         return "(this version)"
 
 
-def _reject(row: DispatchRow, index: Index, facts: Mapping[str, Any]) -> tuple[int, str, str]:
-    """(number of conditions that fail, variant key, why)."""
+def _reject(row: DispatchRow, index: Index, facts: Mapping[str, Any]) -> tuple[tuple[int, int], str, str]:
+    """((number of conditions that fail, by how much bounds are missed), variant key, why)."""
     failed = [c for c in row.when if not c.holds(facts)]
+    missed = sum(abs(facts[c.fact] - c.value) for c in failed if c.op in ("<=", ">="))
     why = "; ".join(f"needs {c}, the call has {facts[c.fact]}" for c in failed)
-    return len(failed), row.variant, why or f"serves this call, but is not in the index for {index.arch}"
+    return (len(failed), missed), row.variant, why or f"serves this call, but is not in the index for {index.arch}"
 
 
-def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tuple[int, str, str]],
+def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tuple[tuple[int, int], str, str]],
                shown: int | None) -> NoKernelError:  # fmt: skip
     """What is nearest first; the command builds the missing variant, or says that the table must grow first."""
     found = sorted(found, key=lambda rejection: rejection[0])
     rejections = [(key, why) for _, key, why in found]
     checkout = f"in a checkout of cubinery {index.release}: "
-    missing = bool(found) and found[0][0] == 0
-    glob = found[0][1] if missing else f"{op}-{facts['dtype']}-d{facts['head_dim']}-dv{facts['head_dim_v']}-*"
+    missing = bool(found) and found[0][0][0] == 0
+    dims = [-(-facts[name] // HEAD_DIM_STEP) * HEAD_DIM_STEP for name in ("head_dim", "head_dim_v")]
+    glob = found[0][1] if missing else f"{op}-{facts['dtype']}-d{dims[0]}-dv{dims[1]}-*"
     command = f"python -m builder --arch {index.arch} --only '{glob}'"
     if missing:
         todo = f"To build it, {checkout}{command}"
     else:
-        todo = f"No row of the dispatch table serves it; {checkout}add one to kernels/dispatch.py, then {command}"
+        todo = f"No row of the dispatch table serves it; {checkout}add one to kernels/{op}_tiles.json, then {command}"
     call = ", ".join(f"{name}={value}" for name, value in facts.items())
     lines = [f"no {op} kernel on {index.arch} for {call}", *(f"  {key}: {why}" for key, why in rejections[:shown])]
     if shown is not None and len(rejections) > shown:

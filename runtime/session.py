@@ -88,9 +88,10 @@ class Session:
 
         return self._once_more(read, "blobs", artifact.frame_sha256)
 
-    def kernel(self, op: str, facts: dict[str, Any], device: int, capturing: bool) -> tuple[Kernel, bool]:
-        """The loaded kernel for a call on a device (which is torch's current one), and whether this call loaded it.
+    def kernel(self, op: str, facts: dict[str, Any], device: int, capturing: bool) -> tuple[Kernel, bool, bool]:
+        """(kernel, pack, fresh) for a call on a device, which is torch's current one.
 
+        The kernel is loaded; pack is the dispatch row's, and fresh says whether this call loaded it.
         capturing: whether this thread is capturing a CUDA graph. Raises every error of the tree but ArgumentError;
         CaptureError, before disk, network or driver are touched, if it would have to load while capturing. Waits for
         a fetch by another thread only if it needs the same kernel.
@@ -99,22 +100,22 @@ class Session:
             raise _unloaded("no kernel is loaded yet on this device")
         index = self.index_for(self.backend.capability(device))
         start = perf_counter()
-        artifact = select.select(index, op, facts)
+        artifact, pack = select.select(index, op, facts)
         spent = (perf_counter() - start) * 1e3
         place = artifact.variant, device
         found = self._kernels.get(place)
         if found is not None:
-            return found, False
+            return found, pack, False
         if capturing:
             raise _unloaded(f"{artifact.variant} is not loaded yet")
         with self._lock:
             loading = self._loading.setdefault(place, threading.Lock())
         with loading:
             if place in self._kernels:  # by another thread, meanwhile
-                return self._kernels[place], False
+                return self._kernels[place], pack, False
             stages.record("select", artifact.variant, spent)
             kernel = self._kernels[place] = self._load(artifact, index, device)
-            return kernel, True
+            return kernel, pack, True
 
     def _load(self, artifact: Artifact, index: Index, device: int) -> Kernel:
         cubin = self.cubin(artifact)

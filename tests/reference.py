@@ -7,6 +7,7 @@ rounded. The worst element by itself lets an unmasked padding key or a scale tha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,15 @@ def rounded(values: Array, dtype: str) -> Array:
     return decode(encode(values, dtype), dtype)
 
 
+def distances(seqlen_q: int, seqlen_k: int) -> Array:
+    """How far right of the diagonal, aligned bottom-right, a key lies: (seqlen_q, seqlen_k)."""
+    return np.arange(seqlen_k) - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
+
+
 def visible(seqlen_q: int, seqlen_k: int, window: Window = (None, None)) -> Array:
     """Which key each query sees, (seqlen_q, seqlen_k). The diagonal is aligned bottom-right; causal is right = 0."""
     left, right = window
-    distance = np.arange(seqlen_k) - (np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
+    distance = distances(seqlen_q, seqlen_k)
     seen = np.ones((seqlen_q, seqlen_k), bool)
     if left is not None:
         seen &= distance >= -left
@@ -50,10 +56,25 @@ def visible(seqlen_q: int, seqlen_k: int, window: Window = (None, None)) -> Arra
     return seen
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What becomes of q·k: scaled, capped, biased, masked, in this order.
+
+    softcap > 0: softcap · tanh(scale · q·k / softcap). alibi: slopes, (heads_q,) or (batch, heads_q); the bias is
+    −slope · |i + seqlen_k − seqlen_q − j|. sink: (heads_q,), a further logit in each row's softmax, with no value.
+    """
+
+    scale: float
+    window: Window = (None, None)
+    softcap: float = 0.0
+    alibi: Array | None = None
+    sink: Array | None = None
+
+
 @dataclass(frozen=True)
 class Reference:
     """What a kernel is compared with. out, plain, rounded_p: (batch, seqlen_q, heads_q, head_dim_v); lse: (batch,
-    heads_q, seqlen_q), natural log.
+    heads_q, seqlen_q), natural log. Joined ones (`join`) lack the batch axis.
 
     out: fp64, not rounded. plain: every step rounded to the low precision. rounded_p: fp32, only P and the output
     rounded.
@@ -66,32 +87,42 @@ class Reference:
     rounded_p: Array
 
 
-def attention(q: Array, k: Array, v: Array, *, window: Window = (None, None), scale: float) -> tuple[Array, Array]:
+def attention(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]:
     """(out, lse) in fp64. q: (batch, seqlen_q, heads_q, head_dim), k and v: (batch, seqlen_k, heads_kv, …).
 
-    A row that sees no key gives 0 and −inf.
+    A row that sees no key gives 0 and −inf, or with a sink 0 and the sink.
     """
     queries, keys, values = (_by_head(x.astype(np.float64), q.shape[2]) for x in (q, k, v))
-    scores = _masked(queries @ keys.swapaxes(-1, -2) * scale, window)
-    weights, total, highest = _exponentials(scores)
+    logits = _logits(queries @ keys.swapaxes(-1, -2), scores, lambda x: x)
+    weights, total, highest = _exponentials(logits, scores.sink)
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + highest)[..., 0]
     return _by_token(_divide(weights @ values, total)), lse
 
 
-def reference(q: Array, k: Array, v: Array, dtype: str, *, window: Window = (None, None), scale: float) -> Reference:
+def reference(q: Array, k: Array, v: Array, dtype: str, scores: Scores) -> Reference:
     """All that `yardstick` needs, for inputs that are already values of `dtype`. Shapes as in `attention`."""
-    out, lse = attention(q, k, v, window=window, scale=scale)
+    out, lse = attention(q, k, v, scores)
     queries, keys, values = (_by_head(x.astype(np.float32), q.shape[2]) for x in (q, k, v))
     exact = queries @ keys.swapaxes(-1, -2)
 
-    low = _masked(rounded(rounded(exact, dtype) * np.float32(scale), dtype), window)
-    weights, total, _ = _exponentials(low)
+    low = _logits(rounded(exact, dtype), scores, lambda x: rounded(x, dtype))
+    weights, total, _ = _exponentials(low, scores.sink)
     plain = rounded(rounded(_divide(weights, total), dtype) @ values, dtype)
 
-    weights, total, _ = _exponentials(_masked(exact * np.float32(scale), window))
+    weights, total, _ = _exponentials(_logits(exact, scores, lambda x: x), scores.sink)
     only_p = rounded(rounded(_divide(weights, total), dtype) @ values, dtype)
     return Reference(dtype, out, lse, _by_token(plain), _by_token(only_p))
+
+
+def join(parts: Sequence[Reference]) -> Reference:
+    """Batch entries of any lengths end to end: out (tokens, heads_q, head_dim_v) and so on, lse (heads_q, tokens)."""
+    out, plain, rounded_p = (
+        np.concatenate([entry for part in parts for entry in getattr(part, name)])
+        for name in ("out", "plain", "rounded_p")
+    )
+    lse = np.concatenate([entry for part in parts for entry in part.lse], axis=-1)
+    return Reference(parts[0].dtype, out, lse, plain, rounded_p)
 
 
 def yardstick(out: Array, expected: Reference, lse: Array | None = None) -> list[str]:
@@ -146,16 +177,27 @@ def _by_token(x: Array) -> Array:
     return np.ascontiguousarray(x.swapaxes(1, 2))
 
 
-def _masked(scores: Array, window: Window) -> Array:
-    return np.where(visible(scores.shape[-2], scores.shape[-1], window), scores, scores.dtype.type(-np.inf))
+def _logits(products: Array, scores: Scores, step: Callable[[Array], Array]) -> Array:
+    """q·k, (batch, heads, seqlen_q, seqlen_k), made into what the softmax takes; `step` is applied to each result."""
+    number = products.dtype.type
+    seqlen_q, seqlen_k = products.shape[-2:]
+    logits = step(products * number(scores.scale))
+    if scores.softcap:
+        logits = step(np.tanh(logits / number(scores.softcap)) * number(scores.softcap))
+    if scores.alibi is not None:
+        slopes = np.asarray(scores.alibi, products.dtype)[..., None, None]
+        logits = step(logits - slopes * np.abs(distances(seqlen_q, seqlen_k)).astype(products.dtype))
+    return np.where(visible(seqlen_q, seqlen_k, scores.window), logits, number(-np.inf))
 
 
-def _exponentials(scores: Array) -> tuple[Array, Array, Array]:
-    """exp(scores − row maximum), its row sums and the row maximum (0 for an empty row)."""
-    highest = scores.max(-1, keepdims=True, initial=-np.inf)
-    highest = np.where(np.isneginf(highest), 0, highest).astype(scores.dtype)
-    weights = np.exp(scores - highest)
-    return weights, weights.sum(-1, keepdims=True), highest
+def _exponentials(logits: Array, sink: Array | None) -> tuple[Array, Array, Array]:
+    """exp(logits − highest), row sums with the sink's, and highest: a row's largest logit or sink (0 if neither)."""
+    extra = np.full((1, 1, 1), -np.inf) if sink is None else np.asarray(sink)[:, None, None]
+    extra = extra.astype(logits.dtype)
+    highest = np.maximum(logits.max(-1, keepdims=True, initial=-np.inf), extra)
+    highest = np.where(np.isneginf(highest), 0, highest).astype(logits.dtype)
+    weights = np.exp(logits - highest)
+    return weights, weights.sum(-1, keepdims=True) + np.exp(extra - highest), highest
 
 
 def _divide(weights: Array, total: Array) -> Array:

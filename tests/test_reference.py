@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.reference import attention, reference, rounded, ulp, visible, yardstick
+from tests.reference import Scores, attention, join, reference, rounded, ulp, visible, yardstick
 
 FAMILIES = {
     "normal": (1, 0),
@@ -66,7 +66,7 @@ def problem(request):
 def test_a_good_kernel_passes(problem, window):
     _, dtype, (q, k, v) = problem
     out, lse = flash(q, k, v, dtype, window=window)
-    assert yardstick(out, reference(q, k, v, dtype, window=window, scale=0.125), lse) == []
+    assert yardstick(out, reference(q, k, v, dtype, Scores(0.125, window)), lse) == []
 
 
 def test_an_unmasked_padding_key_is_rejected(problem):
@@ -74,7 +74,7 @@ def test_an_unmasked_padding_key_is_rejected(problem):
     family, dtype, (q, k, v) = problem
     padded = [np.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v)]
     out, lse = flash(q, *padded, dtype, count=KEYS[1] + 1)
-    expected = reference(q, k, v, dtype, scale=0.125)
+    expected = reference(q, k, v, dtype, Scores(0.125))
     assert (yardstick(out, expected, lse) != []) == (family != "x4")
     if family == "low":
         assert len(yardstick(out, expected)) == 2, "the outputs alone show it"
@@ -82,7 +82,7 @@ def test_an_unmasked_padding_key_is_rejected(problem):
 
 def test_a_softmax_scale_that_is_off_by_half_a_percent_is_rejected(problem):
     family, dtype, (q, k, v) = problem
-    expected = reference(q, k, v, dtype, scale=0.125)
+    expected = reference(q, k, v, dtype, Scores(0.125))
     out, lse = flash(q, k, v, dtype, scale=0.125 * 1.005)
     assert yardstick(out, expected, lse) != []
     if family != "x4":  # where one key takes nearly all the weight
@@ -92,7 +92,7 @@ def test_a_softmax_scale_that_is_off_by_half_a_percent_is_rejected(problem):
 def test_outputs_that_are_off_by_half_a_percent_are_rejected(problem):
     family, dtype, (q, k, v) = problem
     out, _ = flash(q, k, v, dtype)
-    expected = reference(q, k, v, dtype, scale=0.125)
+    expected = reference(q, k, v, dtype, Scores(0.125))
     if (family, dtype) != ("low", "bf16"):  # where that is near bf16's own error
         assert yardstick(out * np.float32(1.005), expected) != []
     assert yardstick(out * np.float32(1.01), expected) != []
@@ -102,19 +102,19 @@ def test_outputs_that_are_off_by_half_a_percent_are_rejected(problem):
 def test_a_dropped_block_is_rejected(problem, dropped):
     _, dtype, (q, k, v) = problem
     out, _ = flash(q, k, v, dtype, keep=lambda block: block != dropped)
-    assert yardstick(out, reference(q, k, v, dtype, scale=0.125)) != []
+    assert yardstick(out, reference(q, k, v, dtype, Scores(0.125))) != []
 
 
 def test_a_mask_that_is_off_by_one_is_rejected(problem):
     _, dtype, (q, k, v) = problem
     for window, wrong in (((None, 0), (None, 1)), ((None, 0), (None, -1)), ((40, 9), (41, 9))):
         out, _ = flash(q, k, v, dtype, window=wrong)
-        assert yardstick(out, reference(q, k, v, dtype, window=window, scale=0.125)) != []
+        assert yardstick(out, reference(q, k, v, dtype, Scores(0.125, window))) != []
 
 
 def test_nan_and_infinity_are_rejected():
     q, k, v = inputs("normal", "bf16")
-    expected = reference(q, k, v, "bf16", scale=0.125)
+    expected = reference(q, k, v, "bf16", Scores(0.125))
     out, lse = flash(q, k, v, "bf16")
     for value in (np.nan, np.inf):
         bad = out.copy()
@@ -129,34 +129,58 @@ def test_nan_and_infinity_are_rejected():
 def test_rows_that_see_no_key():
     """causal with more queries than keys: the first rows see nothing."""
     q, k, v = inputs("normal", "fp16", (2, 60, 2, 64))
-    out, lse = attention(q, k, v, window=(None, 0), scale=0.125)
+    out, lse = attention(q, k, v, Scores(0.125, (None, 0)))
     assert not out[:, :10].any() and np.isneginf(lse[:, :, :10]).all()
     assert np.isfinite(lse[:, :, 10:]).all()
-    expected = reference(q, k, v, "fp16", window=(None, 0), scale=0.125)
+    expected = reference(q, k, v, "fp16", Scores(0.125, (None, 0)))
     good = rounded(out, "fp16")
     assert yardstick(good, expected, lse.astype(np.float32)) == []
     wrong = lse.astype(np.float32).copy()
     wrong[:, :, 0] = 0
     assert yardstick(good, expected, wrong) == ["lse is -inf where it should not be, or the other way round"]
-    empty, lse = attention(q, k[:, :0], v[:, :0], scale=0.125)
+    empty, lse = attention(q, k[:, :0], v[:, :0], Scores(0.125))
     assert not empty.any() and np.isneginf(lse).all()
 
 
-def test_against_a_loop():
+@pytest.mark.parametrize(
+    "scores",
+    [
+        Scores(0.3, (2, 1)),
+        Scores(0.3, (2, 1), softcap=0.7),
+        Scores(0.3, (2, 1), alibi=np.array([0.5, 0.25])),
+        Scores(0.3, (2, 1), alibi=np.array([[0.5, 0.25], [1.0, -0.5]])),
+        Scores(0.3, (2, 1), sink=np.array([-1.0, 2.0])),
+        Scores(0.3, (4, -3), 0.7, np.array([[0.5, 0.25], [1.0, -0.5]]), np.array([-1.0, 2.0])),  # row 0 is empty
+    ],
+    ids=["window", "softcap", "alibi", "alibi-of-each-entry", "sink", "all"],
+)
+def test_against_a_loop(scores):
     """The reference itself, on one small problem, against the definition written as loops."""
     random = np.random.default_rng(1)
-    q, k, v = (
-        random.standard_normal((1, 3, 2, 8)),
-        random.standard_normal((1, 5, 1, 8)),
-        random.standard_normal((1, 5, 1, 4)),
-    )
-    out, lse = attention(q, k, v, window=(2, 1), scale=0.3)
-    for i in range(3):
-        for h in range(2):
-            keys = [j for j in range(5) if i + 2 - 2 <= j <= i + 2 + 1]
-            weights = np.array([np.exp(0.3 * q[0, i, h] @ k[0, j, 0]) for j in keys])
-            np.testing.assert_allclose(lse[0, h, i], np.log(weights.sum()))
-            np.testing.assert_allclose(out[0, i, h], weights @ v[0, keys, 0] / weights.sum())
+    q, k, v = (random.standard_normal(shape) for shape in ((2, 3, 2, 8), (2, 5, 1, 8), (2, 5, 1, 4)))
+    out, lse = attention(q, k, v, scores)
+    left, right = scores.window
+    for b, i, h in np.ndindex(2, 3, 2):
+        keys = [j for j in range(5) if i + 2 - left <= j <= i + 2 + right]
+        logits = np.array([scores.scale * q[b, i, h] @ k[b, j, 0] for j in keys])
+        if scores.softcap:
+            logits = scores.softcap * np.tanh(logits / scores.softcap)
+        if scores.alibi is not None:
+            slope = np.broadcast_to(scores.alibi, (2, 2))[b, h]
+            logits = logits - slope * np.array([abs(i + 2 - j) for j in keys])
+        weights = np.exp(logits)
+        total = weights.sum() + (0 if scores.sink is None else np.exp(scores.sink[h]))
+        np.testing.assert_allclose(np.exp(lse[b, h, i]), total)
+        np.testing.assert_allclose(out[b, i, h], weights @ v[b, keys, 0] / total if keys else 0)
+
+
+def test_join_puts_entries_end_to_end():
+    q, k, v = inputs("normal", "bf16")
+    whole = reference(q, k, v, "bf16", Scores(0.125))
+    joined = join([reference(q[b : b + 1], k[b : b + 1], v[b : b + 1], "bf16", Scores(0.125)) for b in range(2)])
+    for name in ("out", "plain", "rounded_p"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name).reshape(140, 4, 64))
+    np.testing.assert_array_equal(joined.lse, whole.lse.swapaxes(0, 1).reshape(4, 140))
 
 
 def test_visible():

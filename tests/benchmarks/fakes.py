@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep import reference
+from benchmarks.cases import Case
+from benchmarks.reference import attention, packed
 from kernels.abi import FWD
 from registry.contract import Artifact, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
 from registry.store import Store, compress
@@ -53,15 +55,30 @@ class FakeKernel:
         self.occupancy = 2 if self.smem > candidate.artifact.smem else 4
 
 
-def fake_bind(kernel: FakeKernel, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool) -> Any:
-    """Stands in for benchmarks.cubins.bind_fwd. A kernel of tile n 16 forgets to mask; one of tile n 8 kills."""
+def fake_bind(
+    kernel: FakeKernel, q: Any, k: Any, v: Any, o: Any, lse: Any, *, causal: bool = False, window: int | None = None,
+    pack: bool = False, cu_seqlens: Any = None,
+) -> Any:  # fmt: skip
+    """Stands in for benchmarks.cubins.bind_fwd. A kernel of tile n 16 forgets to mask; one of m 32 does so when packed;
+    one of m 16 kills its process."""
 
     def launch() -> None:
-        tile_n = kernel.candidate.variant.size("n")
-        if tile_n == 8:
+        tile = kernel.candidate.variant
+        if tile.size("m") == 16:
             raise SystemExit(9)
-        out, statistics = reference(q, k, v, causal and tile_n != 16)
+        forgets = tile.size("n") == 16 or (pack and tile.size("m") == 32)
+        out, statistics = attend(q, k, v, causal and not forgets, window, cu_seqlens)
         o.copy_(out)
         lse.copy_(statistics)
 
     return launch
+
+
+def attend(q: Any, k: Any, v: Any, causal: bool, window: int | None, cu_seqlens: Any) -> tuple[Any, Any]:
+    """The reference, dense or packed."""
+    if cu_seqlens is None:
+        return attention(q, k, v, causal, window)
+    starts = cu_seqlens[0].tolist()
+    lengths = tuple(end - start for start, end in pairwise(starts))
+    case = Case("fake", max(lengths), causal, q.shape[1], k.shape[1], q.shape[2], len(lengths), lengths=lengths)
+    return packed(q, k, v, case)

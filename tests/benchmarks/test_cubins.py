@@ -91,6 +91,33 @@ def test_a_launch_hands_over_every_parameter(tmp_path, driver):
     assert settings == [("smem", 100_000), ("out", 100)]
 
 
+def test_packed_heads_and_windows_reach_the_kernel(tmp_path, driver):
+    (candidate,) = cubins.read(write_registry(tmp_path / "r.db", [KEY]), "sm_90")
+    q, k, v, o, lse = tensors()
+    q, o, lse = q[:, :30], o[:, :30], lse[..., :30]
+    cubins.bind_fwd(cubins.Kernel(candidate), q, k, v, o, lse, window=40, pack=True)()
+    assert driver.calls[-1][1][1] == 1 * 2 * 2  # ⌈30 · 2 / 64⌉ tiles · groups · batch
+    magic, shift = driver.seen["pack_magic"], driver.seen["pack_shift"]
+    assert driver.seen["pack"] == 2 and all(n * magic >> shift == n // 2 for n in (0, 1, 2, 3, 199, 2**31 - 1))
+    assert (driver.seen["window_left"], driver.seen["window_right"], driver.seen["head_dim"]) == (40, 0, 64)
+
+
+def test_packed_sequences_have_no_batch_stride_and_blocks_enough(tmp_path, driver):
+    (candidate,) = cubins.read(write_registry(tmp_path / "r.db", [KEY]), "sm_90")
+    q, k = torch.zeros(300, 4, 64, dtype=torch.bfloat16), torch.zeros(280, 2, 64, dtype=torch.bfloat16)
+    v, o, lse = torch.zeros(280, 2, 32, dtype=torch.bfloat16), torch.zeros(300, 4, 32), torch.zeros(4, 300)
+    cu = torch.tensor([0, 100, 300], dtype=torch.int32), torch.tensor([0, 0, 280], dtype=torch.int32)
+    cubins.bind_fwd(cubins.Kernel(candidate), q, k, v, o, lse, cu_seqlens=cu)()
+    assert driver.calls[-1][1][1] == (300 // 64 + 2) * 4
+    expected = {
+        "cu_seqlens_q": cu[0].data_ptr(), "cu_seqlens_k": cu[1].data_ptr(), "seqused_q": 0, "batch": 2,
+        "q_stride_b": 0, "o_stride_b": 0, "lse_stride_b": 0, "lse_stride_h": 300, "seqlen_q": 300, "seqlen_k": 280,
+        "q_stride_s": 256, "v_stride_s": 64, "v_stride_h": 32, "heads_q": 4, "heads_kv": 2, "head_dim": 64,
+        "head_dim_v": 32, "window_left": 2**30, "window_right": 2**30, "pack": 1, "softcap_scale": 0.0,
+    }  # fmt: skip
+    assert {name: driver.seen[name] for name in expected} == expected
+
+
 def test_the_cubin_that_is_loaded_is_the_verified_one(tmp_path, driver):
     (candidate,) = cubins.read(write_registry(tmp_path / "r.db", [KEY]), "sm_90")
     assert cubins.Kernel(candidate).occupancy == 3

@@ -17,6 +17,15 @@ from tests.runtime.fakes import FakeBackend, write_registry
 KEYS = ("fwd-bf16-d64-dv64-m64-n64-w4-s1", "fwd-fp16-d64-dv64-m128-n64-w4-s1")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of tiny operations: threads that wait for each other would cost ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def backend(monkeypatch):
     made = FakeBackend(capability=(9, 0))
@@ -40,6 +49,18 @@ def test_a_check_runs_its_variant_and_no_other(name, dut, backend):
         checks.CHECKS[name](dut, key, checks.TINY)
         assert {launch["variant"] for launch in backend.driver.launches} == {key}
         backend.driver.launches.clear()
+
+
+def test_heads_are_packed_when_forced(dut, backend):
+    def pack(heads_q, heads_kv):
+        q, k = (torch.zeros(1, 5, heads, 64, dtype=torch.bfloat16) for heads in (heads_q, heads_kv))
+        dut.attn(q, k, k)
+        return backend.driver.launches[-1]["params"]["pack"]
+
+    dut.force(KEYS[0], pack=True)
+    assert [pack(4, 2), pack(14, 2), pack(2, 2)] == [2, 7, 1]
+    dut.force(KEYS[0])
+    assert pack(4, 2) == 1
 
 
 def test_what_a_kernel_leaves_unwritten_is_nan(dut, backend, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from registry.contract import Variant
 from tests.benchmarks.fakes import write_registry
-from tests.gpu import ledger, plant_race, sanitize, verify
+from tests.gpu import ledger, plant_race, sanitize, small_calls, verify
 from tests.gpu.sanitize import TOOLS, Run, judge, parse, read_output
 
 SYMBOLS = {"a": "cubinery_a_0", "ab": "cubinery_a_b_0", "c": "cubinery_c_0"}
@@ -93,6 +93,41 @@ def test_a_finding_in_a_variant_that_ended_fails_it_too():
     run, _ = scripted(Run(ended=set(SYMBOLS), named={*PLANT, "cubinery_c_0"}), Run(ended={"a", "ab"}, named=set(PLANT)))
     verdict = judge(run, SYMBOLS, "racecheck")
     assert (verdict.passed, verdict.failed) == (["a", "ab"], ["c"])
+
+
+@pytest.mark.parametrize("key", ["fwd-bf16-d64-dv64-m64-n64-w4-s1", "fwd-fp16-d192-dv128-m128-n64-w8-s1"])
+def test_the_small_calls_take_every_path(key):
+    """Each optional input of the ABI is given at least once, and at least once not; packed heads too."""
+    calls = []
+
+    class Recorder:
+        def attn(self, **given):
+            calls.append(given)
+
+        varlen = attn
+
+    small_calls.launch(Recorder(), key, device="cpu")
+    optional = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "sink", "alibi_slopes", "softcap", "window"}
+    assert all(0 < sum(name in given for given in calls) < len(calls) for name in optional)
+    variant, dims = Variant.parse(key), {(given["q"].shape[-1], given["v"].shape[-1]) for given in calls}
+    full = (variant.head_dim, variant.head_dim_v)
+    assert dims == {full, tuple(dim - 8 for dim in full)}
+    groups = {given["q"].shape[-2] // given["k"].shape[-2] for given in calls}
+    assert groups == {1, 2, 3}
+    tensors = [x for given in calls for x in given.values() if hasattr(x, "untyped_storage")]
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in tensors)  # memcheck sees its end
+
+
+def test_the_small_calls_are_served_rightly():
+    """But for the last, whose lengths lie."""
+    from tests.gpu.cases import Call
+    from tests.gpu.stand_in import Stand
+
+    key, stand = "fwd-bf16-d64-dv64-m64-n64-w4-s1", Stand()
+    stand.force(key, pack=True)
+    for case in small_calls.cases(key):
+        call = Call(case, "cpu")
+        assert call.problems(*call(stand)) == []
 
 
 PTX = ".entry cubinery_x()\n{\n\tbar.sync \t0;\n\tmov.u32 %r1, %r2;\n\tbarrier.sync 0;\n\tret;\n}\n"

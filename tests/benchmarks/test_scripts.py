@@ -14,34 +14,47 @@ pytest.importorskip("torch")
 
 import runtime
 from benchmarks import __main__ as every
-from benchmarks import cases, cold_start, derived, forward, host_overhead, measure, sweep
+from benchmarks import cases, cold_start, derived, forward, host_overhead, measure, ours, published, shapes
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Index
 from runtime import launch
 from runtime.cache import DiskCache
-from tests.benchmarks.fakes import FakeKernel, write_registry
+from tests.benchmarks.fakes import FakeKernel, attend, fake_bind, write_registry
 
 KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
 OF_8B = "fwd-bf16-d128-dv128-m64-n64-w4-s1"
 FIELDS = ["gpu", "driver", "torch", "commit", "date", "mode", "rows", "geomean"]
 
 
-def attention(q, k, v, *, causal=False, return_lse=False, out=None):
-    result, lse = sweep.reference(q, k, v, causal)
+def attention(q, k, v, *, causal=False, window=None, return_lse=False, out=None):
+    result, lse = attend(q, k, v, causal, window and window[0], None)
     result = result.to(q.dtype).contiguous() if out is None else out.copy_(result)
     return (result, lse.float()) if return_lse else result
+
+
+def packed_attention(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+    lengths = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist()
+    assert max(lengths) == max_seqlen_q == max_seqlen_k and cu_seqlens_k.tolist() == cu_seqlens_q.tolist()
+    return attend(q, k, v, causal, None, (cu_seqlens_q, cu_seqlens_k))[0].to(q.dtype)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
     monkeypatch.setattr(measure, "DEVICE", "cpu")
-    monkeypatch.setattr(forward, "Kernel", FakeKernel)
+    monkeypatch.setattr(ours, "Kernel", FakeKernel)
+    monkeypatch.setattr(shapes, "Kernel", FakeKernel)
+    monkeypatch.setattr(shapes, "bind_fwd", fake_bind)
     monkeypatch.setattr(runtime, "flash_attn", attention)
+    monkeypatch.setattr(runtime, "flash_attn_varlen", packed_attention, raising=False)
     monkeypatch.setattr(launch, "SMEM_PADDING", None)
     tiny = cases.grid({"tiny": (4, 2, 64)}, (64,))
-    monkeypatch.setattr(cases, "grid", lambda: [cases.Case(**{**vars(c), "batch": 1}) for c in tiny])
+    monkeypatch.setattr(cases, "grid", lambda: [cases.Case(**{**fields(c), "batch": 1}) for c in tiny])
     yield
     runtime.configure()
+
+
+def fields(case):
+    return {name: getattr(case, name) for name in cases.Case.__dataclass_fields__}
 
 
 def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
@@ -52,27 +65,93 @@ def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
         assert list(value)[:8] == FIELDS and value["mode"] == mode
         assert [row["case"] for row in value["rows"]] == ["tiny/S64/full", "tiny/S64/causal"]
         assert all(row["variant"] == KEY and len(row["ptx_sha256"]) == 64 for row in value["rows"])
-        assert value["geomean"] > 0
+        assert value["geomean"] > 0 and value["bars"][0]["bar"].startswith("geomean >= 1.0")
     assert "2 of 2" in json.dumps(value["occupancy"]) and "geomean" in capsys.readouterr().out
 
 
 def test_the_padding_is_what_emulates_sm120(tmp_path, on_cpu):
-    bench = forward.Forward(write_registry(tmp_path / "r.db", [KEY]), "sm120")
+    bench = ours.Ours(write_registry(tmp_path / "r.db", [KEY]), "sm120")
     artifact = bench.candidates[KEY].artifact
     assert launch.SMEM_PADDING is not None
     assert artifact.smem + launch.SMEM_PADDING(artifact) == bench.candidates[KEY].emulated_smem()
-    assert forward.Forward(tmp_path / "r.db", "free").mode == "free" and launch.SMEM_PADDING is None
+    assert ours.Ours(tmp_path / "r.db", "free").mode == "free" and launch.SMEM_PADDING is None
 
 
 def test_a_wrong_result_or_a_missing_kernel_fails_its_case_alone(tmp_path, on_cpu, monkeypatch, capsys):
     path = write_registry(tmp_path / "r.db", [KEY])
-    monkeypatch.setattr(runtime, "flash_attn", lambda q, k, v, causal=False: attention(q, k, v, causal=False))
+    monkeypatch.setattr(runtime, "flash_attn", lambda q, k, v, causal=False, window=None: attention(q, k, v))
     options = ["--registry", str(path), "--out", str(tmp_path), "--repeats", "1", "--modes", "free"]
     assert forward.main(options) == 1
     assert "tiny/S64/causal            FAILED benchmark" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "forward.free.json").read_text())["rows"]) == 1
     assert forward.main([*options, "--dtype", "fp16"]) == 1
     assert "FAILED row" in capsys.readouterr().out
+
+
+def row(case, ratio):
+    return {"case": case, "ratio": ratio}
+
+
+def test_bars_are_judged_and_fa4_is_met_cell_by_cell():
+    cells = published.FA2_FA4
+    rows = [row(case, 1.5) for case in cells] + [row("llama3-8b/S512/full", 0.94)]
+    value = {"rows": rows, "geomean": 1.08, "against_fa4": published.against_fa4(rows)}
+    assert len(value["against_fa4"]["cells"]) == len(cells) == 10
+    assert [bar["met"] for bar in published.verdicts("free", value)] == [True, True, False]
+    rows = [row(case, fa4 / fa2) for case, (fa2, fa4) in cells.items()]
+    value = {"rows": rows, "geomean": 0.99, "against_fa4": published.against_fa4(rows)}
+    assert [(bar["value"], bar["met"]) for bar in published.verdicts("sm120", value)] == [(0.99, False), (10, False)]
+    assert "MISSED" in published.line(published.at_most("x", 1.36, 1.35))
+
+
+def test_the_published_cells_are_of_the_grid():
+    names = {case.name for case in cases.grid()}
+    assert published.FA2_FA4.keys() <= names
+
+
+def test_shapes_measures_every_part_in_both_modes(tmp_path, on_cpu, monkeypatch, capsys):
+    keys = [
+        f"fwd-bf16-d{d}-dv{dv}-m64-n64-w4-s1" for d, dv in ((64, 64), (128, 128), (128, 64), (192, 128), (256, 128))
+    ]
+    path = write_registry(tmp_path / "r.db", keys)
+    monkeypatch.setattr(shapes, "WINDOW_TOKENS", 96)
+    monkeypatch.setattr(shapes, "WINDOW", 15)
+    monkeypatch.setattr(shapes, "CHECKED_ROWS", 32)
+    monkeypatch.setattr(shapes, "lengths", lambda count: (30, 5, 40)[: 2 + count % 2])
+    monkeypatch.setattr(shapes, "DENSE_TOKENS", 16)
+    real = cases.Case.__init__
+
+    def small(self, *values, **named):
+        real(self, *values, **named)
+        for name in ("seqlen", "seqlen_k"):
+            object.__setattr__(self, name, getattr(self, name) and min(getattr(self, name), 96))
+        object.__setattr__(self, "lengths", self.lengths and tuple(min(n, 96) for n in self.lengths))
+
+    monkeypatch.setattr(cases.Case, "__init__", small)
+    assert shapes.main(["--registry", str(path), "--out", str(tmp_path), "--repeats", "1"]) == 0
+    for mode in ("free", "sm120"):
+        value = json.loads((tmp_path / f"shapes.{mode}.json").read_text())
+        assert value["mode"] == mode and not any("error" in value[part] for part in shapes.PARTS)
+        assert [len(value[part]["rows"]) for part in shapes.PARTS] == [2, 4, 6, 7]
+        assert [len(value[part].get("bars", [])) for part in shapes.PARTS] == [2, 2, 0, 0]
+        assert all(r["padded"] > 0 and r["dense_256"] > 0 for r in value["varlen"]["rows"][::2])
+        assert {r["variant"] for r in value["asymmetric"]["rows"]} == set(keys[2:])
+    assert "factor <= 1.35" in capsys.readouterr().out
+
+
+def test_a_part_whose_output_is_wrong_fails_alone(tmp_path, on_cpu, monkeypatch, capsys):
+    path = write_registry(tmp_path / "r.db", [KEY, OF_8B])
+    monkeypatch.setattr(shapes, "WINDOW_TOKENS", 96)
+    monkeypatch.setattr(shapes, "WINDOW", 15)
+    monkeypatch.setattr(runtime, "flash_attn", lambda q, k, v, causal=False, window=None: attention(q, k, v))
+    options = ["--registry", str(path), "--out", str(tmp_path), "--repeats", "1", "--modes", "free", "--only", "window"]
+    assert shapes.main(options) == 1
+    assert "FAILED benchmark: llama3-8b/S96/window15: ours differs from the reference" in capsys.readouterr().out
+
+
+def test_work_is_rounded_up_to_tiles():
+    assert shapes.tile_pairs((64, 65, 0), False) == 64 * 64 * (1 + 4)
+    assert shapes.tile_pairs((64, 65, 129), True) == 64 * 64 * (1 + 3 + 6)
 
 
 def test_no_registry_is_told(monkeypatch):
@@ -175,5 +254,5 @@ def test_all_benchmarks_run_even_if_one_fails(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(every.subprocess, "run", lambda command, **_: Done(command))
     assert every.main(["--registry", str(path), "--out", str(tmp_path)]) == 1
-    assert ran == ["benchmarks.forward", "benchmarks.host_overhead", "benchmarks.cold_start"]
+    assert ran == [f"benchmarks.{name}" for name in ("forward", "shapes", "host_overhead", "cold_start")]
     assert "failed: forward" in capsys.readouterr().out

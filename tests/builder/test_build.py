@@ -244,13 +244,33 @@ def test_a_channel_never_loses_variants_of_the_table_unasked(store: Store, good:
     assert run(store, smaller).moved == ["sm_120"], "variants that the table dropped are not missed"
 
 
-def test_a_channel_at_an_index_of_an_old_format_moves_on(
-    store: Store, good: Table, monkeypatch: pytest.MonkeyPatch
+def rewrite(store: Store, digest: str, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the index of this digest has these bytes, as another release would have written them."""
+    read = Store.get_index
+    monkeypatch.setattr(Store, "get_index", lambda self, d: body if d == digest else read(self, d))
+
+
+@pytest.mark.parametrize(("body", "number"), [(b'{"format":1}', 1), (b'{"format":"x"}', 0), (b"[]", 0)])
+def test_a_channel_at_an_index_of_an_older_format_moves_on_and_keeps_it(
+    body: bytes, number: int, store: Store, good: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = run(store, good).indexes["sm_120"]
-    read = Store.get_index
-    monkeypatch.setattr(Store, "get_index", lambda self, d: b'{"format":0}' if d == digest else read(self, d))
-    assert run(store, good, select=lambda v: v.size("n") == 32).moved == ["sm_120"]
+    rewrite(store, digest, body, monkeypatch)
+    result = run(store, toys.table(*good.variants[:2], folder=good.folder or Path()))
+    assert (result.moved, result.formats, result.lacking) == (["sm_120"], {"sm_120": number}, {})
+    assert store.channel("stable")["sm_120"] != digest and digest in store.indexes()
+    assert run(store, good).formats == {}
+
+
+def test_a_channel_at_an_index_of_a_newer_format_moves_only_if_allowed(
+    store: Store, good: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run(store, good).indexes
+    rewrite(store, before["sm_120"], b'{"format":3}', monkeypatch)
+    smaller = toys.table(*good.variants[:2], folder=good.folder or Path())
+    result = run(store, smaller)
+    assert (result.moved, result.formats) == ([], {"sm_120": 3}) and store.channel("stable") == before
+    assert run(store, smaller, allow_partial=True).moved == ["sm_120"]
 
 
 def test_a_conflict_with_another_build_fails_its_variant_alone(

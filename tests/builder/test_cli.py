@@ -187,6 +187,24 @@ def test_a_part_of_a_changed_table_leaves_the_channel_and_says_so(
     assert forced["index"] == part["index"] != whole["index"]
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (1, "channel stable left its sm_120 index of format 1, which this release does not read; it stays in the"),
+        (3, "channel stable keeps its sm_120 index of format 3, of a newer release than this (format 2): update the"),
+    ],
+)
+def test_a_channel_of_another_release_is_told_of(
+    number: int, message: str, good: Table, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = run_json(capsys, good)
+    read, body = Store.get_index, f'{{"format":{number}}}'.encode()
+    monkeypatch.setattr(Store, "get_index", lambda self, d: body if d == whole["index"] else read(self, d))
+    smaller = toys.table(*good.variants[:2], folder=good.folder or Path())
+    assert main([], lambda: smaller) == 0
+    assert message in capsys.readouterr().out
+
+
 def test_require_verified_names_each_variant(
     good: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

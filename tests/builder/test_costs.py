@@ -16,7 +16,9 @@ def test_the_costs_of_one_variant(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found.keys() == {"commit", "date", "python", "cpus", "rows"}
     first, again, other = found["rows"]
     assert [row["built"] for row in found["rows"]] == [1, 0, 1]
-    assert again["cpu_s_per_cubin"] is None and again["figure"] == "wall_s"
+    assert again["cpu_s_per_cubin"] is None and list(again["bars"]) == ["wall_s"]
+    assert first["bars"]["wall_s"] == 480 and other["bytes"] > first["bytes"] > 10_000
+    assert other["registry_bytes"] > 0
     assert first["cpu_s"] > 2 * again["cpu_s"], "the workers' time counts: the parent alone does much the same in both"
     assert again["cpu_s"] < other["cpu_s"] < first["cpu_s"]
     assert "cpu_s_per_cubin <= 4.0: " in capsys.readouterr().out

@@ -10,11 +10,12 @@ import torch
 
 FAMILIES = ("normal", "times4", "far_below")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FAR = 60  # below 0 lie the logits of far_below
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call."""
+    """Sizes of one call; of a varlen call, the lengths are those of its longest entries."""
 
     batch: int
     heads_q: int
@@ -22,13 +23,14 @@ class Shape:
     seqlen_q: int
     seqlen_k: int
     head_dim: int
+    head_dim_v: int
     dtype: str
 
     def sizes(self) -> dict[str, tuple[int, int, int, int]]:
         """The shape of each tensor."""
-        query = (self.batch, self.seqlen_q, self.heads_q, self.head_dim)
-        key = (self.batch, self.seqlen_k, self.heads_kv, self.head_dim)
-        return {"q": query, "k": key, "v": key, "o": query}
+        query, key = (self.batch, self.seqlen_q, self.heads_q), (self.batch, self.seqlen_k, self.heads_kv)
+        d, dv = self.head_dim, self.head_dim_v
+        return {"q": (*query, d), "k": (*key, d), "v": (*key, dv), "o": (*query, dv)}
 
 
 def values(shape: Shape, family: str, device: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -46,7 +48,7 @@ def values(shape: Shape, family: str, device: Any, seed: int) -> dict[str, torch
     if family == "times4":
         drawn = {name: 4 * x for name, x in drawn.items()}
     elif family == "far_below":
-        shift = math.sqrt(60 / math.sqrt(shape.head_dim))
+        shift = math.sqrt(FAR / math.sqrt(shape.head_dim))
         drawn["q"] += shift
         drawn["k"] -= shift
     elif family != "normal":
@@ -54,14 +56,41 @@ def values(shape: Shape, family: str, device: Any, seed: int) -> dict[str, torch
     return {name: x.to(DTYPES[shape.dtype]) for name, x in drawn.items()}
 
 
+def sinks(heads_q: int, center: float, dtype: torch.dtype, device: Any, seed: int) -> torch.Tensor:
+    """A sink per head, (heads_q,), normal around `center` with a deviation of 2."""
+    drawn = 2 * torch.randn(heads_q, generator=torch.Generator(device).manual_seed(seed), device=device)
+    return around(center + drawn, dtype, math.nan)
+
+
+def slopes(shape: tuple[int, ...], device: Any, seed: int) -> torch.Tensor:
+    """fp32 ALiBi slopes from 2⁻⁸ to 1, of shape (heads_q,) or (batch, heads_q)."""
+    drawn = torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    return around(torch.exp2(-8 * drawn), torch.float32, math.nan)
+
+
+def integers(numbers: Any, device: Any) -> torch.Tensor:
+    """int32 numbers in a buffer of such as no length can be: what is read beyond them shows."""
+    return around(torch.tensor(numbers, device=device), torch.int32, 2**30)
+
+
+def around(source: torch.Tensor, dtype: torch.dtype, other: float) -> torch.Tensor:
+    """A copy of a tensor of one or two dimensions, as part of a buffer that else holds `other`."""
+    size = source.shape[-1]
+    buffer = torch.full((*source.shape[:-1], size + 8), other, dtype=dtype, device=source.device)
+    buffer[..., 4 : size + 4] = source
+    return buffer[..., 4 : size + 4]
+
+
 def padded(size: tuple[int, ...], dtype: torch.dtype, device: Any) -> torch.Tensor:
-    """A tensor of `size` whose surroundings, on every side and between its rows, are NaN; itself NaN too.
+    """A tensor of `size`, ([batch,] tokens, heads, dim), whose surroundings, on every side and between its rows, are
+    NaN; itself NaN too.
 
     Offsets and strides stay multiples of 8 elements, as the kernels require.
     """
-    batch, seqlen, heads, dim = size
-    buffer = torch.full((batch + 1, seqlen + 3, heads + 1, dim + 16), math.nan, dtype=dtype, device=device)
-    return buffer[:batch, 1 : seqlen + 1, :heads, 8 : dim + 8]
+    *batch, seqlen, heads, dim = size
+    around = (*(n + 1 for n in batch), seqlen + 3, heads + 1, dim + 16)
+    buffer = torch.full(around, math.nan, dtype=dtype, device=device)
+    return buffer[(*(slice(n) for n in batch), slice(1, seqlen + 1), slice(heads), slice(8, dim + 8))]
 
 
 def place(source: torch.Tensor) -> torch.Tensor:
@@ -71,11 +100,11 @@ def place(source: torch.Tensor) -> torch.Tensor:
     return target
 
 
-def untouched(tensor: torch.Tensor) -> bool:
-    """Whether everything around a tensor of `padded` is NaN still."""
+def untouched(tensor: torch.Tensor, written: Any = ...) -> bool:
+    """Whether everything but the rows `written` (an index; all by default) of a tensor of `padded` is NaN still."""
     base = tensor._base
     if base is None:
         raise ValueError("tensor: not a slice of a padded buffer")
-    inside = base.new_zeros(base.shape, dtype=torch.bool)
-    inside[: tensor.shape[0], 1 : tensor.shape[1] + 1, : tensor.shape[2], 8 : tensor.shape[3] + 8] = True
-    return bool(torch.isnan(base)[~inside].all())
+    inside = torch.zeros(base.numel(), dtype=torch.bool, device=base.device)
+    inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())[written] = True
+    return bool((torch.isnan(base).flatten() | inside).all())

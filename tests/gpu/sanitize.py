@@ -1,4 +1,4 @@
-"""compute-sanitizer over one small problem per variant: memcheck and racecheck, into the ledger.
+"""compute-sanitizer over a few small calls per variant: memcheck and racecheck, into the ledger.
 
     python -m tests.gpu.sanitize --registry registry.db --planted planted.db
 
@@ -35,8 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck")
 PLANTED = "cubinery_planted"  # how the symbols of planted faults begin
 REFUSALS = ("Device not supported", "Unable to", "not supported on", "insufficient driver", "Failed to initialize")
-# batch, heads_q, heads_kv, seqlen_q, seqlen_k, causal: several ragged tiles each way, so that every buffer is reused.
-PROBLEMS = ((1, 2, 1, 150, 333, False), (1, 2, 1, 150, 333, True))
 
 
 @dataclass
@@ -94,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="sm_90", help="architecture of the index whose variants are run")
     parser.add_argument("--only", default="*", help="glob over variant keys")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one process under a tool")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds for one process under a tool")
     parser.add_argument("--logs", type=Path, help="folder that keeps the tools' logs")
     parser.add_argument(
         "--report", type=Path, help="JSON file for the verdicts and refusals; by default beside the run's ledger file"
@@ -225,9 +223,10 @@ def _version() -> str:
 
 
 def _child(options: argparse.Namespace) -> None:
-    """Launch every key's problems through `runtime`, then the tool's planted fault."""
+    """Launch every key's small calls through `runtime`, then the tool's planted fault."""
     import torch
 
+    from tests.gpu import small_calls
     from tests.gpu.dut import Gpu
 
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -235,8 +234,8 @@ def _child(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dut = Gpu(options.registry, Path(scratch), arch)
         for key in options.keys:
-            dut.force(key)
-            _launch(dut.attn, key)
+            dut.force(key, pack=True)
+            small_calls.launch(dut, key)
             _say(event="end", variant=key)
         if options.planted:
             planted = private_copy(options.planted, Path(scratch) / "planted.db")
@@ -247,27 +246,16 @@ def _say(**event: Any) -> None:
     print(json.dumps(event), flush=True)
 
 
-def _launch(attn: Any, key: str) -> None:
-    """The small problems, through `attn`, to their end."""
-    import torch
-
-    from tests.gpu.inputs import Shape, values
-
-    variant = Variant.parse(key)
-    for i, (batch, heads_q, heads_kv, seqlen_q, seqlen_k, causal) in enumerate(PROBLEMS):
-        shape = Shape(batch, heads_q, heads_kv, seqlen_q, seqlen_k, variant.head_dim, variant.dtype)
-        attn(**values(shape, "normal", "cuda", i), causal=causal, return_lse=True)
-    torch.cuda.synchronize()
-
-
 def _race(planted: Path, arch: str) -> None:
     """Each kernel that lacks a barrier, through the public API."""
     import runtime
+    from tests.gpu import small_calls
 
+    public = SimpleNamespace(attn=runtime.flash_attn, varlen=runtime.flash_attn_varlen)
     for name in channels(planted):
         runtime.configure(registry=planted, channel=name)
         (key,) = read_index(planted, arch, name).by_variant
-        _launch(runtime.flash_attn, key)
+        small_calls.launch(public, key)
 
 
 def _write_astray(planted: Path, arch: str) -> None:
@@ -281,9 +269,12 @@ def _write_astray(planted: Path, arch: str) -> None:
     from tests.gpu.inputs import DTYPES
 
     candidate = read(planted, arch)[0]
-    size = (1, 128, 1, candidate.variant.head_dim)
-    q, k, v = (torch.ones(size, dtype=DTYPES[candidate.variant.dtype], device="cuda") for _ in range(3))
-    nowhere = SimpleNamespace(data_ptr=lambda: 1 << 46, stride=q.stride)
+    variant = candidate.variant
+    q, k, v = (
+        torch.ones(1, 128, 1, dim, dtype=DTYPES[variant.dtype], device="cuda")
+        for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)
+    )
+    nowhere = SimpleNamespace(data_ptr=lambda: 1 << 46, stride=v.stride)
     bind_fwd(Kernel(candidate), q, k, v, nowhere, torch.empty(1, 1, 128, device="cuda"), causal=False)()
     torch.cuda.synchronize()
 

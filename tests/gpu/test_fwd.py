@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from kernels import dispatch
+from tests.gpu import ledger
+from tests.gpu.sanitize import TOOLS
 
 KEYS = [variant.key for variant in dispatch.variants() if variant.op == "fwd"]
-NAMES = ("yardstick", "lse", "strided", "windows", "empty", "beyond_2g", "determinism", "graph_capture", "streams")
+NAMES = [name for name in ledger.CONFORMANCE["ops"]["fwd"] if name not in TOOLS]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,28 +1,27 @@
 """Would the checks notice? Faults are planted in real kernels, one at a time, and each must be caught.
 
-Dropped barriers, weakened waits, comparisons of two registers that hold one step too long, and falsified parameters.
+Dropped barriers, weakened waits, copies without their bound, comparisons of two registers that hold one step too long,
+and falsified parameters.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from kernels import dispatch
-from registry.contract import Variant
+from registry.contract import Variant, division
+from tests.kernels.cases import VARIANTS, loops, of, skeletons, varlen
 from tests.kernels.launch import Case, Compiled, expected, run
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import yardstick
 
 # A kernel's dtype changes its conversions alone, so one dtype stands for both.
-SKELETONS = [v for v in dispatch.variants() if v.op == "fwd" and v.dtype == "bf16"]
+KERNELS = [v for v in VARIANTS if v.dtype == "bf16"]
 # Bounds are many. A head_dim repeats the same ones, so the smallest tile of each kind of loop stands for the others.
-SMALLEST = list(
-    {(v.size("s"), v.features): v for v in sorted(SKELETONS, key=lambda v: (-v.size("m"), -v.head_dim))}.values()
-)
+SMALLEST = list({loops(v): v for v in skeletons() if v.head_dim == v.head_dim_v}.values())
 WIDER = {"lt": "le", "gt": "ge", "le": "lt", "ge": "gt"}  # the last two narrow
 
 
@@ -57,6 +56,11 @@ def weakened_waits(ptx: str) -> list[Fault]:
     return planted(ptx, r"(cp\.async\.wait_group\s+)(\d+)", lambda match: f"{match[1]}{int(match[2]) + 1}")
 
 
+def unbounded_copies(ptx: str) -> list[Fault]:
+    """Asynchronous copies of up to 16 bytes that always read all 16."""
+    return planted(ptx, r"(cp\.async\.c[ag]\.[^;]*, 16), %r\d+;", lambda match: f"{match[1]}, 16;")
+
+
 def shifted_bounds(ptx: str) -> list[Fault]:
     """Comparisons of registers. Those with a number are arithmetic of the compiler's, where both often do the same."""
     return planted(
@@ -75,8 +79,9 @@ def trapped_bounds(ptx: str) -> list[Fault]:
     )
 
 
-def probes(m: int, n: int) -> list[Case]:
-    """Small calls that between them bring every thread to the edge of its rows and keys."""
+def probes(variant: Variant) -> list[Case]:
+    """Small calls that between them bring every thread to the edge of its rows, keys, columns and entries."""
+    m, n = variant.size("m"), variant.size("n")
     rows = [16 * j + 5 for j in range(m // 16)]
     keys = [2 * n + 16 * (j % (n // 16)) + 3 for j in range(m // 16)]
     windows = ((None, None), (None, 0), (n // 2 + 3, 9))
@@ -84,7 +89,17 @@ def probes(m: int, n: int) -> list[Case]:
     # A thread's rows lie 8 apart, so two diagonals that lie 8 apart bring each of its columns to both edges.
     edges = [Case("", m, m + 2 * n, 1, 1, window=(n + 1 + by, 5 + by)) for by in (0, 8)]
     empty_rows = Case("", m + n + 9, n + 7, 2, 1, window=(None, 0), family="low")
-    return [*edges, *ragged[::-1], empty_rows, Case("", 5, 0, 1, 1)]
+    most = max(variant.head_dim, variant.head_dim_v)
+    columns = [
+        Case("", m, 2 * n + 9, 1, 1, head_dim=min(dim, variant.head_dim), head_dim_v=min(dim, variant.head_dim_v))
+        for dim in range(8, most, 32)  # one in each panel
+    ]
+    entries = [
+        varlen("", (m, 0, 9), (n + 9, 5, 3)),
+        varlen("", (1, 0, 2, 5) * 10, (3, 9, 0, 8) * 10),
+        replace(varlen("", (90, 0), (90, 0)), cu_seqlens_q=(0, 90, 0)),
+    ]
+    return [*edges, *ragged[::-1], empty_rows, *columns, *entries, Case("", 5, 0, 1, 1)]
 
 
 def caught(
@@ -104,22 +119,17 @@ def caught(
 
 def survivors(compiled: Compiled, faults: list[Fault]) -> list[Fault]:
     """The faults that nothing caught."""
-    cases = probes(compiled.variant.size("m"), compiled.variant.size("n"))
+    cases = probes(compiled.variant)
     return [fault for fault in faults if not caught(compiled, cases, Kernel(fault.ptx))]
 
 
-def of(variants: list[Variant]) -> pytest.MarkDecorator:
-    params = [pytest.param(v, id=v.key, marks=pytest.mark.xdist_group(v.key)) for v in variants]
-    return pytest.mark.parametrize("variant", params)
-
-
-@of(SKELETONS)
+@of(KERNELS)
 def test_the_sound_kernel_passes(variant: Variant, variant_of: Callable[[str], Compiled]):
     compiled = variant_of(variant.key)
-    assert caught(compiled, probes(variant.size("m"), variant.size("n"))) == ""
+    assert caught(compiled, probes(variant)) == ""
 
 
-@of(SKELETONS)
+@of(KERNELS)
 def test_dropped_barriers(variant: Variant, variant_of: Callable[[str], Compiled]):
     compiled = variant_of(variant.key)
     faults = dropped_barriers(compiled.ptx)
@@ -127,12 +137,33 @@ def test_dropped_barriers(variant: Variant, variant_of: Callable[[str], Compiled
     assert survivors(compiled, faults) == []
 
 
-@of(SKELETONS)
+@of(KERNELS)
 def test_weakened_waits(variant: Variant, variant_of: Callable[[str], Compiled]):
     compiled = variant_of(variant.key)
     faults = weakened_waits(compiled.ptx)
     assert len(faults) >= 2
     assert survivors(compiled, faults) == []
+
+
+@of(SMALLEST)
+def test_unbounded_copies(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Rows past a sequence's end and columns past head_dim are never read, by any thread."""
+    compiled = variant_of(variant.key)
+    faults = unbounded_copies(compiled.ptx)
+    assert len(faults) >= 10
+    assert survivors(compiled, faults) == []
+
+
+def wasteful(compiled: Compiled, faults: list[Fault]) -> list[Fault]:
+    """The faults that only cost time: somewhere they execute more than the sound kernel."""
+    cases = probes(compiled.variant)
+    sound = [run(compiled, case).steps for case in cases]
+    kernels = [(fault, Kernel(fault.ptx)) for fault in faults]
+    return [
+        fault
+        for fault, kernel in kernels
+        if any(run(compiled, case, kernel).steps > steps for case, steps in zip(cases, sound, strict=True))
+    ]
 
 
 @of(SMALLEST)
@@ -144,8 +175,10 @@ def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled])
     left = survivors(compiled, faults)
     traps = {trap.line: trap for trap in trapped_bounds(compiled.ptx)}
     inert = [fault for fault in left if survivors(compiled, [traps[fault.line]])]
-    assert [fault for fault in left if fault not in inert] == []
+    slow = wasteful(compiled, [fault for fault in left if fault not in inert])
+    assert [fault for fault in left if fault not in inert and fault not in slow] == []
     assert len(inert) <= len(faults) // 10, "bounds that nothing reaches: remove them, or probe them"
+    assert len(slow) <= 2, "bounds that only save work: a block without rows, a key block without keys"
 
 
 FALSE_PARAMETERS: list[tuple[str, Case, dict[str, int]]] = [
@@ -155,7 +188,21 @@ FALSE_PARAMETERS: list[tuple[str, Case, dict[str, int]]] = [
     ("row-missing", Case("", 37, 75, 1, 1), {"seqlen_q": 36}),
     ("right-bound", Case("", 37, 75, 1, 1, window=(None, 0)), {"window_right": 1}),
     ("left-bound", Case("", 37, 75, 1, 1, window=(20, None)), {"window_left": 19}),
+    ("key-used", Case("", 37, 75, 1, 1, seqused_k=(70,)), {"seqused_k": 0}),
+    ("row-used", Case("", 37, 75, 1, 1, seqused_q=(30,)), {"seqused_q": 0}),
+    ("entries-of-keys", varlen("", (20, 17), (40, 35)), {"cu_seqlens_k": 0}),
+    ("column-beyond", Case("", 37, 75, 1, 1, head_dim=40), {"head_dim": 48}),
+    ("column-missing", Case("", 37, 75, 1, 1, head_dim=40), {"head_dim": 32}),
+    ("column-beyond-of-v", Case("", 37, 75, 1, 1, head_dim_v=40), {"head_dim_v": 48}),
+    ("column-missing-of-v", Case("", 37, 75, 1, 1, head_dim_v=40), {"head_dim_v": 32}),
     ("group", Case("", 37, 75, 4, 2), {"heads_kv": 1}),
+    ("packed-group", Case("", 37, 75, 6, 2, pack=True), {"pack": 2}),
+    ("packed-division", Case("", 37, 75, 3, 1, pack=True), {"pack_magic": division(4)[0]}),
+    ("softcap", Case("", 37, 75, 1, 1, softcap=5.0), {"softcap_scale": 0}),
+    ("sink", Case("", 37, 75, 2, 1, sink="fp32"), {"sink": 0}),
+    ("sink-dtype", Case("", 37, 75, 2, 1, sink="fp32"), {"sink_low": 1}),
+    ("alibi", Case("", 37, 75, 2, 1, alibi="heads"), {"alibi_slopes": 0}),
+    ("alibi-of-each-entry", Case("", 37, 75, 2, 1, batch=2, alibi="entries"), {"alibi_stride_b": 0}),
     ("stride", Case("", 37, 75, 2, 2), {"k_stride_s": 8}),
 ]
 

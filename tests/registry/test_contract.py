@@ -15,6 +15,7 @@ from kernels.abi import ABIS, FWD
 from kernels.dispatch import rows, variants
 from registry.contract import (
     DTYPES,
+    FORMAT,
     PARAM_FORMATS,
     Abi,
     Artifact,
@@ -28,6 +29,7 @@ from registry.contract import (
     canonical_json,
     check_arch,
     check_digest,
+    division,
     sha256_hex,
 )
 from tests.registry.samples import KEYS, artifact, index
@@ -229,7 +231,7 @@ def test_malformed_artifacts_are_refused(changes):
 def test_a_newer_index_format_says_update():
     value = json.loads(_index().to_bytes())
     with pytest.raises(ContractError, match="update"):
-        Index.from_bytes(canonical_json({**value, "format": 2}))
+        Index.from_bytes(canonical_json({**value, "format": FORMAT + 1}))
 
 
 @given(st.binary(max_size=200) | _json.map(canonical_json))
@@ -310,12 +312,47 @@ def test_conditions():
         Condition("head_dim", "~", 64)
 
 
-@given(st.integers(0, 10**6), st.integers(1, 256), st.integers(1, 256), st.integers(0, 64))
-def test_grid_covers_every_query_row_once(seqlen_q, tile_m, heads_q, batch):
-    blocks = Grid("tiles_heads_batch", tile_m).blocks({"seqlen_q": seqlen_q, "heads_q": heads_q, "batch": batch})
-    tiles, rest = divmod(blocks, heads_q * batch) if batch else (0, 0)
+@given(st.integers(0, 10**6), st.integers(1, 256), st.integers(1, 64), st.integers(1, 9), st.integers(0, 64))
+def test_grid_covers_every_query_row_once(seqlen_q, tile_m, heads_kv, group, batch):
+    facts = {"seqlen_q": seqlen_q, "heads_q": heads_kv * group, "batch": batch}
+    for pack in (1, group):
+        blocks = Grid("tiles_heads_batch", tile_m).blocks(facts, pack)
+        tiles, rest = divmod(blocks, heads_kv * group // pack * batch) if batch else (0, 0)
+        assert rest == 0
+        assert batch == 0 or (tiles - 1) * tile_m < seqlen_q * pack <= tiles * tile_m
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=20), st.sampled_from([16, 64, 128]), st.integers(1, 9))
+def test_grid_has_tiles_of_its_own_for_each_packed_entry(lengths, tile_m, pack):
+    """Entry b, from token c on, owns the tiles from c·pack // tile_m + b on; the grid's order says nothing else."""
+    facts = {"varlen": 1, "total_q": sum(lengths), "seqlen_q": 1, "heads_q": 3 * pack, "batch": len(lengths)}
+    tiles, rest = divmod(Grid("tiles_heads_batch", tile_m).blocks(facts, pack), 3)
     assert rest == 0
-    assert batch == 0 or (tiles - 1) * tile_m < seqlen_q <= tiles * tile_m
+    free = start = 0
+    for b, length in enumerate(lengths):
+        first = start * pack // tile_m + b
+        assert first >= free
+        free = first + -(-length * pack // tile_m)
+        start += length
+    assert free <= tiles or start == tiles == 0
+
+
+@given(st.integers(1, 4096), st.integers(0, 2**31 - 1))
+def test_division_by_multiplication(divisor, n):
+    magic, shift = division(divisor)
+    for dividend in (n, n - n % divisor, max(n - n % divisor - 1, 0), 2**31 - 1):
+        assert dividend * magic >> shift == dividend // divisor and dividend * magic < 2**63
+    assert division(1) == (2**31, 31)
+
+
+def test_a_dispatch_row_says_whether_heads_are_packed():
+    row = DispatchRow("fwd", (Condition("group", ">=", 2),), KEYS[0], pack=True)
+    assert row.to_json()["pack"] is True and DispatchRow.from_json(row.to_json()) == row
+    for value in (1, None, "yes"):
+        with pytest.raises(ContractError, match="pack"):
+            DispatchRow.from_json({**row.to_json(), "pack": value})
+    with pytest.raises(ContractError, match="pack"):
+        DispatchRow.from_json({name: value for name, value in row.to_json().items() if name != "pack"})
 
 
 def test_grids_of_another_time_are_refused():

@@ -22,6 +22,7 @@ from registry.contract import (
     Grid,
     Index,
     Variant,
+    division,
     sha256_hex,
 )
 from registry.store import Store, compress
@@ -34,16 +35,21 @@ TABLE = tuple(
     for dtype in ("bf16", "fp16")
     for m, seqlen_q in ((64, 64), (128, None))
 )
+LN2 = 0.6931471805599453
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def rows() -> tuple[DispatchRow, ...]:
-    """Short queries get the tile of 64 rows, all others that of 128."""
+    """Short queries get the tile of 64 rows, packed where heads share keys, all others that of 128."""
     made = []
     for dtype, head_dim, seqlen_q, variant in TABLE:
-        when = [Condition("dtype", "==", dtype), Condition("head_dim", "==", head_dim)]
-        when += [Condition("seqlen_q", "<=", seqlen_q)] if seqlen_q else []
-        made.append(DispatchRow("fwd", tuple(when), variant.key))
+        dims = (Condition("head_dim", "<=", head_dim), Condition("head_dim_v", "<=", head_dim))
+        when = (Condition("dtype", "==", dtype), *dims)
+        if seqlen_q:
+            packed = (Condition("group", ">=", 2), Condition("packed_rows", "<=", seqlen_q))
+            made.append(DispatchRow("fwd", (*when, *packed), variant.key, pack=True))
+            when += (Condition("seqlen_q", "<=", seqlen_q),)
+        made.append(DispatchRow("fwd", when, variant.key))
     return tuple(made)
 
 
@@ -167,27 +173,60 @@ def _view(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tup
 
 
 def attend(variant: Variant, p: dict[str, Any]) -> None:
-    """The kernel: attention from nothing but its parameters."""
-    dtype, d = DTYPES[variant.dtype], variant.head_dim
+    """The kernel: attention from nothing but its parameters, one entry after the other."""
+    assert p["head_dim"] <= variant.head_dim and p["head_dim_v"] <= variant.head_dim_v
+    assert p["pack"] in (1, p["heads_q"] // max(p["heads_kv"], 1))
+    assert (p["pack_magic"], p["pack_shift"]) == division(p["pack"])
+    for b in range(p["batch"]):
+        _attend_entry(DTYPES[variant.dtype], p, b)
 
-    def tensor(name: str, heads: int, seqlen: int) -> torch.Tensor:
-        strides = (*(p[f"{name}_stride_{axis}"] for axis in "bhs"), 1)
-        return _view(p[name], dtype, (p["batch"], heads, seqlen, d), strides)
 
-    q, o = (tensor(name, p["heads_q"], p["seqlen_q"]) for name in "qo")
-    k, v = (
-        tensor(name, p["heads_kv"], p["seqlen_k"]).repeat_interleave(p["heads_q"] // p["heads_kv"], 1) for name in "kv"
-    )
-    scores = q.float() @ k.float().transpose(2, 3) * (p["scale_log2"] * 0.6931471805599453)
-    i = torch.arange(p["seqlen_q"])[:, None] + p["seqlen_k"] - p["seqlen_q"]
-    j = torch.arange(p["seqlen_k"])[None]
-    left, right = (b if b < WINDOW_OPEN else 1 << 40 for b in (p["window_left"], p["window_right"]))
+def _rows(p: dict[str, Any], side: str, b: int) -> tuple[int, int]:
+    """(first token in the array, number of tokens) of an entry's q or k."""
+    first, n = 0, p[f"seqlen_{side}"]
+    if p[f"cu_seqlens_{side}"]:
+        assert p[f"{side}_stride_b"] == 0
+        ends = _view(p[f"cu_seqlens_{side}"], torch.int32, (p["batch"] + 1,), (1,)).tolist()
+        first, n = ends[b], ends[b + 1] - ends[b]
+    if p[f"seqused_{side}"]:
+        n = min(n, _view(p[f"seqused_{side}"], torch.int32, (p["batch"],), (1,)).tolist()[b])
+    return first, n
+
+
+def _attend_entry(dtype: torch.dtype, p: dict[str, Any], b: int) -> None:
+    first = {side: _rows(p, side, b) for side in "qk"}
+    n = [tokens for _, tokens in first.values()]
+
+    def tensor(name: str, side: str, heads: int, dim: int) -> torch.Tensor:
+        """(heads, tokens, dim)"""
+        start, tokens = first[side]
+        steps = p[f"{name}_stride_h"], p[f"{name}_stride_s"], 1
+        offset = b * p[f"{name}_stride_b"] + start * p[f"{name}_stride_s"]
+        return _view(p[name] + offset * dtype.itemsize, dtype, (heads, tokens, dim), steps)
+
+    heads, group = p["heads_q"], p["heads_q"] // p["heads_kv"]
+    q, o = tensor("q", "q", heads, p["head_dim"]), tensor("o", "q", heads, p["head_dim_v"])
+    k = tensor("k", "k", p["heads_kv"], p["head_dim"]).repeat_interleave(group, 0)
+    v = tensor("v", "k", p["heads_kv"], p["head_dim_v"]).repeat_interleave(group, 0)
+    scores = q.float() @ k.float().transpose(1, 2)
+    if p["softcap_scale"]:
+        scores = torch.tanh(scores * p["softcap_scale"] * LN2 / 2)
+    scores = scores * (p["scale_log2"] * LN2)
+    i = torch.arange(n[0])[:, None] + n[1] - n[0]
+    j = torch.arange(n[1])[None]
+    if p["alibi_slopes"]:
+        slopes = _view(p["alibi_slopes"] + 4 * b * p["alibi_stride_b"], torch.float32, (heads,), (1,))
+        scores = scores - slopes[:, None, None] * (i - j).abs()
+    left, right = (bound if bound < WINDOW_OPEN else 1 << 40 for bound in (p["window_left"], p["window_right"]))
     scores = scores.masked_fill((j < i - left) | (j > i + right), -torch.inf)
-    o.copy_(torch.nan_to_num(torch.softmax(scores, -1)) @ v.float())
+    if p["sink"]:
+        sink = _view(p["sink"], dtype if p["sink_low"] else torch.float32, (heads,), (1,)).float()
+        scores = torch.cat((scores, sink[:, None, None].expand(-1, n[0], 1)), 2)
+    o.copy_(torch.nan_to_num(torch.softmax(scores, -1))[..., : n[1]] @ v.float())
     if p["lse"]:
-        strides = (p["lse_stride_b"], p["lse_stride_h"], 1)
-        shape = (p["batch"], p["heads_q"], p["seqlen_q"])
-        _view(p["lse"], torch.float32, shape, strides).copy_(torch.logsumexp(scores, -1))
+        start = p["lse"] + 4 * (b * p["lse_stride_b"] + first["q"][0])
+        lse = _view(start, torch.float32, (heads, n[0]), (p["lse_stride_h"], 1))
+        lse.copy_(torch.logsumexp(scores, -1))
 
 
 class FakeBackend:

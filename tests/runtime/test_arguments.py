@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import runtime
-from runtime import arguments, launch
+from runtime import launch, memory
 from runtime.errors import ArgumentError, CubineryError, InstallError
-from tests.runtime.fakes import FakeBackend
+from tests.runtime.fakes import FakeBackend, rows
 
 Q, K = (2, 5, 4, 64), (2, 7, 2, 64)
 NAN, INF = float("nan"), float("inf")
@@ -66,8 +66,13 @@ CASES = {
     "seqlen_k": ({"v": t(2, 8, 2, 64)}, "v", "shape"),
     "heads_kv": ({"v": t(2, 7, 1, 64)}, "v", "shape"),
     "head_dim of k": ({"k": t(2, 7, 2, 128), "v": t(2, 7, 2, 128)}, "k", "shape"),
-    "head_dim of v": ({"v": t(2, 7, 2, 128)}, "v", "shape"),
-    "head_dim 0": ({"q": t(2, 5, 4, 0), "k": t(2, 7, 2, 0), "v": t(2, 7, 2, 0)}, "q", "shape"),
+    "head_dim 0": ({"q": t(2, 5, 4, 0), "k": t(2, 7, 2, 0), "v": t(2, 7, 2, 0)}, "q", "head_dim"),
+    "head_dim 60": ({"q": t(2, 5, 4, 60), "k": t(2, 7, 2, 60)}, "q", "head_dim"),
+    "head_dim 264": ({"q": t(2, 5, 4, 264), "k": t(2, 7, 2, 264)}, "q", "head_dim"),
+    "head_dim of v 0": ({"v": t(2, 7, 2, 0)}, "v", "head_dim"),
+    "head_dim of v 68": ({"v": t(2, 7, 2, 68)}, "v", "head_dim"),
+    "head_dim of v 264": ({"v": t(2, 7, 2, 264)}, "v", "head_dim"),
+    "out of q's head_dim": ({"v": t(2, 7, 2, 128), "out": t(*Q)}, "out", "shape"),
     "out shape": ({"out": t(2, 5, 4, 128)}, "out", "shape"),
     "heads ratio": ({"q": t(2, 5, 3, 64)}, "q", "heads"),
     "fewer q heads": ({"q": t(2, 5, 1, 64)}, "q", "heads"),
@@ -95,6 +100,12 @@ CASES = {
     "scale huge": ({"softmax_scale": 10**400}, "softmax_scale", "value"),
     "scale text": ({"softmax_scale": "0.1"}, "softmax_scale", "value"),
     "scale tensor": ({"softmax_scale": torch.tensor(0.1)}, "softmax_scale", "value"),
+    "softcap negative": ({"softcap": -1.0}, "softcap", "value"),
+    "softcap nan": ({"softcap": NAN}, "softcap", "value"),
+    "softcap inf": ({"softcap": INF}, "softcap", "value"),
+    "softcap None": ({"softcap": None}, "softcap", "value"),
+    "softcap tensor": ({"softcap": torch.tensor(0.0)}, "softcap", "value"),
+    "softcap out of fp32's reach": ({"softcap": 1e-20, "softmax_scale": 1e20}, "softcap", "value"),
     "window number": ({"window": 3}, "window", "type"),
     "window of 3": ({"window": (1, 2, 3)}, "window", "type"),
     "window -1": ({"window": (-1, 0)}, "window", "value"),
@@ -109,8 +120,8 @@ def test_bad_input(backend: FakeBackend, registry: Path, name):
     changes, argument, reason = CASES[name]
     given_ = {"q": t(*Q), "k": t(*K), "v": t(*K)} | changes
     for warm in (False, True):
-        if warm and name in ("mixed devices", "out device"):  # a key has but q's device and the others' indices; here
-            reason = "storage"  # both are -1, so that only the missing address tells
+        if warm and name in ("meta", "mixed devices", "out device"):  # a key has but indices of devices, which here
+            reason = "storage"  # are all -1, so that only the missing address tells
         with pytest.raises(ArgumentError) as error:
             runtime.flash_attn(**given_)
         assert (error.value.argument, error.value.reason) == (argument, reason), error.value
@@ -165,15 +176,17 @@ def test_negated_views_are_refused(backend: FakeBackend, registry: Path):
     assert ordinary.is_neg() and ordinary.stride(3) == 2
 
 
-@pytest.mark.parametrize("head_dim", [8, 80, 256])
-def test_head_dim_without_a_kernel_explains_itself(backend: FakeBackend, registry: Path, head_dim):
+@pytest.mark.parametrize("dims", [(136, 136), (256, 64), (64, 256)])
+def test_head_dims_without_a_kernel_explain_themselves(backend: FakeBackend, registry: Path, dims):
     from runtime.errors import NoKernelError
 
+    d, dv = dims
     with pytest.raises(NoKernelError) as error:
-        runtime.flash_attn(t(2, 5, 4, head_dim), t(2, 7, 2, head_dim), t(2, 7, 2, head_dim))
-    assert error.value.reason == "row" and len(error.value.rejections) == 12
-    assert f"needs head_dim == 64, the call has {head_dim}" in str(error.value)
-    assert f"python -m builder --arch sm_120 --only 'fwd-bf16-d{head_dim}-dv{head_dim}-*'" in str(error.value)
+        runtime.flash_attn(t(2, 5, 4, d), t(2, 7, 2, d), t(2, 7, 2, dv))
+    assert error.value.reason == "row" and len(error.value.rejections) == len(rows())
+    assert f"needs head_dim{'_v' if dv > 128 else ''} <= 128, the call has {max(dims)}" in str(error.value)
+    variant = {(136, 136): "d160-dv160", (256, 64): "d256-dv64", (64, 256): "d64-dv256"}[dims]
+    assert f"python -m builder --arch sm_120 --only 'fwd-bf16-{variant}-*'" in str(error.value)
     assert not backend.driver.calls
 
 
@@ -214,10 +227,10 @@ def test_sharing_memory_is_never_missed(mine, theirs, first, second, alike):
     """Against the elements' addresses, one by one. Parts of packed rows (`alike`: equal strides) may be told apart."""
     if alike:
         theirs = tuple((n, stride) for (n, _), (_, stride) in zip(theirs, mine, strict=True))
-    memory = torch.zeros(400, dtype=torch.bfloat16)
+    buffer = torch.zeros(400, dtype=torch.bfloat16)
 
     def view(axes, offset):
-        return memory[offset:].as_strided([n for n, _ in axes] + [4], [stride for _, stride in axes] + [1])
+        return buffer[offset:].as_strided([n for n, _ in axes] + [4], [stride for _, stride in axes] + [1])
 
     def places(tensor):
         return (
@@ -227,11 +240,11 @@ def test_sharing_memory_is_never_missed(mine, theirs, first, second, alike):
     out, tensor = view(mine, first), view(theirs, second)
     shared = bool(set(places(out)) & set(places(tensor)))
     try:
-        arguments.check_apart(out, ("q", tensor))
+        memory.check_apart(out, ("q", tensor))
     except ArgumentError:
-        assert out.data_ptr() < tensor.data_ptr() + arguments.span(tensor)
-        assert tensor.data_ptr() < out.data_ptr() + arguments.span(out)
+        assert out.data_ptr() < tensor.data_ptr() + memory.span(tensor)
+        assert tensor.data_ptr() < out.data_ptr() + memory.span(out)
     else:
         assert not shared
     if len(set(places(out))) < out.numel():
-        assert arguments._overlaps_itself(out)
+        assert memory.overlaps_itself(out)

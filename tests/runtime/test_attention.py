@@ -10,7 +10,7 @@ import torch
 
 import runtime
 from kernels.abi import FWD
-from registry.contract import WINDOW_OPEN, Index
+from registry.contract import WINDOW_OPEN, Index, division
 from runtime import attention, launch, select, session
 from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError, SourceError
 from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubin, write_registry
@@ -18,18 +18,20 @@ from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubi
 BF16 = torch.bfloat16
 
 
-def inputs(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, heads_kv=2, head_dim=64, dtype=BF16, seed=0):
+def inputs(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, heads_kv=2, head_dim=64, dtype=BF16, seed=0, head_dim_v=None):
     torch.manual_seed(seed)
     return (
         torch.randn(batch, seqlen_q, heads_q, head_dim).to(dtype),
         torch.randn(batch, seqlen_k, heads_kv, head_dim).to(dtype),
-        torch.randn(batch, seqlen_k, heads_kv, head_dim).to(dtype),
+        torch.randn(batch, seqlen_k, heads_kv, head_dim_v or head_dim).to(dtype),
     )
 
 
-def reference(q, k, v, *, causal=False, softmax_scale=None, window=(None, None)):
+def reference(q, k, v, *, causal=False, softmax_scale=None, window=(None, None), softcap=0.0, sink=None,
+              alibi_slopes=None):  # fmt: skip
     """(out, lse) row by row in fp64: no code shared with FakeDriver's."""
-    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     scale = 1 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
     shift, group = k.shape[1] - q.shape[1], q.shape[2] // max(k.shape[2], 1)
     left, right = window
@@ -41,9 +43,15 @@ def reference(q, k, v, *, causal=False, softmax_scale=None, window=(None, None))
                 last = min(last, i + shift + 1) if causal else last
                 keys = k[b, first : max(last, first), h // group].double()
                 scores = keys @ q[b, i, h].double() * scale
-                lse[b, h, i] = torch.logsumexp(scores, 0)
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if alibi_slopes is not None:
+                    slope = alibi_slopes[h] if alibi_slopes.dim() == 1 else alibi_slopes[b, h]
+                    scores = scores - slope.double() * (i + shift - torch.arange(first, first + len(keys))).abs()
+                columns = scores if sink is None else torch.cat((scores, sink[h : h + 1].double()))
+                lse[b, h, i] = torch.logsumexp(columns, 0)
                 if len(keys):
-                    out[b, i, h] = torch.softmax(scores, 0) @ v[b, first:last, h // group].double()
+                    out[b, i, h] = torch.softmax(columns, 0)[: len(keys)] @ v[b, first:last, h // group].double()
     return out, lse
 
 
@@ -51,7 +59,7 @@ def check(q, k, v, **options):
     out, lse = runtime.flash_attn(q, k, v, return_lse=True, **options)
     options.pop("out", None)
     want, want_lse = reference(q, k, v, **options)
-    assert out.dtype == q.dtype and out.shape == q.shape and lse.dtype == torch.float32
+    assert out.dtype == q.dtype and out.shape == (*q.shape[:3], v.shape[3]) and lse.dtype == torch.float32
     torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, want_lse.float(), atol=1e-3, rtol=1e-4)
     return out
@@ -78,6 +86,68 @@ def test_masks_and_scale(backend: FakeBackend, registry: Path, options, seqlens)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (6, 3)])
 def test_head_ratios(backend: FakeBackend, registry: Path, heads):
     check(*inputs(heads_q=heads[0], heads_kv=heads[1]), causal=True)
+
+
+@pytest.mark.parametrize(("dims", "variant"), [
+    ((72, 72), 96), ((8, 8), 64), ((128, 64), 128), ((64, 128), 128), ((104, 40), 128), ((64, 72), 96),
+], ids=str)  # fmt: skip
+def test_head_dims_of_their_own(backend: FakeBackend, registry: Path, dims, variant):
+    q, k, v = inputs(head_dim=dims[0], head_dim_v=dims[1])
+    for _ in range(2):
+        assert check(q, k, v, causal=True).is_contiguous()
+    made = backend.driver.launches[-1]
+    assert made["variant"].startswith(f"fwd-bf16-d{variant}-dv{variant}-")
+    p = made["params"]
+    assert (p["head_dim"], p["head_dim_v"]) == dims
+    assert (p["o_stride_b"], p["o_stride_s"], p["o_stride_h"]) == (5 * 4 * dims[1], 4 * dims[1], dims[1])
+    assert p["scale_log2"] == pytest.approx(dims[0] ** -0.5 * math.log2(math.e))
+    out = torch.full((2, 5, 8, dims[1]), 9.0, dtype=BF16)[:, :, ::2]
+    assert check(q, k, v, out=out) is out
+
+
+@pytest.mark.parametrize("options", [
+    {"softcap": 0.7}, {"softcap": 30, "softmax_scale": 1.5, "causal": True},
+    {"sink": torch.tensor([1.0, -2, 0, 5])}, {"sink": torch.tensor([1.0, -2, 0, 5]).to(BF16), "window": (1, 1)},
+    {"alibi_slopes": torch.tensor([0.5, 0.1, 0.0, 2.0])}, {"alibi_slopes": torch.rand(2, 4), "causal": True},
+    {"alibi_slopes": torch.rand(2, 9)[:, 5:], "softcap": 2.0, "sink": torch.zeros(4)},
+    {"alibi_slopes": torch.rand(1, 4).expand(2, 4)},
+], ids=lambda options: " ".join(options))  # fmt: skip
+@pytest.mark.parametrize("seqlens", [(5, 7), (7, 5), (3, 0)])
+def test_score_options(backend: FakeBackend, registry: Path, options, seqlens):
+    q, k, v = inputs(seqlen_q=seqlens[0], seqlen_k=seqlens[1])
+    for _ in range(2):
+        check(q, k, v, **options)
+
+
+def test_score_options_in_the_parameter_buffer(backend: FakeBackend, registry: Path):
+    q, k, v = inputs()
+    sink, slopes = torch.zeros(4, dtype=BF16), torch.zeros(2, 12)[:, 4:8]
+    runtime.flash_attn(q, k, v, softcap=20.0, softmax_scale=0.5, sink=sink, alibi_slopes=slopes)
+    p = backend.driver.launches[-1]["params"]
+    assert (p["sink"], p["alibi_slopes"]) == (sink.data_ptr(), slopes.data_ptr())
+    assert (p["sink_low"], p["alibi_stride_b"]) == (1, 12)
+    assert p["scale_log2"] == pytest.approx(20 * math.log2(math.e))
+    assert p["softcap_scale"] == pytest.approx(2 * math.log2(math.e) * 0.5 / 20)
+    other, flat = torch.zeros(4), torch.zeros(4)
+    runtime.flash_attn(q, k, v, sink=other, alibi_slopes=flat)
+    p = backend.driver.launches[-1]["params"]
+    assert (p["sink"], p["alibi_slopes"]) == (other.data_ptr(), flat.data_ptr())
+    assert (p["sink_low"], p["alibi_stride_b"], p["softcap_scale"]) == (0, 0, 0)
+    runtime.flash_attn(q, k, v)
+    assert backend.driver.launches[-1]["params"]["sink"] == 0
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (7, 1), (6, 3), (9, 3), (4, 4)])
+def test_the_table_packs_heads_of_short_queries(backend: FakeBackend, registry: Path, heads):
+    group = heads[0] // heads[1]
+    for seqlen_q in (1, 64 // group, 64 // group + 1):
+        check(*inputs(seqlen_q=seqlen_q, seqlen_k=3, heads_q=heads[0], heads_kv=heads[1]), causal=True)
+        made = backend.driver.launches[-1]
+        pack = group if group > 1 and seqlen_q * group <= 64 else 1
+        p = made["params"]
+        assert (p["pack"], p["pack_magic"], p["pack_shift"]) == (pack, *division(pack))
+        tile_m = 64 if seqlen_q <= 64 else 128
+        assert made["grid"][0] == -(-seqlen_q * pack // tile_m) * (heads[0] // pack) * 2
 
 
 def test_strided_inputs(backend: FakeBackend, registry: Path):
@@ -170,9 +240,11 @@ def test_the_parameter_buffer_is_the_abi_s(backend: FakeBackend, registry: Path)
     assert (p["lse_stride_b"], p["lse_stride_h"]) == (4 * 70, 70)
     assert (p["batch"], p["heads_q"], p["heads_kv"], p["seqlen_q"], p["seqlen_k"]) == (2, 4, 2, 70, 9)
     assert (p["window_left"], p["window_right"]) == (3, 0)
-    assert (p["page_size"], p["page_table_stride"], p["num_splits"], p["softcap"]) == (0, 0, 1, 0.0)
+    assert (p["head_dim"], p["head_dim_v"], p["pack"], p["pack_magic"], p["pack_shift"]) == (64, 64, 1, 2**31, 31)
+    assert (p["page_size"], p["page_table_stride"], p["num_splits"], p["softcap_scale"]) == (0, 0, 1, 0.0)
+    assert (p["sink_low"], p["alibi_stride_b"]) == (0, 0)
     assert p["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
-    null = [n for n, kind in ((x.name, x.type) for x in FWD.params) if kind == "ptr" and n not in launch.CALL_SLOTS]
+    null = [n for n, kind in ((x.name, x.type) for x in FWD.params) if kind == "ptr" and n not in launch.MAIN_SLOTS]
     assert len(null) == 11 and not any(p[n] for n in null)
     runtime.flash_attn(q, k, v)
     p = backend.driver.launches[-1]["params"]
@@ -204,9 +276,15 @@ def test_calls_of_one_variant_load_it_once(backend: FakeBackend, registry: Path)
 def test_every_fact_of_a_call_is_in_its_key(backend: FakeBackend, registry: Path):
     """Each change must give its own result, though the call before it differs in nothing else."""
     q, k, v = inputs(seqlen_q=4, seqlen_k=4, heads_q=2, heads_kv=2)
-    calls = [{}, {"causal": True}, {}, {"softmax_scale": 0.9}, {"window": (1, None)}, {"window": (None, 1)}, {}]
+    slopes, sink = torch.tensor([0.5, 0.1]), torch.tensor([1.0, -2])
+    calls = [{}, {"causal": True}, {}, {"softmax_scale": 0.9}, {"window": (1, None)}, {"window": (None, 1)}, {},
+             {"softcap": 0.5}, {"softcap": 0.6}, {"sink": sink}, {"sink": sink.to(BF16)}, {"alibi_slopes": slopes},
+             {"alibi_slopes": slopes.expand(2, 2)}, {"alibi_slopes": torch.rand(2, 2)},
+             {"alibi_slopes": torch.rand(2, 3)[:, 1:]}, {"sink": sink, "alibi_slopes": slopes}, {"sink": sink + 1},
+             {"sink": sink, "softcap": 0.5}, {"sink": sink, "window": (1, None)}, {}]  # fmt: skip
     for options in calls:
         check(q, k, v, **options)
+    check(q, k, v[..., :32])
     check(q[:, :3], k, v)
     check(q, k[:, :3], v[:, :3])
     check(q, k, v.transpose(1, 2).contiguous().transpose(1, 2))
@@ -305,8 +383,8 @@ def test_a_failed_launch_is_an_error(backend: FakeBackend, registry: Path):
 
 
 def test_a_grid_too_large_is_refused(backend: FakeBackend, registry: Path, monkeypatch):
-    monkeypatch.setattr(launch, "MAX_BLOCKS", 7)
-    with pytest.raises(ArgumentError, match="8 blocks") as error:
+    monkeypatch.setattr(launch, "MAX_BLOCKS", 3)
+    with pytest.raises(ArgumentError, match="4 blocks") as error:
         runtime.flash_attn(*inputs())
     assert error.value.reason == "too_large"
 
@@ -397,7 +475,7 @@ def test_an_abi_from_the_future_is_refused(backend: FakeBackend, tmp_path: Path)
 
     for n, params in enumerate([
         (*FWD.params, Param("dropout", "f32")),
-        tuple(Param("softcap", "i32") if p.name == "softcap" else p for p in FWD.params),
+        tuple(Param("softcap_scale", "i32") if p.name == "softcap_scale" else p for p in FWD.params),
         (FWD.params[1], FWD.params[0], *FWD.params[2:]),
         tuple(p for p in FWD.params if p.name != "window_left"),
     ]):  # fmt: skip

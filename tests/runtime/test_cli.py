@@ -16,7 +16,7 @@ import pytest
 
 from runtime import __main__ as cli
 from runtime import source
-from tests.runtime.fakes import TABLE, toy_index, write_registry
+from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
 from tests.runtime.test_source import URL, Server, server
 
 __all__ = ["server"]  # a fixture
@@ -104,7 +104,13 @@ def test_prefetch_of_model_shapes(registry: Path, tmp_path: Path, capsys):
     ]))  # fmt: skip
     code, report = run(capsys, "prefetch", "--registry", registry, "--shapes", shapes)
     assert code == 0 and report["verified"] == 3
-    code, report = run(capsys, "prefetch", "--registry", registry, "--heads", "32/8", "--head-dim", 80)
+    shapes.write_text(json.dumps([{"head_dim": 72, "head_dim_v": 40, "heads_q": 4, "heads_kv": 4, "seqlen_q": 65,
+                                   "varlen": True, "window": False, "total_q": 99}]))  # fmt: skip
+    code, report = run(capsys, "prefetch", "--registry", registry, "--shapes", shapes)
+    assert code == 0 and report["verified"] == 2  # of either dtype the long tile of 96
+    code, report = run(capsys, "prefetch", "--registry", registry, "--head-dim", 64, "--head-dim-v", 72)
+    assert code == 0 and report["verified"] == 4
+    code, report = run(capsys, "prefetch", "--registry", registry, "--heads", "32/8", "--head-dim", 136)
     assert code == 1 and "no dispatch row serves it" in report["missing"][0]["reason"]
     code, report = run(capsys, "prefetch", "--registry", registry)
     assert code == 0 and report["verified"] == len(TABLE)
@@ -115,7 +121,8 @@ def test_prefetch_of_model_shapes(registry: Path, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("text", [
     "[]", "{", '[{"heads": 3}]', '[{"head_dim": "64"}]', "[{}]", '{"head_dim": 64}', '[{"head_dim": true}]',
-    '[{"dtype": "bf8"}]', '[{"dtype": ["bf16"]}]', '[{"causal": 2}]', '[{"batch": 0}]', '[{"seqlen_q": 1.5}]',
+    '[{"dtype": "bf8"}]', '[{"dtype": ["bf16"]}]', '[{"causal": 2}]', '[{"varlen": 3}]', '[{"window": [1, 2]}]',
+    '[{"batch": 0}]', '[{"seqlen_q": 1.5}]',
     '[{"heads_q": 7, "heads_kv": 2}]', '[{"heads_kv": 0}]', pytest.param("[" * 100_000, id="deep"),
 ])  # fmt: skip
 def test_prefetch_refuses_shapes_it_cannot_read(tmp_path: Path, capsys, text):
@@ -132,7 +139,7 @@ def test_usage(capsys):
     for heads in ("3/0", "32/-8", "-32/8", "7/2", "8/16"):
         assert "--heads" in usage(capsys, "prefetch", f"--heads={heads}")
     for count in ("0", "-5", "1.5", "2147483648", "x"):
-        for name in ("batch", "head-dim", "seqlen-q", "seqlen-k", "heads-q", "heads-kv"):
+        for name in ("batch", "head-dim", "head-dim-v", "seqlen-q", "seqlen-k", "total-q", "heads-q", "heads-kv"):
             assert f"--{name}" in usage(capsys, "explain", "--arch", "sm_120", f"--{name}={count}")
     for window in ("garbage,xx", "128", "1,2,3", "1.5,"):
         assert "--window" in usage(capsys, "explain", "--arch", "sm_120", f"--window={window}")
@@ -156,13 +163,32 @@ def test_explain_names_the_variant(registry: Path, capsys):
     assert "fwd-fp16-d64-dv64-m128-n64-w4-s1" in capsys.readouterr().out
 
 
+def test_explain_knows_every_fact(registry: Path, capsys):
+    given = ("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", 72, "--heads-q", 8, "--heads-kv", 2)
+    code, report = run(capsys, *given, "--head-dim-v", 40, "--batch", 16, "--seqlen-q", 16, "--varlen", "--total-q", 99,
+                       "--window", "128,0")  # fmt: skip
+    assert code == 0 and report["variant"] == "fwd-bf16-d96-dv96-m64-n64-w4-s1" and report["pack"] is True
+    assert report["facts"] == {
+        "dtype": "bf16", "head_dim": 72, "head_dim_v": 40, "batch": 16, "heads_q": 8, "heads_kv": 2, "seqlen_q": 16,
+        "seqlen_k": 16, "group": 4, "causal": 1, "varlen": 1, "total_q": 99, "packed_rows": 64, "window": 1,
+    }  # fmt: skip
+    code, report = run(capsys, *given, "--varlen", "--batch", 2, "--seqlen-q", 65)
+    assert report["facts"]["total_q"] == 130 and report["pack"] is False
+    code, report = run(capsys, *given, "--batch", 2, "--seqlen-q", 65)
+    assert (report["facts"]["varlen"], report["facts"]["total_q"], report["facts"]["window"]) == (0, 130, 0)
+    code, report = run(capsys, *given, "--total-q", 9)
+    assert code == 2 and "--varlen" in report["error"]["message"]
+    assert cli.main([*map(str, given), "--seqlen-q", "1"]) == 0
+    assert "m64-n64-w4-s1, packed GQA\n" in capsys.readouterr().out
+
+
 def test_explain_lists_every_rejection(registry: Path, capsys):
-    given = ("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", "80")
+    given = ("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", "136")
     code, report = run(capsys, *given)
-    assert code == 1 and report["variant"] is None and len(report["rejections"]) == len(TABLE)
+    assert code == 1 and report["variant"] is None and len(report["rejections"]) == len(rows())
     assert cli.main([*map(str, given)]) == 1
     text = capsys.readouterr().out
-    assert all(text.count(f"  {v.key}: ") == 1 for *_, v in TABLE), "once each"
+    assert text.count(": needs ") == len(rows()) and all(f"  {row.variant}: " in text for row in rows())
     assert "runtime explain" not in text and "python -m builder" in text
     code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_90")
     assert code == 1 and report["error"]["reason"] == "arch"
@@ -194,7 +220,7 @@ def program(*argv: object, **options) -> subprocess.Popen:
 def test_a_reader_that_has_gone(registry: Path):
     reader, writer = os.pipe()
     os.close(reader)
-    with program("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", 80, stdout=writer) as process:
+    with program("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", 136, stdout=writer) as process:
         os.close(writer)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 141 and errors == ""

@@ -1,0 +1,61 @@
+"""The bars of the forward, and the published figures that one of them is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# case -> TFLOP/s of (FlashAttention-2 through torch's SDPA, FA4's SM120 kernels), both on one H200.
+SOURCE = "facts/kernels.md, Baselines on one H200: forward, bf16, batch x seqlen = 8192"
+FA2_FA4: dict[str, tuple[int, int]] = {
+    "llama3-8b/S2048/full": (330, 328),
+    "llama3-8b/S2048/causal": (256, 245),
+    "llama3-8b/S8192/full": (353, 370),
+    "llama3-8b/S8192/causal": (310, 291),
+    "llama2-7b/S8192/full": (348, 358),
+    "llama2-7b/S8192/causal": (310, 278),
+    "qwen2.5-7b/S8192/full": (353, 369),
+    "qwen2.5-7b/S8192/causal": (303, 286),
+    "hd64/S8192/full": (289, 309),
+    "hd64/S8192/causal": (208, 183),
+}
+# mode -> (least geomean of FA2's time over ours, least of any cell or None)
+BARS: dict[str, tuple[float, float | None]] = {"sm120": (1.0, None), "free": (1.08, 0.95)}
+
+
+def against_fa4(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """ours/FA2 of this run beside FA4/FA2 as published, cell by cell."""
+    ratios = {row["case"]: row["ratio"] for row in rows}
+    cells = [
+        {"case": case, "ours_over_fa2": ratios[case], "fa4_over_fa2": round(fa4 / fa2, 4),
+         "met": ratios[case] > fa4 / fa2}
+        for case, (fa2, fa4) in FA2_FA4.items()
+        if case in ratios
+    ]  # fmt: skip
+    return {"source": SOURCE, "cells": cells}
+
+
+def verdicts(mode: str, value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line a bar of this mode. A run over a part of the grid is judged by what it has."""
+    least, least_cell = BARS[mode]
+    cells = value["against_fa4"]["cells"]
+    behind = sum(not cell["met"] for cell in cells)
+    found = [
+        bar("geomean", value["geomean"] or 0.0, least),
+        {"bar": "every cell ahead of FA4/FA2", "value": behind, "met": behind == 0},
+    ]
+    if least_cell is not None and value["rows"]:
+        found.append(bar("slowest cell", min(row["ratio"] for row in value["rows"]), least_cell))
+    return found
+
+
+def bar(name: str, value: float, least: float) -> dict[str, Any]:
+    return {"bar": f"{name} >= {least}", "value": value, "met": value >= least}
+
+
+def at_most(name: str, value: float, most: float) -> dict[str, Any]:
+    return {"bar": f"{name} <= {most}", "value": value, "met": value <= most}
+
+
+def line(found: Mapping[str, Any]) -> str:
+    return f"  {found['bar']}: {found['value']} {'met' if found['met'] else 'MISSED'}"

@@ -1,0 +1,104 @@
+"""Where a block works: which query tile of which head and batch entry, and how long that entry's sequences are.
+
+A tile's rows are packed rows: row r of a tile head is query head r % pack of token r // pack. Without packing they are
+tokens. `cu_seqlens` and `seqused` are data that nobody has checked: what they say is clamped to the array.
+"""
+
+from types import SimpleNamespace
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint32, Uint64
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+SECTION = 64  # tile heads whose query tiles run side by side; docs/tuning.md
+
+
+@dsl_user_op
+def reread_tid(*, loc: ir.Location | None = None, ip: ir.InsertionPoint | None = None) -> Int32:
+    """The thread's number, read anew: what is computed from it is not kept in registers through loops before."""
+    text, out = "mov.u32 $0, %tid.x;", "=r"
+    return Int32(llvm.inline_asm(T.i32(), [], text, out, has_side_effects=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def opaque(value: Int32, *, loc: ir.Location | None = None, ip: ir.InsertionPoint | None = None) -> Int32:
+    """`value`, of which the compiler knows nothing, so that it derives nothing from it ahead of a loop."""
+    text, inout = "mov.b32 $0, $1;", "=r,r"
+    operands = [Int32(value).ir_value(loc=loc, ip=ip)]
+    return Int32(llvm.inline_asm(T.i32(), operands, text, inout, has_side_effects=True, loc=loc, ip=ip))
+
+
+@cute.jit
+def schedule(block: Int32, tiles: Int32, heads: Int32) -> tuple[Int32, Int32]:
+    """(tile, head) of a block: heads in sections of SECTION and within one from the last tile to the first.
+
+    Under a causal mask the longest tiles of a section start first and the short ones fill the tail, while the keys and
+    values of its heads stay in L2. heads: tile heads, of all batch entries where each has its own tiles.
+    """
+    done = block // (tiles * SECTION) * SECTION
+    width = cutlass.min(SECTION, heads - done)
+    within = block - done * tiles
+    return tiles - 1 - within // width, done + within % width
+
+
+@cute.jit
+def token_head(rows: SimpleNamespace, row: Int32) -> tuple[Int32, Int32]:
+    """(token, query head within the tile head) of a packed row. rows: with pack, magic and shift of the ABI."""
+    token = divided(row, rows.magic, rows.shift)
+    return token, row - token * rows.pack
+
+
+@cute.jit
+def divided(number: Int32, magic: Int64, shift: Int32) -> Int32:
+    """number // pack; unsigned 32-bit factors, so that one instruction multiplies them."""
+    return Int32(Uint64(Uint32(number)) * Uint64(Uint32(magic)) >> Uint64(shift))
+
+
+@cute.jit
+def element(pointer: cute.Pointer, index: Int32):
+    return cute.make_tensor(pointer + index, cute.make_layout(1))[0]
+
+
+@cute.jit
+def sequence(cu_seqlens: cute.Pointer, seqused: cute.Pointer, entry: Int32, seqlen: Int32) -> tuple[Int32, Int32]:
+    """(first token, length) of a batch entry. seqlen: tokens of each entry or, with cu_seqlens, of the whole array."""
+    first = Int32(0)
+    length = seqlen
+    if cu_seqlens.toint() != 0:
+        end = cutlass.min(cutlass.max(element(cu_seqlens, entry + 1), 0), seqlen)
+        first = cutlass.min(cutlass.max(element(cu_seqlens, entry), 0), end)
+        length = end - first
+    if seqused.toint() != 0:
+        length = cutlass.min(cutlass.max(element(seqused, entry), 0), length)
+    return first, length
+
+
+@cute.jit
+def first_tile(cu_seqlens: cute.Pointer, entry: Int32, total: Int32, pack: Int32, tile_m: cutlass.Constexpr) -> Int32:
+    """The number of an entry's first tile among those of all entries of a packed array (`registry.contract.Grid`)."""
+    first = cutlass.min(cutlass.max(element(cu_seqlens, entry), 0), total)
+    return first * pack // tile_m + entry
+
+
+@cute.jit
+def entry_of(
+    tile: Int32, cu_seqlens: cute.Pointer, batch: Int32, total: Int32, pack: Int32, tile_m: cutlass.Constexpr
+) -> Int32:
+    """The batch entry that a tile of a packed array belongs to: the last whose first tile is not behind it.
+
+    Each lane probes an entry, so that 32 entries cost one load and 1,024 two. All lanes of a warp must call it.
+    """
+    low, width = Int32(0), batch
+    while width > 1:
+        step = cute.ceil_div(width, 32)
+        probe = low + cute.arch.lane_idx() * step
+        begun = cutlass.Boolean(False)
+        if probe < low + width:
+            begun = first_tile(cu_seqlens, probe, total, pack, tile_m) <= tile
+        passed = cutlass.max(cute.arch.popc(cute.arch.vote_ballot_sync(begun)), 1) - 1
+        width = cutlass.min(step, width - passed * step)
+        low = low + passed * step
+    return low

@@ -1,0 +1,75 @@
+"""What the drop-in functions of `runtime.fa2` and `runtime.fa4` share: what is refused, and under which names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.arguments import check_flag
+from runtime.attention import attend, flash_attn
+from runtime.errors import ArgumentError
+
+# FlashAttention's arguments that this package does not serve: each must be None, which is upstream's default.
+UNSUPPORTED = frozenset((
+    *("qv", "gather_kv_indices", "min_seqlen_k", "page_table", "block_table", "score_mod", "score_mod_bwd", "mask_mod"),
+    *("aux_tensors", "aux_scalars", "block_sparse_tensors", "block_sparse_tensors_bwd", "scheduler_metadata"),
+    *("seqlen_k_per_split", "q_descale", "k_descale", "v_descale"),
+))  # fmt: skip
+NAMES = {"sink": "learnable_sink", "window": "window_size"}  # ours -> theirs
+Pair = tuple[Any, Any]
+
+
+def refuse(**given: Any) -> None:
+    """ArgumentError ('unsupported') for the first that is not None; TypeError for a name that is nobody's."""
+    for name, value in given.items():
+        if name not in UNSUPPORTED:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        if value is not None:
+            raise ArgumentError(name, "is not supported here, must be None", reason="unsupported")
+
+
+def check_options(num_splits: Any, deterministic: Any, dropout_p: Any = 0.0) -> None:
+    """ArgumentError for what these options ask for and does not exist; a forward is deterministic in any case."""
+    if dropout_p != 0.0:
+        raise ArgumentError("dropout_p", f"{dropout_p!r:.50}: there is no dropout, must be 0.0", reason="unsupported")
+    if num_splits not in (0, 1):
+        message = f"{num_splits!r:.50}: there is no split of the keys, must be 1, or 0 for our choice"
+        raise ArgumentError("num_splits", message, reason="unsupported")
+    check_flag("deterministic", deterministic)
+
+
+def sides(window_size: Any) -> Pair:
+    """(left, right) of a window_size; None is both sides open."""
+    if window_size is None:
+        return None, None
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ArgumentError("window_size", f"{window_size!r:.100} is not (left, right)", reason="type") from None
+    return left, right
+
+
+def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair, softcap: Any, sink: Any,
+          alibi_slopes: Any, return_lse: Any, pack_gqa: Any) -> Any:  # fmt: skip
+    """`flash_attn`, whose errors then name the arguments as FlashAttention does."""
+    try:
+        if pack_gqa is None:
+            return flash_attn(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap,
+                              sink=sink, alibi_slopes=alibi_slopes, return_lse=return_lse)  # fmt: skip
+        optional = (None, None, None, None, None, sink, alibi_slopes)
+        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, None, None, pack_gqa)
+    except ArgumentError as error:
+        raise _renamed(error) from None
+
+
+def varlen(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair, softcap: Any, return_lse: Any,
+           optional: tuple[Any, ...], max_seqlen_q: Any, max_seqlen_k: Any, pack_gqa: Any) -> Any:  # fmt: skip
+    """`flash_attn_varlen` with the tensors of `arguments.OPTIONAL`; errors as in `dense`."""
+    try:
+        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, max_seqlen_q,
+                      max_seqlen_k, pack_gqa)  # fmt: skip
+    except ArgumentError as error:
+        raise _renamed(error) from None
+
+
+def _renamed(error: ArgumentError) -> ArgumentError:
+    return error.renamed(NAMES[error.argument]) if error.argument in NAMES else error

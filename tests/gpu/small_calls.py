@@ -1,0 +1,62 @@
+"""The few small calls that a sanitizer watches: between them they take every path through a variant's kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from registry.contract import Variant
+from tests.gpu.cases import CAUSAL, Call, Case, Lengths, shape_of, varlen
+from tests.gpu.dut import Dut
+from tests.gpu.inputs import DTYPES
+
+
+def cases(key: str) -> list[Case]:
+    """Several ragged tiles each way, so that every buffer is used again; groups of more than one head come packed."""
+    variant = Variant.parse(key)
+    smaller = (variant.head_dim - 8, variant.head_dim_v - 8)
+    modified: dict[str, Any] = {"softcap": 15.0, "alibi": "batch"}
+    ragged = Lengths((70, 0, 1, 40), (150, 40, 200, 9), (66, 0, 1, 40), (150, 17, 131, 0), spare=5)
+    dense_q = Lengths((19, 19), (200, 33), (19, 3), packed_q=False)
+    return [
+        Case(shape_of(key, 1, (2, 2), 150, 333)),
+        Case(shape_of(key, 1, (2, 1), 70, 200, smaller), window=CAUSAL, sink="fp32", **modified),
+        varlen(key, (3, 1), ragged, smaller, window=(33, 7), sink="low", **modified),
+        varlen(key, (1, 1), dense_q, window=CAUSAL),
+    ]
+
+
+def launch(dut: Dut, key: str, device: str = "cuda") -> None:
+    """Every small call, and one whose lengths point far outside its arrays: no check of values, they only must end.
+
+    Each tensor is an allocation of its own, just as large as it must be: what lies beyond is nobody's.
+    """
+    for case in cases(key):
+        call = Call(case, "cpu")
+        given = {**call.tensors, **call.options}
+        tight = {
+            name: x.clone(memory_format=torch.contiguous_format).to(device)
+            for name, x in given.items()
+            if torch.is_tensor(x)
+        }
+        call(dut, **tight)
+    dut.varlen(**_astray(key, device), causal=True, return_lse=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _astray(key: str, device: str) -> dict[str, torch.Tensor]:
+    """Arrays of 40 rows, and lengths that claim others: the kernel has to cut them."""
+    variant = Variant.parse(key)
+    q, k, v = (
+        torch.ones(40, 1, dim, dtype=DTYPES[variant.dtype], device=device)
+        for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)
+    )
+    lengths = {
+        "cu_seqlens_q": [0, 9, 2**30], "cu_seqlens_k": [-7, 30, 2**30],
+        "seqused_q": [2**30, 2**30], "seqused_k": [-3, 2**30],
+    }  # fmt: skip
+    return {"q": q, "k": k, "v": v} | {
+        name: torch.tensor(numbers, dtype=torch.int32, device=device) for name, numbers in lengths.items()
+    }
