@@ -15,19 +15,20 @@ from typing import Any
 from builder.build import Build, Result, Table
 from builder.errors import UsageError
 from builder.inspect import SM120_PARTITIONS, blocks_per_sm
-from kernels.validity import fwd_invalid, fwd_smem, q_in_registers
+from kernels.validity import fwd_invalid, fwd_smem
 from registry.contract import DTYPES, MAX_SMEM, Variant
 from registry.store import Store
 
 ARCHS = ("sm_120", "sm_90")
 CHANNEL = "candidates"
-FWD_SPACE = {
+FWD_SPACE: dict[str, tuple[Any, ...]] = {
     "m": (16, 32, 64, 128),
     "n": (16, 32, 64, 128),
     "w": (1, 2, 4, 8),
     "s": (1, 2),
-    "q": (0, 1),
-}  # q0 is not written
+    "q": ("none", "most", "all"),  # of Q's steps; most: all but two
+    "a": (0, 1),
+}
 ACCUMULATORS = 160  # fp32 of O and of S that a thread has registers for; docs/tuning.md
 REGISTERS = 208  # for those and Q, where Q stays in registers
 
@@ -37,7 +38,7 @@ def _accumulators(v: Variant) -> int:
 
 
 def _q_registers(v: Variant) -> int:
-    return v.size("m") * v.head_dim // (64 * v.size("w"))
+    return v.size("m") * 16 * v.size("q") // (64 * v.size("w"))
 
 
 def _warps(v: Variant) -> int:
@@ -49,7 +50,7 @@ FWD_RULES: tuple[tuple[Callable[[Variant], bool], str], ...] = (
     (lambda v: v.size("m") // v.size("w") > 32, "more than 32 query rows a warp: its accumulators spill"),
     (lambda v: _accumulators(v) > ACCUMULATORS, f"more than {ACCUMULATORS} accumulators a thread: it spills"),
     (
-        lambda v: q_in_registers(v) and _accumulators(v) + _q_registers(v) > REGISTERS,
+        lambda v: _accumulators(v) + _q_registers(v) > REGISTERS,
         f"more than {REGISTERS} registers a thread for accumulators and Q: it spills",
     ),
     (lambda v: _warps(v) < SM120_PARTITIONS, f"shared memory for fewer than {SM120_PARTITIONS} warps an SM"),
@@ -67,8 +68,10 @@ def _with_n(v: Variant, n: int) -> Variant:
 def space(dims: tuple[int, int], dtype: str = "bf16") -> tuple[list[Variant], dict[str, str]]:
     """(candidates of the forward, key → why it is none) for these head dims."""
     kept, left_out = [], {}
+    steps = {"none": 0, "most": dims[0] // 16 - 2, "all": dims[0] // 16}
     for sizes in product(*FWD_SPACE.values()):
-        tile = tuple((letter, size) for letter, size in zip(FWD_SPACE, sizes, strict=True) if size)
+        named = {letter: steps.get(size, size) for letter, size in zip(FWD_SPACE, sizes, strict=True)}
+        tile = tuple((letter, size) for letter, size in named.items() if size)  # 0 is not written
         variant = Variant("fwd", dtype, *dims, tile=tile)
         reason = fwd_invalid(variant) or next((why for concerns, why in FWD_RULES if concerns(variant)), None)
         if reason:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,13 +45,23 @@ class Instruction:
 class Loops:
     """What the loops of a kernel are like.
 
-    hot: instruction counts by mnemonic of the innermost loop with the most HMMA (of several, the shortest: the one
-    without masks); without any HMMA, of the longest innermost loop; empty when nothing loops.
-    spilling: whether any loop with HMMA touches local memory. HMMA stands for every kind of matrix instruction.
+    hot: instruction counts by mnemonic of what every iteration executes of the innermost loop with the most HMMA (of
+    several, the shortest: the one without masks); without any HMMA, of the longest innermost loop; empty when nothing
+    loops. What is jumped over at times, such as a lazy rescaling, does not count.
+    spilling: whether any loop with HMMA touches local memory, be it in code that is seldom executed. HMMA stands for
+    every kind of matrix instruction.
     """
 
     hot: tuple[tuple[str, int], ...]
     spilling: bool
+
+
+@dataclass
+class NaturalLoop:
+    """body: all blocks of a loop. always: those on every path from its header to a branch back."""
+
+    body: set[range]
+    always: set[range]
 
 
 def disassemble(codes: Mapping[str, bytes], arch: str) -> dict[str, list[Instruction]]:
@@ -102,20 +112,25 @@ def _rebased(instructions: Sequence[Instruction], base: int) -> list[Instruction
 def loops(instructions: Sequence[Instruction]) -> Loops:
     """Find the natural loops of one kernel and judge them."""
     found = natural_loops(instructions)
-    counts = {header: Counter(instructions[n].name for block in body for n in block) for header, body in found.items()}
-    mma = {header: sum(count[name] for name in _MMA) for header, count in counts.items()}
-    candidates = {header for header in mma if mma[header]} or set(counts)
-    innermost = [h for h in candidates if not any(o in found[h] for o in candidates if o != h)]
+    whole = {header: _count(instructions, loop.body) for header, loop in found.items()}
+    always = {header: _count(instructions, loop.always) for header, loop in found.items()}
+    mma = {header: sum(count[name] for name in _MMA) for header, count in whole.items()}
+    candidates = {header for header in mma if mma[header]} or set(found)
+    innermost = [h for h in candidates if not any(o in found[h].body for o in candidates if o != h)]
     sign = -1 if any(mma.values()) else 1
-    hot = max(innermost, key=lambda h: (mma[h], sign * counts[h].total(), -h.start), default=None)
+    hot = max(innermost, key=lambda h: (mma[h], sign * always[h].total(), -h.start), default=None)
     return Loops(
-        hot=() if hot is None else tuple(sorted(counts[hot].items())),
-        spilling=any(mma[header] and _SPILL & count.keys() for header, count in counts.items()),
+        hot=() if hot is None else tuple(sorted(always[hot].items())),
+        spilling=any(mma[header] and _SPILL & count.keys() for header, count in whole.items()),
     )
 
 
-def natural_loops(instructions: Sequence[Instruction]) -> dict[range, set[range]]:
-    """Loop header → the blocks of its loop; a block is the range of its instructions' numbers.
+def _count(instructions: Sequence[Instruction], blocks: Iterable[range]) -> Counter[str]:
+    return Counter(instructions[n].name for block in blocks for n in block)
+
+
+def natural_loops(instructions: Sequence[Instruction]) -> dict[range, NaturalLoop]:
+    """Loop header → its loop; a block is the range of its instructions' numbers.
 
     A loop is a branch back to a block that every path to the branch has passed. Backward branches alone would not
     do: ptxas moves rare code behind the kernel's end and jumps back from there.
@@ -127,15 +142,18 @@ def natural_loops(instructions: Sequence[Instruction]) -> dict[range, set[range]
         for target in targets:
             before[target].add(block)
     dominators = _dominators(blocks, before)
-    found: dict[range, set[range]] = {}
+    found: dict[range, NaturalLoop] = {}
     for block, targets in after.items():
         for header in targets & dominators.get(block, set()):
-            body = found.setdefault(header, {header})
+            loop = found.setdefault(header, NaturalLoop({header}, set(dominators[block])))
+            loop.always &= dominators[block]
             waiting = [block]
             while waiting:
-                if (b := waiting.pop()) not in body:
-                    body.add(b)
+                if (b := waiting.pop()) not in loop.body:
+                    loop.body.add(b)
                     waiting += before[b] & dominators.keys()
+    for loop in found.values():
+        loop.always &= loop.body
     return found
 
 

@@ -30,7 +30,7 @@ class Tile:
 
     dims: tuple[int, int]
     call_class: str
-    tile: str  # e.g. 'm128-n32-w4-s1' or, with Q kept in registers, 'm128-n32-w4-s1-q1'
+    tile: str  # e.g. 'm64-n32-w4-s1-q14'; `kernels.validity` explains the letters
     pack: bool
     evidence: dict[str, Any] | None = None
 
@@ -87,8 +87,8 @@ class Tiles:
             return f"pack {tile.pack!r} is neither true nor false"
         if tile.pack and not groups(when):
             return "pack needs a class with the condition group >= 2"
-        if not re.fullmatch(r"m\d+-n\d+-w\d+-s\d+(-q1)?", tile.tile):
-            return "a tile is like 'm128-n32-w4-s1', or that with '-q1'"
+        if not re.fullmatch(r"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?(-a1)?", tile.tile):
+            return "a tile is like 'm128-n32-w4-s1' or 'm64-n32-w4-s1-q14-a1'"
         try:
             return fwd_invalid(tile.variant(DTYPES[0]))
         except ContractError as error:

@@ -14,8 +14,8 @@ from kernels import mask, scores, softmax
 from kernels.abi import FWD
 from kernels.compile import to_ptx
 from kernels.generate import Generated
-from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, tiled_mma, transposed
-from kernels.place import divided, element, entry_of, first_tile, opaque, reread_tid, schedule, sequence, token_head
+from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, tiled_mma
+from kernels.place import divided, element, entry_of, first_tile, reread_tid, schedule, sequence, token_head
 from kernels.tiles import (
     VECTOR,
     load_rows,
@@ -26,12 +26,12 @@ from kernels.tiles import (
     thread_view,
     tile_copy,
 )
-from kernels.validity import NOTES, fwd_invalid, fwd_smem, q_in_registers
+from kernels.validity import NOTES, fwd_invalid, fwd_smem
 from registry.contract import ContractError, Grid, Variant
 
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 LOG2E = 1.4426950408889634
-CROWDED = 192  # registers of O and Q, of 255: from here on little else fits
+FIRST = 1  # steps of Q·Kᵀ before a block's loads: their addresses are computed while the tensor cores work
 
 
 def named(parameters: tuple) -> SimpleNamespace:
@@ -82,7 +82,7 @@ class FlashForward:
         self.tile_m, self.tile_n = variant.size("m"), variant.size("n")
         self.warps, self.stages = variant.size("w"), variant.size("s")
         self.threads = 32 * self.warps
-        self.q_in_registers = q_in_registers(variant)
+        self.q_steps, self.carried = variant.size("q"), variant.size("a") == 1
         # A narrow accumulator is cheaper to rescale at every block than to branch around.
         self.lazy_rescale = self.head_dim_v > 64
 
@@ -144,16 +144,14 @@ class FlashForward:
         first, inner_first, inner_end, end = mask.block_ranges(
             token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right
         )
-        # Visiting order: right edge downwards, left edge upwards, interior downwards.
-        right_edge = end - inner_end
-        edges = right_edge + inner_first - first
         count = end - first
+        edges = count - (inner_end - inner_first)
 
         note(state.notes, tid, rows.count, rows.head, rows.q_first, rows.seqlen_k, rows.offset, entry, rows.start)
         rows.token_stride, rows.head_stride = call.q_stride_s, call.q_stride_h
         load_rows(state.copy_qk, aligned(call.q, q_start), rows, call.head_dim, state.sQ, tid)
         if count > 0:
-            n_block = self.visit(0, first, inner_end, end, right_edge, edges)
+            n_block = self.visit(0, edges, inner_first, inner_end, end)
             rows_left = rows.seqlen_k - n_block * self.tile_n
             self.load_k(state, n_block, 0, rows_left)
             if cutlass.const_expr(self.stages > 1):
@@ -161,19 +159,25 @@ class FlashForward:
         cute.arch.cp_async_commit_group()
         if count == 0:
             cute.arch.barrier()  # the notes are read next; else behind a barrier of `one_block`
-        if cutlass.const_expr(self.q_in_registers):
+        if cutlass.const_expr(self.q_steps > 0):
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
-            state.rQ = load_a(state.mma, tid, state.sQ, self.dtype)
+        state.rQ = load_a(state.mma, tid, state.sQ, self.dtype, self.q_steps)
         # Only the last key block may reach past seqlen_k, and it comes first: the loads ahead need no bound.
         for i in cutlass.range(0, edges, 1, unroll=1):
-            n_block = self.visit(i, first, inner_end, end, right_edge, edges)
-            n_next = self.visit(i + 1, first, inner_end, end, right_edge, edges)
+            n_block = self.visit(i, edges, inner_first, inner_end, end)
+            n_next = self.visit(i + 1, edges, inner_first, inner_end, end)
             self.one_block(state, i % 2, n_block, n_next, i + 1 < count, masked=True)
-        turn, n_block = edges, inner_end - 1
-        while n_block >= inner_first:
-            self.one_block(state, turn % 2, n_block, n_block - 1, n_block > inner_first, masked=False)
-            turn, n_block = turn + 1, opaque(n_block - 1)
+        # In a counted loop the compiler carries the loads' addresses from block to block, else it computes them anew.
+        if cutlass.const_expr(self.carried):
+            for i in cutlass.range(inner_end - inner_first):
+                n_block = inner_end - 1 - i
+                self.one_block(state, (edges + i) % 2, n_block, n_block - 1, n_block > inner_first, masked=False)
+        else:
+            turn, at = edges, inner_end - 1
+            while at >= inner_first:
+                self.one_block(state, turn % 2, at, at - 1, at > inner_first, masked=False)
+                turn, at = turn + 1, at - 1
         self.epilogue(state)
 
     def state(self, tid: Int32) -> SimpleNamespace:
@@ -182,7 +186,7 @@ class FlashForward:
         sK = self.staged(memory, self.head_dim)
         memory += self.stages * self.tile_n * self.head_dim
         sV = self.staged(memory, self.head_dim_v)
-        if cutlass.const_expr(not self.q_in_registers):
+        if cutlass.const_expr(self.q_steps == 0):
             memory += self.stages * self.tile_n * self.head_dim_v
         sQ = cute.make_tensor(memory, smem_layout(self.tile_m, self.head_dim))
         sO = cute.make_tensor(memory, smem_layout(self.tile_m, self.head_dim_v))
@@ -208,13 +212,13 @@ class FlashForward:
         return cute.make_tensor(memory, cute.make_composed_layout(layout.inner, 0, outer))
 
     @cute.jit
-    def visit(self, i: Int32, first: Int32, inner_end: Int32, end: Int32, right_edge: Int32, edges: Int32) -> Int32:
-        """The i-th key block to visit: right edge downwards, left edge upwards, interior downwards."""
-        n_block = inner_end - 1 - (i - edges)
-        if i < right_edge:
-            n_block = end - 1 - i
-        elif i < edges:
-            n_block = first + i - right_edge
+    def visit(self, i: Int32, edges: Int32, inner_first: Int32, inner_end: Int32, end: Int32) -> Int32:
+        """The i-th key block to visit: the edges, right and left, then the interior, each downwards."""
+        n_block = end - 1 - i
+        if i >= edges:
+            n_block = inner_end - 1 - (i - edges)
+        elif n_block < inner_end:
+            n_block -= inner_end - inner_first
         return n_block
 
     @cute.jit
@@ -234,21 +238,21 @@ class FlashForward:
         cute.arch.cp_async_wait_group(0)
         cute.arch.barrier()
         stage = 0
+        if cutlass.const_expr(self.stages > 1):
+            stage = turn
+        sK, sV = state.sK[None, None, stage], state.sV[None, None, stage]
+        steps = self.head_dim // 16
+        gemm_ss(state.mma, tid, acc_S, state.rQ, state.sQ, sK, self.dtype, range(FIRST), self.q_steps)
         if cutlass.const_expr(self.stages == 1):
             # V arrives while S is computed, the next K during softmax and P·V.
             rows_left = state.notes[SEQLEN_K] - n_block * self.tile_n if masked else None
             self.load_v(state, n_block, 0, rows_left)
         else:
-            stage = turn
             if more:
                 self.load_k(state, n_next, 1 - stage)
                 self.load_v(state, n_next, 1 - stage)
         cute.arch.cp_async_commit_group()
-        sK, sV = state.sK[None, None, stage], state.sV[None, None, stage]
-        if cutlass.const_expr(self.q_in_registers):
-            gemm_rs(state.mma, tid, acc_S, state.rQ, sK, self.dtype, n_contiguous=False)
-        else:
-            gemm_ss(state.mma, tid, acc_S, state.sQ, sK, self.dtype)
+        gemm_ss(state.mma, tid, acc_S, state.rQ, state.sQ, sK, self.dtype, range(FIRST, steps), self.q_steps)
         if cutlass.const_expr(self.stages == 1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
@@ -260,23 +264,17 @@ class FlashForward:
         softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, scale_log2, masked, self.lazy_rescale)
         rP = cute.make_fragment_like(acc_S, self.dtype)
         rP.store(acc_S.load().to(self.dtype))
-        gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), transposed(sV), self.dtype, n_contiguous=True)
+        gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), sV, self.dtype)
 
     @cute.jit
     def load_k(self, state: SimpleNamespace, n_block: Int32, stage: Int32, rows_left: Int32 | None = None):
         sK, offset = state.sK[None, None, stage], Int64(n_block * self.tile_n) * state.call.k_stride_s
-        load_tile(state.copy_qk, state.tKgK, sK, state.call.head_dim, offset, self.loader(state), rows_left)
+        load_tile(state.copy_qk, state.tKgK, sK, state.call.head_dim, offset, state.tid, rows_left)
 
     @cute.jit
     def load_v(self, state: SimpleNamespace, n_block: Int32, stage: Int32, rows_left: Int32 | None = None):
         sV, offset = state.sV[None, None, stage], Int64(n_block * self.tile_n) * state.call.v_stride_s
-        load_tile(state.copy_v, state.tVgV, sV, state.call.head_dim_v, offset, self.loader(state), rows_left)
-
-    def loader(self, state: SimpleNamespace) -> Int32:
-        """The thread's number for a load: read anew where O and Q leave no register for what depends on it."""
-        q_registers = self.tile_m * self.head_dim // 2 // self.threads if self.q_in_registers else 0
-        o_registers = self.tile_m * self.head_dim_v // self.threads
-        return reread_tid() if o_registers + q_registers >= CROWDED else state.tid
+        load_tile(state.copy_v, state.tVgV, sV, state.call.head_dim_v, offset, state.tid, rows_left)
 
     @cute.jit
     def modify(self, state: SimpleNamespace, acc_S: cute.Tensor, n_start: Int32, masked: cutlass.Constexpr):

@@ -36,37 +36,46 @@ def as_a_operand(rP: cute.Tensor) -> cute.Tensor:
 
 
 @cute.jit
-def load_a(mma: cute.TiledMma, tid: cutlass.Int32, sA: cute.Tensor, dtype: cutlass.Constexpr) -> cute.Tensor:
-    """A (m, k) from shared memory as an operand in registers."""
+def load_a(
+    mma: cute.TiledMma, tid: cutlass.Int32, sA: cute.Tensor, dtype: cutlass.Constexpr, steps: cutlass.Constexpr
+) -> cute.Tensor:
+    """An operand in registers for A (m, k), of which the first `steps` steps of 16 columns are loaded."""
     copy_a = cute.make_tiled_copy_A(ldmatrix(dtype), mma).get_slice(tid)
     thread = mma.get_slice(tid)
     rA = thread.make_fragment_A(thread.partition_A(sA))
-    cute.copy(copy_a, copy_a.partition_S(sA), copy_a.retile(rA))
+    tAsA, rA_view = copy_a.partition_S(sA), copy_a.retile(rA)
+    for k in cutlass.range_constexpr(steps):
+        cute.copy(copy_a, tAsA[None, None, k], rA_view[None, None, k])
     return rA
 
 
 @cute.jit
 def gemm_ss(
-    mma: cute.TiledMma, tid: cutlass.Int32, acc: cute.Tensor, sA: cute.Tensor, sB: cute.Tensor, dtype: cutlass.Constexpr
+    mma: cute.TiledMma,
+    tid: cutlass.Int32,
+    acc: cute.Tensor,
+    rA: cute.Tensor,
+    sA: cute.Tensor,
+    sB: cute.Tensor,
+    dtype: cutlass.Constexpr,
+    steps: cutlass.Constexpr,
+    loaded: cutlass.Constexpr,
 ):
-    """acc += A·Bᵀ with A (m, k) and B (n, k) in shared memory."""
+    """acc += A·Bᵀ over a range of 16-column steps of A (m, k) and B (n, k), both in shared memory.
+
+    rA: the first `loaded` steps of A are in it already (`load_a`).
+    """
     copy_a = cute.make_tiled_copy_A(ldmatrix(dtype), mma).get_slice(tid)
     copy_b = cute.make_tiled_copy_B(ldmatrix(dtype), mma).get_slice(tid)
     thread = mma.get_slice(tid)
-    rA = thread.make_fragment_A(thread.partition_A(sA))
     rB = thread.make_fragment_B(thread.partition_B(sB))
     tAsA, tBsB = copy_a.partition_S(sA), copy_b.partition_S(sB)
     rA_view, rB_view = copy_a.retile(rA), copy_b.retile(rB)
-    for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
-        cute.copy(copy_a, tAsA[None, None, k], rA_view[None, None, k])
+    for k in cutlass.range_constexpr(steps.start, steps.stop):
+        if cutlass.const_expr(k >= loaded):
+            cute.copy(copy_a, tAsA[None, None, k], rA_view[None, None, k])
         cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
         cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)
-
-
-def transposed(sB: cute.Tensor) -> cute.Tensor:
-    """A (k, n) tile as (n, k)."""
-    columns, depth = cute.size(sB, mode=[1]), cute.size(sB, mode=[0])
-    return cute.composition(sB, cute.make_layout((columns, depth), stride=(depth, 1)))
 
 
 @cute.jit
@@ -77,13 +86,14 @@ def gemm_rs(
     rA: cute.Tensor,
     sB: cute.Tensor,
     dtype: cutlass.Constexpr,
-    n_contiguous: cutlass.Constexpr,
 ):
-    """acc += A·Bᵀ with A in registers and B (n, k) in shared memory, where n or k is contiguous."""
-    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=n_contiguous), mma).get_slice(tid)
+    """acc += A·B with A in registers (`as_a_operand`) and B (k, n) in shared memory, n contiguous."""
+    columns, depth = cute.size(sB, mode=[1]), cute.size(sB, mode=[0])
+    sBt = cute.composition(sB, cute.make_layout((columns, depth), stride=(depth, 1)))
+    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=True), mma).get_slice(tid)
     thread = mma.get_slice(tid)
-    rB = thread.make_fragment_B(thread.partition_B(sB))
-    tBsB, rB_view = copy_b.partition_S(sB), copy_b.retile(rB)
+    rB = thread.make_fragment_B(thread.partition_B(sBt))
+    tBsB, rB_view = copy_b.partition_S(sBt), copy_b.retile(rB)
     for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
         cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
         cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)

@@ -23,14 +23,6 @@ def reread_tid(*, loc: ir.Location | None = None, ip: ir.InsertionPoint | None =
     return Int32(llvm.inline_asm(T.i32(), [], text, out, has_side_effects=True, loc=loc, ip=ip))
 
 
-@dsl_user_op
-def opaque(value: Int32, *, loc: ir.Location | None = None, ip: ir.InsertionPoint | None = None) -> Int32:
-    """`value`, of which the compiler knows nothing, so that it derives nothing from it ahead of a loop."""
-    text, inout = "mov.b32 $0, $1;", "=r,r"
-    operands = [Int32(value).ir_value(loc=loc, ip=ip)]
-    return Int32(llvm.inline_asm(T.i32(), operands, text, inout, has_side_effects=True, loc=loc, ip=ip))
-
-
 @cute.jit
 def schedule(block: Int32, tiles: Int32, heads: Int32) -> tuple[Int32, Int32]:
     """(tile, head) of a block: heads in sections of SECTION and within one from the last tile to the first.

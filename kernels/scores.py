@@ -15,9 +15,11 @@ def cap(acc_S: cute.Tensor, softcap_scale: cutlass.Float32):
 
     tanh(x) = 1 − 2 / (1 + e²ˣ); softcap_scale · s is 2x · log2(e). An infinite exponential gives 1, as it should.
     """
-    for i in cutlass.range_constexpr(cute.size(acc_S)):
-        grown = cute.math.exp2(acc_S[i] * softcap_scale, fastmath=True)
-        acc_S[i] = 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + grown)
+    scores = rows_columns(acc_S)
+    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+        for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            grown = cute.math.exp2(scores[r, c] * softcap_scale, fastmath=True)
+            scores[r, c] = 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + grown)
 
 
 @cute.jit

@@ -1,5 +1,8 @@
 """What tiles can be built, and why others cannot. Pure arithmetic, no cutlass.
 
+The letters of a forward tile: m query rows, n key columns, w warps, s stages; and, where they are not 0, q steps of 16
+columns of Q that stay in registers, a 1 for addresses of K and V that are carried from block to block.
+
 Apart from the table: a change of the table is then no change of a kernel's sources.
 """
 
@@ -11,15 +14,18 @@ NOTES = 32  # bytes of shared memory in which a block keeps what it needs again 
 def fwd_smem(variant: Variant) -> int:
     """Dynamic shared memory of a forward variant in bytes: `s` pairs of K and V tiles, Q (later O), notes.
 
-    With Q in registers, Q and O lie where V does.
+    With Q in registers (`q`), Q and O begin where V does.
     """
     q_or_o = variant.size("m") * max(variant.head_dim, variant.head_dim_v)
     k, v = (variant.size("s") * variant.size("n") * dim for dim in (variant.head_dim, variant.head_dim_v))
-    return 2 * (k + max(v, q_or_o) if q_in_registers(variant) else k + v + q_or_o) + NOTES
+    return 2 * (k + max(v, q_or_o) if variant.size("q") else k + v + q_or_o) + NOTES
 
 
-def q_in_registers(variant: Variant) -> bool:
-    return ("q", 1) in variant.tile
+def q_covered(variant: Variant) -> int:
+    """Steps of Q, in whole panels, that lie in V's place if Q begins there: at least those must stay in registers."""
+    panel = 64 if variant.head_dim % 64 == 0 else 32
+    panels = -(-variant.size("n") * variant.head_dim_v // (variant.size("m") * panel))
+    return min(panels * panel, variant.head_dim) // 16
 
 
 def fwd_invalid(variant: Variant) -> str | None:
@@ -37,8 +43,15 @@ def fwd_invalid(variant: Variant) -> str | None:
         return f"m{m} is no multiple of 16 rows for each of {warps} warps, or n{n} none of 16"
     if variant.size("s") not in (1, 2):
         return f"s{variant.size('s')}: one or two stages are implemented"
-    if q_in_registers(variant) and variant.size("s") != 1:
-        return "q1: Q passes through the place of V, which one stage leaves free"
+    if variant.size("a") not in (0, 1):
+        return f"a{variant.size('a')}: addresses are carried (a1) or not (no a)"
+    if steps := variant.size("q"):
+        if variant.size("s") != 1:
+            return f"q{steps}: Q passes through the place of V, which one stage leaves free"
+        if not q_covered(variant) <= steps <= variant.head_dim // 16:
+            return (
+                f"q{steps}: from q{q_covered(variant)}, what lies in V's place, to q{variant.head_dim // 16}, all of Q"
+            )
     if fwd_smem(variant) > MAX_SMEM:
         return f"{fwd_smem(variant)} bytes of shared memory, a block has {MAX_SMEM}"
     return None

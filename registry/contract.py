@@ -146,8 +146,8 @@ class Variant:
         return variant
 
     def size(self, letter: str) -> int:
-        """One tile number: 'm' query rows, 'n' key columns, 'w' warps, 's' stages."""
-        return dict(self.tile)[letter]
+        """One number of the tile; 0 if it is not written. `kernels.validity` says what the letters of an op mean."""
+        return dict(self.tile).get(letter, 0)
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Grid:
         """Blocks of a call with these facts. pack: 1, or heads_q / heads_kv."""
         heads, batch = facts["heads_q"] // pack, facts["batch"]
         if facts.get("varlen"):
-            tiles = facts["total_q"] * pack // self.tile_m + batch if facts["total_q"] else 0
+            tiles = facts["total_q"] * pack // self.tile_m + batch if facts["total_q"] and batch else 0
         else:
             tiles = -(-facts["seqlen_q"] * pack // self.tile_m) * batch
         return tiles * heads

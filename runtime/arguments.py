@@ -43,6 +43,14 @@ class Arguments(NamedTuple):
     max_seqlen_k: Any = None
     pack_gqa: Any = None
 
+    @property
+    def packed_q(self) -> bool:
+        return self.optional is not None and self.optional[0] is not None
+
+    @property
+    def packed_k(self) -> bool:
+        return self.optional is not None and self.optional[1] is not None
+
 
 class Call(NamedTuple):
     """A checked call.
@@ -70,6 +78,7 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
     _check_kinds(tensors, optional, torch, device_type)
     batch = q.shape[0] if optional["cu_seqlens_q"] is None else optional["cu_seqlens_q"].shape[0] - 1
     _check_shapes(given, optional, batch)
+    _check_lengths(given)
     _check_memory(tensors, others)
     if torch.is_grad_enabled():
         _check_no_grad(tensors, others)
@@ -81,8 +90,9 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
     window = window_bounds(given.causal, given.window)
     scale = _scale(given.softmax_scale, q.shape[-1])
     sink, slopes = optional["sink"], optional["alibi_slopes"]
+    dtype = "bf16" if q.dtype == torch.bfloat16 else "fp16"
     return Call(
-        facts=_facts_of(given, optional, batch, window, torch),
+        facts=_facts_of(given, batch, window, dtype),
         window=window,
         scale=scale,
         softcap=_softcap(given.softcap, scale),
@@ -92,6 +102,18 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
         sink_low=int(sink is not None and sink.dtype != torch.float32),
         alibi_stride_b=slopes.stride(0) if slopes is not None and slopes.dim() == 2 and batch > 1 else 0,
     )
+
+
+def resized(call: Call, given: Arguments) -> Call:
+    """A checked call with other numbers of tokens in its packed arrays, and other hints. Raises ArgumentError.
+
+    given: in all else what the key of `call` tells; a packed array has 0, 1 or more tokens as before.
+    """
+    _check_lengths(given)
+    if given.out is not None:
+        _check_out_apart(given.out)
+    facts = _facts_of(given, call.facts["batch"], call.window, call.facts["dtype"])
+    return call._replace(facts=facts, seqlen_q=given.q.shape[-3], seqlen_k=given.k.shape[-3])
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -170,31 +192,38 @@ def _check_tensor(name: str, tensor: Any, torch: Any, device_type: str, dtypes: 
 
 
 def _check_shapes(given: Arguments, optional: dict[str, Any], batch: int) -> None:
+    """What no number of tokens changes."""
     q, k, v = given.q, given.k, given.v
-    seqlen_q, heads_q, head_dim = q.shape[-3:]
-    seqlen_k, heads_kv, _ = k.shape[-3:]
+    (heads_q, head_dim), heads_kv = q.shape[-2:], k.shape[-2]
     _check_head_dim("q", head_dim)
     if k.shape[-1] != head_dim:
         raise ArgumentError("k", f"head_dim {k.shape[-1]}, must be q's, {head_dim}", reason="shape")
-    if v.shape[:-1] != k.shape[:-1]:
-        message = f"shape {tuple(v.shape)}, must be k's, {tuple(k.shape)}, but for head_dim"
-        raise ArgumentError("v", message, reason="shape")
     _check_head_dim("v", v.shape[-1])
     if (heads_q % heads_kv if heads_kv else heads_q) != 0:
         message = f"{heads_q} heads, must be a multiple of k's and v's {heads_kv}"
         raise ArgumentError("q", message, reason="heads")
-    if seqlen_q + seqlen_k > MAX_TOKENS:
-        message = f"{seqlen_q} tokens and k has {seqlen_k}, together they must be at most {MAX_TOKENS}"
-        raise ArgumentError("q", message, reason="too_large")
     if max(batch, heads_q) > MAX_I32:
         raise ArgumentError("q", f"batch {batch} and heads {heads_q} must be below 2**31", reason="too_large")
-    wanted = (*q.shape[:-1], v.shape[-1])
-    if given.out is not None and given.out.shape != wanted:
-        message = f"shape {tuple(given.out.shape)}, must be q's with v's head_dim, {wanted}"
-        raise ArgumentError("out", message, reason="shape")
     _check_optional_shapes(optional, batch, heads_q)
     if optional["cu_seqlens_k"] is None and k.shape[0] != batch:
         raise ArgumentError("k", f"batch {k.shape[0]}, must be q's, {batch}", reason="shape")
+
+
+def _check_lengths(given: Arguments) -> None:
+    """What each number of tokens, or hint, must be asked again."""
+    q, k, v, out = given.q, given.k, given.v, given.out
+    if v.shape[:-1] != k.shape[:-1]:
+        message = f"shape {tuple(v.shape)}, must be k's, {tuple(k.shape)}, but for head_dim"
+        raise ArgumentError("v", message, reason="shape")
+    seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
+    if seqlen_q + seqlen_k > MAX_TOKENS:
+        message = f"{seqlen_q} tokens and k has {seqlen_k}, together they must be at most {MAX_TOKENS}"
+        raise ArgumentError("q", message, reason="too_large")
+    if out is not None and out.shape != (wanted := (*q.shape[:-1], v.shape[-1])):
+        message = f"shape {tuple(out.shape)}, must be q's with v's head_dim, {wanted}"
+        raise ArgumentError("out", message, reason="shape")
+    _check_max_seqlen("max_seqlen_q", given.max_seqlen_q)
+    _check_max_seqlen("max_seqlen_k", given.max_seqlen_k)
 
 
 def _check_head_dim(name: str, head_dim: int) -> None:
@@ -220,7 +249,7 @@ def _check_optional_shapes(optional: dict[str, Any], batch: int, heads_q: int) -
 
 
 def _check_memory(tensors: Named, others: Named) -> None:
-    """Strides, storage, alignment, and whether out's elements lie apart."""
+    """Strides, storage, alignment, and whether the elements of out lie apart."""
     for name, tensor in tensors:
         _check_strides(name, tensor)
         memory.check_storage((name, tensor))
@@ -234,7 +263,12 @@ def _check_memory(tensors: Named, others: Named) -> None:
         memory.check_storage((name, tensor))
         memory.check_alignment(tensor.element_size(), (name, tensor.data_ptr()))
     name, tensor = tensors[-1]
-    if name == "out" and memory.overlaps_itself(tensor):
+    if name == "out":
+        _check_out_apart(tensor)
+
+
+def _check_out_apart(out: Any) -> None:
+    if memory.overlaps_itself(out):
         raise ArgumentError("out", "elements share memory (an expanded tensor?); give each its own", reason="overlap")
 
 
@@ -312,6 +346,8 @@ def _check_max_seqlen(name: str, max_seqlen: Any) -> None:
 
 # -- facts ------------------------------------------------------------------------------------------------------------
 
+LENGTH_FACTS = frozenset(("seqlen_q", "seqlen_k", "total_q", "packed_rows"))  # what `resized` changes
+
 
 def facts(*, dtype: str, head_dim: int, head_dim_v: int, batch: int, heads_q: int, heads_kv: int, seqlen_q: int,
           seqlen_k: int, window: tuple[int, int], total_q: int | None = None) -> dict[str, Any]:  # fmt: skip
@@ -335,19 +371,16 @@ def facts(*, dtype: str, head_dim: int, head_dim_v: int, batch: int, heads_q: in
     }
 
 
-def _facts_of(given: Arguments, optional: dict[str, Any], batch: int, window: tuple[int, int],
-              torch: Any) -> dict[str, Any]:  # fmt: skip
+def _facts_of(given: Arguments, batch: int, window: tuple[int, int], dtype: str) -> dict[str, Any]:
     seqlen_q, heads_q, head_dim = given.q.shape[-3:]
     seqlen_k, heads_kv, _ = given.k.shape[-3:]
-    _check_max_seqlen("max_seqlen_q", given.max_seqlen_q)
-    _check_max_seqlen("max_seqlen_k", given.max_seqlen_k)
     total_q = None
-    if optional["cu_seqlens_q"] is not None:
+    if given.packed_q:
         total_q, seqlen_q = seqlen_q, _max_seqlen(given.max_seqlen_q, seqlen_q, batch)
-    if optional["cu_seqlens_k"] is not None:
+    if given.packed_k:
         seqlen_k = _max_seqlen(given.max_seqlen_k, seqlen_k, batch)
     return facts(
-        dtype="bf16" if given.q.dtype == torch.bfloat16 else "fp16",
+        dtype=dtype,
         head_dim=head_dim,
         head_dim_v=given.v.shape[-1],
         batch=batch,

@@ -80,8 +80,54 @@ def test_a_loop_whose_rare_part_lies_behind_the_end_is_found_whole() -> None:
             "BRA 0x30",
         )
     )
-    assert dict(found.hot) == {"HMMA": 1, "BRA": 3, "LDL": 1}
+    assert dict(found.hot) == {"HMMA": 1, "BRA": 2}  # of every iteration; the rare part's are LDL and BRA
     assert found.spilling
+
+
+def test_what_is_jumped_over_is_not_hot() -> None:
+    branches = program(
+        "MOV R0, R1",
+        "HMMA.16816.F32.BF16 R0, R1, R2, R0",
+        "@P0 BRA 0x50",
+        "FMUL R0, R0, R1",  # one way
+        "BRA 0x60",
+        "FADD R0, R0, R1",  # the other
+        "@!P3 LDGSTS [R8], [R10]",  # guarded, but always issued
+        "@P1 BRA 0x10",
+        "EXIT",
+    )
+    assert dict(loops(branches).hot) == {"HMMA": 1, "LDGSTS": 1, "BRA": 2}
+
+
+def test_of_two_branches_back_what_both_have_passed_is_hot() -> None:
+    forked = program(
+        "HMMA.16816.F32.BF16 R0, R1, R2, R0",
+        "@P0 BRA 0x40",
+        "FADD R0, R0, R1",
+        "BRA 0x0",
+        "FMUL R0, R0, R1",
+        "@P1 BRA 0x0",
+        "EXIT",
+    )
+    assert dict(loops(forked).hot) == {"HMMA": 1, "BRA": 1}
+
+
+def test_the_shortest_is_judged_by_what_every_iteration_executes() -> None:
+    two = program(
+        "HMMA.16816.F32.BF16 R0, R1, R2, R0",  # 0: longer, but most of it is jumped over
+        "@P0 BRA 0x60",
+        "FMUL R0, R0, R1",
+        "FMUL R0, R0, R1",
+        "FMUL R0, R0, R1",
+        "FMUL R0, R0, R1",
+        "@P1 BRA 0x0",
+        "HMMA.16816.F32.BF16 R0, R1, R2, R0",  # 7: with a mask
+        "FSEL R0, R0, -INF, P0",
+        "FSEL R0, R0, -INF, P0",
+        "@P1 BRA 0x70",
+        "EXIT",
+    )
+    assert dict(loops(two).hot) == {"HMMA": 1, "BRA": 2}
 
 
 def test_a_spill_outside_or_in_an_outer_loop_with_hmma() -> None:
@@ -102,7 +148,9 @@ def test_bsync_goes_on_where_its_bssy_says() -> None:
         "@P1 BRA 0x0",
         "EXIT",
     )
-    assert dict(loops(text).hot)["HMMA"] == 1
+    (loop,) = natural_loops(text).values()
+    assert loop.always == {range(2), range(5, 7)} and loop.body == {range(2), range(2, 3), range(4, 5), range(5, 7)}
+    assert dict(loops(text).hot) == {"BSSY": 1, "HMMA": 1, "BRA": 2}
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
