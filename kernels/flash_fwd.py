@@ -157,11 +157,11 @@ class FlashForward:
             if cutlass.const_expr(self.stages > 1):
                 self.load_v(state, n_block, 0, rows_left)
         cute.arch.cp_async_commit_group()
-        if count == 0:
-            cute.arch.barrier()  # the notes are read next; else behind a barrier of `one_block`
         if cutlass.const_expr(self.q_steps > 0):
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
+        elif count == 0:
+            cute.arch.barrier()  # the notes are read next; else behind a barrier of `one_block`
         state.rQ = load_a(state.mma, tid, state.sQ, self.dtype, self.q_steps)
         # Only the last key block may reach past seqlen_k, and it comes first: the loads ahead need no bound.
         for i in cutlass.range(0, edges, 1, unroll=1):
@@ -335,9 +335,9 @@ class FlashForward:
                     ]
         rO = cute.make_fragment_like(state.acc_O, self.dtype)
         rO.store(state.acc_O.load().to(self.dtype))
-        # Q's loads may still be in flight where no key block was visited, and other warps may still read Q.
-        cute.arch.cp_async_wait_group(0)
-        cute.arch.barrier()
+        if cutlass.const_expr(self.q_steps == 0):
+            cute.arch.cp_async_wait_group(0)  # Q's loads may still be in flight where no key block was visited
+        cute.arch.barrier()  # other warps may still read what lay there
         to_smem = cute.make_tiled_copy_C(
             cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=32), state.mma
         ).get_slice(state.tid)

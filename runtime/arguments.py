@@ -305,7 +305,7 @@ def window_bounds(causal: Any, window: Any) -> tuple[int, int]:
         except TypeError:
             bound = -1
         if bound < 0:
-            message = f"{side!r:.50} is no bound: each is a number of tokens ≥ 0, or None for an open side (never -1)"
+            message = f"{side!r:.50} is no bound: each is a number of tokens ≥ 0, or None for an open side"
             raise ArgumentError("window", message, reason="value")
         bounds.append(min(bound, WINDOW_OPEN))
     return bounds[0], 0 if causal else bounds[1]

@@ -8,8 +8,8 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from registry.contract import division
-from runtime import arguments, launch, memory, session, stages
+from registry.contract import DispatchRow, division
+from runtime import arguments, launch, memory, select, session, stages
 from runtime.arguments import OPTIONAL, Arguments, Call
 from runtime.errors import ArgumentError
 
@@ -24,15 +24,24 @@ ABSENT = ("o_partial", "lse_partial", "k_descale", "v_descale")  # inputs of the
 class _Ready:
     """What a call needs once its key is known: how to launch, to allocate, and to check the rest."""
 
-    __slots__ = ("forward_ad", "grad_enabled", "new_lse", "new_out", "out_span", "plan", "spans", "written")
+    __slots__ = ("call", "forward_ad", "grad_enabled", "lengths", "lse_shape", "new_lse", "new_out", "out_span", "plan",
+                 "plans", "rows", "spans", "written")  # fmt: skip
     forward_ad: Any  # torch.autograd.forward_ad
     grad_enabled: Callable[[], bool]
-    new_lse: Callable[[], torch.Tensor]
+    new_lse: Callable[[tuple[int, ...]], torch.Tensor]
     new_out: Callable[[torch.Tensor], torch.Tensor]
-    plan: launch.Plan | None  # None: there are no queries
-    spans: tuple[int, ...]  # bytes from the first to past the last element of q, k, v, and of the optional tensors
-    out_span: int  # and of a given out
     written: Callable[[torch.Tensor], None]  # tells autograd that a tensor's values change
+    # What follows serves calls with these `lengths`; `_resize` makes it serve others.
+    lengths: tuple[Any, ...] | None  # as `_shapes` has them; None for a call of `flash_attn` without optional tensors
+    lse_shape: tuple[int, ...]
+    plan: launch.Plan | None  # None: there are no queries
+    # Where out is given: bytes from the first to past the last element of q, k, v and the optional tensors, and of out.
+    spans: tuple[int, ...]
+    out_span: int
+    # What `_resize` needs.
+    call: Call
+    rows: list[DispatchRow] | None  # that such calls can get, with the conditions that lengths decide; None: not asked
+    plans: dict[tuple[str, bool], launch.Plan]  # by variant and pack of the row
 
 
 def flash_attn(
@@ -88,7 +97,7 @@ def flash_attn(
     except Exception:  # a new call, or arguments of the wrong kind: the slow path tells which
         ready = None
     if ready is None:
-        ready = _prepare(key, Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out))
+        ready = _prepare(key, Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out), None)
     return _run(ready, q, k, v, return_lse, out, None)
 
 
@@ -97,21 +106,42 @@ def attend(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any,
            pack_gqa: Any = None) -> Any:  # fmt: skip
     """`flash_attn` with everything that a call can have; `arguments.Arguments` says what each is."""
     key: Any = None
+    lengths: Any = None
     try:
-        key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        shapes, lengths = _shapes(q, k, v, out, optional, max_seqlen_q, max_seqlen_k)
+        key = (shapes, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
                q.is_cuda, q.get_device(), k.get_device(), v.get_device(),
-               causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa,
+               causal, softmax_scale, window, softcap, return_lse, pack_gqa,
                *[t if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in optional])  # fmt: skip
         if out is not None:
-            key = (key, out.shape, out.stride(), out.dtype, out.get_device())
+            key = (key, out.stride(), out.dtype, out.get_device())
         ready = launch.plans.by_call[key]
     except Exception:
         ready = None
-    if ready is None:
+    if ready is None or ready.lengths != lengths:
         given = Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
                           max_seqlen_k, pack_gqa)  # fmt: skip
-        ready = _prepare(key, given)
+        if ready is None:
+            ready = _prepare(key, given, lengths)
+        else:
+            _resize(ready, given, lengths)
     return _run(ready, q, k, v, return_lse, out, optional)
+
+
+def _shapes(q: Any, k: Any, v: Any, out: Any, optional: tuple[Any, ...], max_seqlen_q: Any,
+            max_seqlen_k: Any) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+    """(shapes, lengths): the part of a call's shapes that its key has, and the part that may change under a plan.
+
+    Of a packed array's tokens, a key tells none, one and more apart: none need no kernel, one's stride is not checked.
+    """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    out_shape = None if out is None else out.shape
+    lengths = (q_shape[0], k_shape[0], v_shape[0], out_shape and out_shape[0], max_seqlen_q, max_seqlen_k)
+    if optional[0] is not None:
+        q_shape, out_shape = (min(lengths[0], 2), q_shape[1:]), out_shape and out_shape[1:]
+    if optional[1] is not None:
+        k_shape, v_shape = (min(lengths[1], 2), k_shape[1:]), v_shape[1:]
+    return (q_shape, k_shape, v_shape, out_shape, type(max_seqlen_q), type(max_seqlen_k)), lengths
 
 
 def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optional: tuple[Any, ...] | None) -> Any:
@@ -141,7 +171,7 @@ def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optio
                 others = zip(OPTIONAL, optional or (), strict=False)
                 memory.check_apart(out, ("q", q), ("k", k), ("v", v), *others)
         ready.written(out)
-    lse = ready.new_lse() if return_lse else None
+    lse = ready.new_lse(ready.lse_shape) if return_lse else None
     plan = ready.plan
     if plan is not None:
         plan.pack(qp, kp, vp, op, 0 if lse is None else lse.data_ptr())
@@ -181,37 +211,67 @@ def _addresses(ready: _Ready, optional: tuple[Any, ...]) -> list[int]:
     return found
 
 
-def _prepare(key: Any, given: Arguments) -> _Ready:
+def _prepare(key: Any, given: Arguments, lengths: tuple[Any, ...] | None) -> _Ready:
     """Check everything, find and load the kernel, keep the plan. Raises whatever flash_attn raises."""
     plans = launch.plans  # before the session: a configure() in between must not get a plan of the old one
     now = session.current()
     backend = now.backend
     torch = backend.torch
     call = arguments.check(given, torch, backend.device_type)
-    q, out = given.q, given.out
+    q = given.q
     ready = _Ready()
     ready.grad_enabled = torch.is_grad_enabled
     ready.forward_ad = torch.autograd.forward_ad
     ready.written = torch.autograd.graph.increment_version
     ready.new_out = _allocator(q, given.v.shape[-1], torch)
-    spans = [memory.span(tensor) for tensor in (q, given.k, given.v)]
-    spans += [0 if tensor is None else memory.span(tensor) for tensor in given.optional or ()]
-    ready.spans = tuple(spans)
-    ready.out_span = 0 if out is None else memory.span(out)
-    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    ready.new_lse = partial(torch.empty, lse_shape, dtype=torch.float32, device=q.device)
+    ready.new_lse = partial(torch.empty, dtype=torch.float32, device=q.device)
+    ready.call, ready.rows, ready.plans = call, None, {}
     empty = q.numel() == 0 or call.facts["batch"] == 0
-    ready.plan = None if empty else _plan(now, given, call)
+    ready.plan = None if empty else _plan(now, given, call, ready.plans)
+    _set_lengths(ready, given, lengths)
     if key is not None and _serves_in_a_key(given.window):
         plans.keep(key, ready)
     return ready
 
 
+def _resize(ready: _Ready, given: Arguments, lengths: tuple[Any, ...]) -> None:
+    """Make `ready` serve a call of its key with other lengths; as _prepare, but for what the key has settled."""
+    call = arguments.resized(ready.call, given)
+    ready.lengths = ()  # of no call, should anything below fail
+    if ready.plan is not None:
+        if ready.rows is None:
+            ready.rows = _open_rows(session.current(), call, given.q.get_device())
+        row = select.first(ready.rows, call.facts)
+        plan = row and ready.plans.get((row.variant, row.pack))
+        if row and plan:
+            _pack(call, row.pack)
+            plan.resize(call.facts, call.seqlen_q, call.seqlen_k)
+        else:
+            plan = _plan(session.current(), given, call, ready.plans)
+        ready.plan = plan
+    _set_lengths(ready, given, lengths)
+
+
+def _open_rows(now: session.Session, call: Call, device: int) -> list[DispatchRow]:
+    known = {name: value for name, value in call.facts.items() if name not in arguments.LENGTH_FACTS}
+    return select.open_rows(now.index_for(now.backend.capability(device)), "fwd", known)
+
+
+def _set_lengths(ready: _Ready, given: Arguments, lengths: tuple[Any, ...] | None) -> None:
+    """The last step: from here on, `ready` serves calls with these lengths."""
+    shape, out = given.q.shape, given.out
+    ready.lse_shape = (*shape[:-3], shape[-2], shape[-3])
+    if out is not None:
+        spans = [memory.span(tensor) for tensor in (given.q, given.k, given.v)]
+        spans += [0 if tensor is None else memory.span(tensor) for tensor in given.optional or ()]
+        ready.spans, ready.out_span = tuple(spans), memory.span(out)
+    ready.lengths = lengths
+
+
 def _allocator(q: Any, head_dim_v: int, torch: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes a contiguous tensor for the output from q, the fastest way."""
     if head_dim_v != q.shape[-1]:
-        shape = (*q.shape[:-1], head_dim_v)
-        return lambda q: q.new_empty(shape)
+        return lambda q: q.new_empty((*q.shape[:-1], head_dim_v))
     if q.is_contiguous():
         return torch.empty_like
     return partial(torch.empty_like, memory_format=torch.contiguous_format)
@@ -222,24 +282,31 @@ def _serves_in_a_key(window: Any) -> bool:
     return window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window))
 
 
-def _plan(now: session.Session, given: Arguments, call: Call) -> launch.Plan:
-    """A kernel's first plan and launch go to the ledger."""
+def _plan(now: session.Session, given: Arguments, call: Call,
+          plans: dict[tuple[str, bool], launch.Plan]) -> launch.Plan:  # fmt: skip
+    """A new plan, which goes among `plans`. A kernel's first plan and launch go to the ledger."""
     backend, facts, device = now.backend, call.facts, given.q.get_device()
     capturing = backend.is_capturing()  # asked before the guard too: another device's capture forbids a load as well
     with backend.guard(device):
         kernel, packs, fresh = now.kernel("fwd", facts, device, capturing or backend.is_capturing())
         start = perf_counter()
-        pack = facts["group"] if (packs if call.pack_gqa is None else call.pack_gqa) else 1
-        if call.seqlen_q * pack > arguments.MAX_I32:
-            message = f"{call.seqlen_q} tokens of {pack} packed heads, must be below 2**31 rows; pass pack_gqa=False"
-            raise ArgumentError("q", message, reason="too_large")
+        pack = _pack(call, packs)
         params = values(call, _all_steps(given), pack)
         with backend.driver.context(device):  # this thread may have none, though another has loaded the kernel
-            plan = launch.Plan(kernel, params, facts, pack, device, backend)
+            plan = plans[kernel.artifact.variant, packs] = launch.Plan(kernel, params, facts, pack, device, backend)
     if fresh:
         stages.record("plan", kernel.artifact.variant, (perf_counter() - start) * 1e3)
         _time_first_launch(plan, kernel.artifact.variant)
     return plan
+
+
+def _pack(call: Call, packs: bool) -> int:
+    """How many query heads share a tile. packs: what the dispatch row says."""
+    pack: int = call.facts["group"] if (packs if call.pack_gqa is None else call.pack_gqa) else 1
+    if call.seqlen_q * pack > arguments.MAX_I32:
+        message = f"{call.seqlen_q} tokens of {pack} packed heads, must be below 2**31 rows; pass pack_gqa=False"
+        raise ArgumentError("q", message, reason="too_large")
+    return pack
 
 
 def _time_first_launch(plan: launch.Plan, variant: str) -> None:

@@ -56,16 +56,14 @@ class Plan:
     pack_gqa: query heads that share a tile.
     """
 
-    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "pack", "pack_optional", "params",
-                 "pointers", "raw_stream", "success")  # fmt: skip
+    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "kernel", "launch", "pack", "pack_gqa",
+                 "pack_optional", "params", "pointers", "raw_stream", "slots", "success")  # fmt: skip
 
     def __init__(self, kernel: Kernel, values: Mapping[str, tuple[str, int | float]], facts: Mapping[str, Any],
                  pack_gqa: int, device: int, backend: Any):  # fmt: skip
-        artifact, driver = kernel.artifact, backend.driver
-        blocks = artifact.grid.blocks(facts, pack_gqa)
-        if blocks > MAX_BLOCKS:
-            message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
-            raise ArgumentError("q", message, reason="too_large")
+        driver = backend.driver
+        self.kernel, self.pack_gqa, self.launch = kernel, pack_gqa, driver.launch
+        self._aim(facts)
         self.buffer = buffer = parameters(kernel, values)
         start = ctypes.addressof(buffer)
         places = kernel.abi.layout
@@ -74,12 +72,31 @@ class Plan:
         main, optional = struct.Struct(f"<{len(MAIN_SLOTS)}Q"), struct.Struct(f"<{len(OPTIONAL)}Q")
         self.pack: Callable[..., None] = partial(main.pack_into, buffer, 0)
         self.pack_optional: Callable[..., None] = partial(optional.pack_into, buffer, main.size)
-        self.fire: Callable[[int, int, int], tuple[Any]] = partial(
-            driver.launch, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem
-        )
+        self.slots: dict[str, Callable[[int], None]] = {
+            p.name: partial(struct.Struct(PARAM_FORMATS[p.type]).pack_into, buffer, offset)
+            for p, (offset, _) in zip(kernel.abi.params, places, strict=True)
+            if p.name in ("lse_stride_h", "seqlen_q", "seqlen_k")
+        }
         self.success, self.check = driver.success, driver.check
         self.device, self.guard = device, backend.guard
         self.raw_stream, self.current_device = backend.raw_stream, backend.current_device
+
+    def resize(self, facts: Mapping[str, Any], seqlen_q: int, seqlen_k: int) -> None:
+        """Serve calls whose packed arrays have other numbers of tokens; a dense array's length is still the same."""
+        self._aim(facts)
+        self.slots["lse_stride_h"](seqlen_q)
+        self.slots["seqlen_q"](seqlen_q)
+        self.slots["seqlen_k"](seqlen_k)
+
+    def _aim(self, facts: Mapping[str, Any]) -> None:
+        artifact = self.kernel.artifact
+        blocks = artifact.grid.blocks(facts, self.pack_gqa)
+        if blocks > MAX_BLOCKS:
+            message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
+            raise ArgumentError("q", message, reason="too_large")
+        self.fire: Callable[[int, int, int], tuple[Any]] = partial(
+            self.launch, self.kernel.function, blocks, 1, 1, artifact.threads, 1, 1, self.kernel.smem
+        )
 
 
 def parameters(kernel: Kernel, values: Mapping[str, tuple[str, int | float]]) -> Any:

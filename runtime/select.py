@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from registry.contract import DTYPES, Artifact, DispatchRow, Index
@@ -27,30 +28,37 @@ def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = 
     shows the nearest `shown` of them, None: all.
     """
     rows = [row for row in index.rows if row.op == op]
-    for row in rows:
-        if all(c.holds(facts) for c in row.when):
-            artifact = index.by_variant.get(row.variant)
-            if artifact is not None:
-                return Choice(artifact, row.pack)
-            break
+    row = first(rows, facts)
+    artifact = index.by_variant.get(row.variant) if row else None
+    if row and artifact:
+        return Choice(artifact, row.pack)
     raise _no_kernel(index, op, facts, [_reject(row, index, facts) for row in rows], shown)
+
+
+def first(rows: Iterable[DispatchRow], facts: Mapping[str, Any]) -> DispatchRow | None:
+    """The first row whose conditions all hold."""
+    return next((row for row in rows if all(c.holds(facts) for c in row.when)), None)
+
+
+def open_rows(index: Index, op: str, facts: Mapping[str, Any]) -> list[DispatchRow]:
+    """The rows that could serve a call of which only `facts` are known, with their conditions on the other facts."""
+    found = []
+    for row in index.rows:
+        if row.op == op and all(c.holds(facts) for c in row.when if c.fact in facts):
+            row = replace(row, when=tuple(c for c in row.when if c.fact not in facts))
+            found.append(row)
+            if not row.when:
+                break  # it does hold: no call gets past it
+    return found
 
 
 def candidates(index: Index, op: str, facts: Mapping[str, Any]) -> tuple[list[Artifact], list[str]]:
     """(artifacts, keys of missing variants) of every row that could serve a call of which only `facts` are known."""
     found: dict[str, Artifact | None] = {}
     for dtype in DTYPES:  # apart, so that a row of one dtype can be known to hold
-        known = {"dtype": dtype, **facts}
-        for row in index.rows:
-            if row.op == op and could_hold(row, known):
-                found[row.variant] = index.by_variant.get(row.variant)
-                if all(c.fact in known for c in row.when):
-                    break  # it does hold: no call gets past it
+        for row in open_rows(index, op, {"dtype": dtype, **facts}):
+            found[row.variant] = index.by_variant.get(row.variant)
     return [a for a in found.values() if a is not None], [key for key, a in found.items() if a is None]
-
-
-def could_hold(row: DispatchRow, facts: Mapping[str, Any]) -> bool:
-    return all(c.holds(facts) for c in row.when if c.fact in facts)
 
 
 def pick_arch(available: Iterable[str], capability: tuple[int, int]) -> str | None:

@@ -45,12 +45,14 @@ class Rule:
 class Expected:
     """out: float64 rounded to the output dtype; lse: float64 (batch, heads_q, seqlen_q), as `empty`: sees no key.
 
+    lse_size: what its error is relative to, at least 1: itself or the ALiBi biases, which scores may cancel.
     counted: (batch, seqlen_q), rows that are judged. max_error: (batch,), what each entry is allowed against out; pool:
     (batch,), which pool it is in; sizes, rms_error: each pool's elements, and what it is allowed, ∞ with few rows.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
+    lse_size: torch.Tensor
     empty: torch.Tensor
     counted: torch.Tensor
     max_error: torch.Tensor
@@ -88,7 +90,7 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> E
     batch, seqlen_q, heads_q, _ = q.shape
     out = q.new_zeros(batch, seqlen_q, heads_q, v.shape[3])
     lse = torch.full((batch, heads_q, seqlen_q), -math.inf, dtype=torch.float64, device=q.device)
-    empty = torch.ones_like(lse, dtype=torch.bool)
+    lse_size, empty = torch.ones_like(lse), torch.ones_like(lse, dtype=torch.bool)
     counted = torch.ones(batch, seqlen_q, dtype=torch.bool, device=q.device)
     if rule.lengths_q is not None:
         counted = torch.arange(seqlen_q, device=q.device) < rule.lengths_q[:, None]
@@ -97,9 +99,10 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> E
         group = heads_q // k.shape[2]
         heads = slice(heads_kv.start * group, heads_kv.stop * group)
         part = _Part(q[entries, :, heads], k[entries, :, heads_kv], v[entries, :, heads_kv], rule, entries, heads)
-        ref, part_lse, part_empty = part.exact()
+        ref, part_lse, part_size, part_empty = part.exact()
         out[entries, :, heads] = ref.flatten(1, 2).transpose(1, 2)
         lse[entries, heads], empty[entries, heads] = part_lse.flatten(1, 2), part_empty.flatten(1, 2)
+        lse_size[entries, heads] = torch.maximum(part_lse.abs(), part_size).clamp(min=1).flatten(1, 2)
         judged = counted[entries, None, None, :, None]
         plain = (part.plain().double() - ref.double()).abs() * judged
         worst[entries] = torch.maximum(worst[entries], plain.amax((1, 2, 3, 4)))
@@ -110,7 +113,7 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> E
     sizes = _sums(counted.sum(1).double() * (heads_q * v.shape[3]), pool)
     rms = (_sums(squares, pool) / sizes.clamp(min=1)).sqrt()
     rms = rms.masked_fill(sizes < MIN_ROWS * v.shape[3], math.inf)
-    return Expected(out, lse, empty, counted, 2 * worst + 2 * _ulps(top, q.dtype), pool, sizes, 2 * rms)
+    return Expected(out, lse, lse_size, empty, counted, 2 * worst + 2 * _ulps(top, q.dtype), pool, sizes, 2 * rms)
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
@@ -159,13 +162,13 @@ def _lse_problems(lse: torch.Tensor, right: Expected) -> list[str]:
     if lse.dtype != torch.float32 or lse.shape != right.lse.shape:
         return [f"lse is {lse.dtype} {tuple(lse.shape)}, not float32 {tuple(right.lse.shape)}"]
     counted = right.counted[:, None].expand_as(lse)
-    got, wanted = lse.double()[counted], right.lse[counted]
+    got, wanted, size = lse.double()[counted], right.lse[counted], right.lse_size[counted]
     infinite = torch.isneginf(wanted)
     if not torch.equal(torch.isneginf(got), infinite):
         return ["lse is not -inf exactly where a row sees no key"]
-    error = (torch.where(infinite, 0.0, got - wanted).abs() / wanted.abs().clamp(min=1)).nan_to_num(math.inf)
+    error = (torch.where(infinite, 0.0, got - wanted).abs() / size).nan_to_num(math.inf)
     if error.numel() and not error.max().item() <= LSE_TOLERANCE:
-        return [f"|lse - ref| / max(1, |ref|) = {error.max().item():.3e}, allowed {LSE_TOLERANCE:.0e}"]
+        return [f"|lse - ref| / max(1, |ref|, |bias|) = {error.max().item():.3e}, allowed {LSE_TOLERANCE:.0e}"]
     return []
 
 
@@ -243,15 +246,21 @@ class _Part:
         column = self.sink.to(scores.dtype).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
-    def exact(self) -> tuple[Any, Any, Any]:
-        """Float64 attention rounded to q's dtype, its float64 LSE, and which rows see no key."""
+    def exact(self) -> tuple[Any, Any, Any, Any]:
+        """Float64 attention rounded to q's dtype, its float64 LSE and what that is made of, and which rows see no key.
+
+        What it is made of: the mean size of the ALiBi biases behind it, which a score may cancel but for rounding.
+        """
         scores = self._modified((self.q.double() @ self.k.double().mT) * self.rule.scale)
         lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
         empty = torch.isneginf(lse)
         if self.sink is not None:
             lse = torch.logaddexp(lse, self.sink[..., 0].double())
         weights = (scores - lse[..., None]).exp_().nan_to_num_(0.0)
-        return (weights @ self.v.double()).to(self.q.dtype), lse, empty
+        parts = torch.zeros_like(lse)
+        if self.slopes is not None:
+            parts = (weights * (self.slopes.double() * self.distance).abs()).sum(-1)
+        return (weights @ self.v.double()).to(self.q.dtype), lse, parts, empty
 
     def plain(self) -> Any:
         """Attention as one would write it in PyTorch, every intermediate in the low precision."""

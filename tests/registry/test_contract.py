@@ -337,6 +337,12 @@ def test_grid_has_tiles_of_its_own_for_each_packed_entry(lengths, tile_m, pack):
     assert free <= tiles or start == tiles == 0
 
 
+@pytest.mark.parametrize(("batch", "total_q"), [(0, 0), (0, 500), (3, 0)])
+def test_a_packed_array_without_entries_or_tokens_needs_no_blocks(batch, total_q):
+    facts = {"varlen": 1, "total_q": total_q, "seqlen_q": 1, "heads_q": 4, "batch": batch}
+    assert Grid("tiles_heads_batch", 64).blocks(facts, 2) == 0
+
+
 @given(st.integers(1, 4096), st.integers(0, 2**31 - 1))
 def test_division_by_multiplication(divisor, n):
     magic, shift = division(divisor)

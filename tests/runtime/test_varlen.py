@@ -14,8 +14,8 @@ import torch.autograd.forward_ad as fwAD
 import runtime
 from registry.contract import WINDOW_OPEN, division
 from runtime import arguments, attention, launch, session
-from runtime.errors import ArgumentError
-from tests.runtime.fakes import FakeBackend
+from runtime.errors import ArgumentError, CaptureError, NoKernelError
+from tests.runtime.fakes import FakeBackend, write_registry
 from tests.runtime.test_attention import BF16, reference
 
 
@@ -150,6 +150,10 @@ def test_rows_of_packed_heads_stay_in_32_bits(backend: FakeBackend, registry: Pa
     with pytest.raises(ArgumentError, match="pack_gqa=False") as error:
         runtime.flash_attn_varlen(q, k, k, pack_gqa=True)
     assert error.value.reason == "too_large"
+    ends = {"cu_seqlens_q": ints(0, 2), "cu_seqlens_k": ints(0, 1)}
+    runtime.flash_attn_varlen(q[0, :2], k[0], k[0], **ends, pack_gqa=True)
+    with pytest.raises(ArgumentError, match="pack_gqa=False"):  # with a plan of other totals
+        runtime.flash_attn_varlen(q[0], k[0], k[0], **ends, pack_gqa=True)
 
 
 @pytest.mark.parametrize("given", [
@@ -186,14 +190,150 @@ def test_every_fact_of_a_call_is_in_its_key(backend: FakeBackend, registry: Path
         check(dense["q"], given["k"], given["v"], cu_seqlens_k=given["cu_seqlens_k"], **options)
         check(given["q"], dense["k"], dense["v"], cu_seqlens_q=given["cu_seqlens_q"], **options)
     before = len(launch.plans.by_call)
-    for hints in ((1, None), (2, None), (None, 1), (None, 2)):  # each may choose another tile
-        check(**given, hints=hints)
     for pack_gqa in (True, False):
         check(**given, pack_gqa=pack_gqa)
-    assert len(launch.plans.by_call) == before + 6
+    assert len(launch.plans.by_call) == before + 2
     check(**packed((3, 5), (7, 1)))  # other lengths of one shape: the same plan
     check(**packed((3, 2, 3), (4, 4, 0)))
-    assert len(launch.plans.by_call) == before + 7
+    assert len(launch.plans.by_call) == before + 3
+
+
+LENGTHS = [((3, 40), (4, 9)), ((3, 7), (4, 9)), ((90, 70), (4, 30)), ((3, 2), (4, 9)), ((3, 2), (6, 9)),
+           ((2, 0), (2, 0)), ((3, 40), (4, 9)), ((100, 66), (1, 1)), ((30, 40), (1, 9))]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"head_dim_v": 32}, {"heads_kv": 4}, {"pack_gqa": True}, {"causal": True, "softcap": 2.0},
+    {"seqused_q": ints(2, 0), "seqused_k": ints(1, 1)}, {"out": True, "head_dim_v": 128},
+], ids=" ".join)  # fmt: skip
+def test_new_totals_cost_no_new_plan(backend: FakeBackend, registry: Path, monkeypatch, options):
+    """Every kernel that a change of lengths can lead to is met, and met again."""
+    shape = {name: options[name] for name in options if name in ("head_dim_v", "heads_kv")}
+    options = {name: value for name, value in options.items() if name not in shape}
+
+    def call(lengths):
+        given = packed(*lengths, **shape)
+        if "out" in options:
+            options["out"] = torch.empty(*given["q"].shape[:2], given["v"].shape[2], dtype=BF16)
+        check(**given, **options)
+        return backend.driver.launches[-1]
+
+    fresh = []
+    for lengths in LENGTHS:
+        launch.drop_plans()
+        fresh.append(call(lengths))
+    launch.drop_plans()
+    call(LENGTHS[0])
+    monkeypatch.setattr(attention, "_prepare", None)
+    for lengths, want in zip(LENGTHS, fresh, strict=True):
+        made = call(lengths)
+        assert (made["variant"], made["grid"]) == (want["variant"], want["grid"])
+        for name, value in want["params"].items():
+            assert made["params"][name] == value or name in launch.CALL_SLOTS, name
+    assert len({made["variant"] for made in fresh}) == 2 and len({made["grid"] for made in fresh}) > 1
+    monkeypatch.setattr(session, "current", None)  # now that each kernel has its plan
+    for lengths in LENGTHS:
+        call(lengths)
+    assert len(launch.plans.by_call) == 1
+
+
+def test_a_dense_side_beside_a_packed_one_keeps_its_length(backend: FakeBackend, registry: Path):
+    one, other = packed((5, 5), (6, 2)), packed((5, 5), (3, 8))
+    for _ in range(2):
+        for given in (one, other):
+            check(given["q"].unflatten(0, (2, 5)), given["k"], given["v"], cu_seqlens_k=given["cu_seqlens_k"])
+        with pytest.raises(ArgumentError, match="cu_seqlens_k") as error:
+            runtime.flash_attn_varlen(torch.zeros(3, 5, 4, 64, dtype=BF16), one["k"], one["v"],
+                                      cu_seqlens_k=one["cu_seqlens_k"])  # fmt: skip
+        assert error.value.reason == "shape"
+        dense = torch.zeros(3, 5, 2, 64, dtype=BF16)
+        check(one["q"], dense[:2], dense[:2], cu_seqlens_q=one["cu_seqlens_q"])
+        with pytest.raises(ArgumentError, match="k: batch 3"):
+            runtime.flash_attn_varlen(one["q"], dense, dense, cu_seqlens_q=one["cu_seqlens_q"])
+
+
+def test_new_totals_are_checked(backend: FakeBackend, registry: Path, monkeypatch):
+    given = packed((3, 7), (4, 9))
+    out = torch.zeros(10, 4, 64, dtype=BF16)
+    bad = [
+        ({"v": given["v"][:-1]}, "v", "shape"), ({"k": given["k"][:-1]}, "v", "shape"),
+        ({"out": torch.zeros(9, 4, 64, dtype=BF16)}, "out", "shape"), ({"q": given["q"][:-1]}, "out", "shape"),
+        ({"max_seqlen_q": -1}, "max_seqlen_q", "value"), ({"max_seqlen_k": torch.tensor(3)}, "max_seqlen_k", "value"),
+        ({"max_seqlen_k": 3.0}, "max_seqlen_k", "value"),
+        ({"q": torch.zeros(40, 4, 64, dtype=BF16), "out": torch.zeros(40, 4, 64, dtype=BF16)}, "q", "too_large"),
+    ]  # fmt: skip
+    monkeypatch.setattr(arguments, "MAX_TOKENS", 52)
+    hints = {"max_seqlen_q": 3, "max_seqlen_k": 3}
+    for _ in range(2):
+        check(**given, out=out, hints=(3, 3))
+        for changes, argument, reason in bad:
+            with pytest.raises(ArgumentError) as error:
+                runtime.flash_attn_varlen(**given | hints | {"out": out} | changes)
+            assert (error.value.argument, error.value.reason) == (argument, reason), error.value
+            check(**given, out=out, hints=(3, 3))
+    monkeypatch.setattr(launch, "MAX_BLOCKS", backend.driver.launches[-1]["grid"][0])
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="split it"):
+            runtime.flash_attn_varlen(**packed((30, 9), (4, 8)))
+        check(**given)
+
+
+def test_new_totals_with_memory_of_out(backend: FakeBackend, registry: Path):
+    one, two = packed((3, 7), (4, 9), heads_kv=4), packed((3, 9), (4, 9), heads_kv=4)
+    memory = torch.zeros(20 * 4 * 64, dtype=BF16)
+    steps = (64, 10 * 64, 1)  # heads lie 10 tokens apart: more would overlap
+    tail = torch.zeros(24 * 4 * 64, dtype=BF16)
+    behind = tail[11 * 4 * 64 :][: one["k"].numel()].view(one["k"].shape)  # after 11 tokens
+    for _ in range(2):
+        check(**one, out=memory.as_strided((10, 4, 64), steps))
+        with pytest.raises(ArgumentError, match="elements share memory"):
+            runtime.flash_attn_varlen(**two, out=memory.as_strided((12, 4, 64), steps))
+        check(**one | {"k": behind}, out=tail[: 10 * 4 * 64].view(10, 4, 64))
+        with pytest.raises(ArgumentError, match="shares memory with k"):
+            runtime.flash_attn_varlen(**two | {"k": behind}, out=tail[: 12 * 4 * 64].view(12, 4, 64))
+
+
+def test_one_token_has_no_stride_that_others_could_inherit(backend: FakeBackend, registry: Path):
+    memory = torch.zeros(4000, dtype=BF16)
+    k = torch.zeros(4, 4, 64, dtype=BF16)
+    for tokens in (1, 0, 1):
+        q = memory.as_strided((tokens, 4, 64), (260, 64, 1))
+        out = runtime.flash_attn_varlen(q, k, k, cu_seqlens_q=ints(0, tokens), cu_seqlens_k=ints(0, 4))
+        assert out.shape == q.shape
+    with pytest.raises(ArgumentError, match="q: stride 260"):
+        runtime.flash_attn_varlen(memory.as_strided((2, 4, 64), (260, 64, 1)), k, k, cu_seqlens_q=ints(0, 2),
+                                  cu_seqlens_k=ints(0, 4))  # fmt: skip
+    assert len(backend.driver.launches) == 2
+
+
+def test_what_fails_between_two_totals_leaves_no_mixture(backend: FakeBackend, registry: Path, monkeypatch):
+    one, two = packed((3, 7), (4, 9)), packed((30, 40), (4, 90))
+    check(**one)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_set_lengths", None)  # after the plan has been changed
+        with pytest.raises(TypeError):
+            runtime.flash_attn_varlen(**two)
+    check(**one)
+    check(**two)
+
+
+def test_new_totals_may_need_a_kernel_that_is_not_there(backend: FakeBackend, tmp_path: Path):
+    write_registry(tmp_path / "r.db", only="m64")
+    runtime.configure(registry=tmp_path / "r.db")
+    short, long = packed((3, 7), (4, 9)), packed((300, 70), (4, 9))
+    for _ in range(2):
+        check(**short)
+        with pytest.raises(NoKernelError, match="not in the index"):
+            runtime.flash_attn_varlen(**long)
+    write_registry(tmp_path / "all.db")
+    runtime.configure(registry=tmp_path / "all.db")
+    check(**short)
+    backend.capturing = True
+    check(**packed((2, 7), (4, 9)))
+    with pytest.raises(CaptureError):
+        runtime.flash_attn_varlen(**long)
+    backend.capturing = False
+    check(**long)
 
 
 def test_a_warm_call_only_launches(backend: FakeBackend, registry: Path, monkeypatch):

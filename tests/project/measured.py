@@ -1,0 +1,198 @@
+"""README's tables of measurements, from the result files.
+
+    python -m tests.project.measured        # rewrites the tables of README's section Measured
+
+The section's tables, but for those under Quoted, are those of TABLES, in this order; headings and prose stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.project.shell import ROOT
+
+RESULTS = ROOT / "benchmarks/results"
+README = ROOT / "README.md"
+MODES = ("free", "sm120")
+FILES = (
+    *(f"{name}.{mode}" for name in ("forward", "shapes") for mode in MODES),
+    *("build", "host_overhead.free", "cold_start.free"),
+)
+Rows = list[list[str]]
+
+
+@cache
+def result(name: str) -> dict[str, Any]:
+    value = json.loads((RESULTS / f"{name}.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = {row["case"]: row for row in rows}
+    return found
+
+
+def shapes(part: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """mode -> case -> row of one part of shapes.*.json."""
+    return {mode: by_case(result(f"shapes.{mode}")[part]["rows"]) for mode in MODES}
+
+
+# ---- the tables ----
+
+
+def forward() -> Rows:
+    rows = []
+    for mode in MODES:
+        value = result(f"forward.{mode}")
+        ranked = sorted(value["rows"], key=lambda row: row["ratio"])
+        ends = [f"{row['ratio']:.3f} ({row['case']})" for row in (ranked[0], ranked[-1])]
+        cells = value["against_fa4"]["cells"]
+        counts = [(sum(row["ratio"] < 1 for row in ranked), ranked), (sum(cell["met"] for cell in cells), cells)]
+        rows.append([f"`{mode}`", f"{value['geomean']:.3f}", *ends, *(f"{n} of {len(all_)}" for n, all_ in counts)])
+    return rows
+
+
+def models() -> Rows:
+    """Each model's geomean, full and causal apart."""
+    ratios: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for mode in MODES:
+        for row in result(f"forward.{mode}")["rows"]:
+            model, _, mask = row["case"].split("/")
+            ratios[model][mode, mask].append(math.log(row["ratio"]))
+    return [
+        [model, *(f"{math.exp(statistics.fmean(found[m, k])):.3f}" for m in MODES for k in ("full", "causal"))]
+        for model, found in ratios.items()
+    ]
+
+
+def factors() -> Rows:
+    """Time over what the work should take: windows, and packed sequences, with the same padded to the longest."""
+    rows = []
+    for part in ("window", "varlen"):
+        bars = {
+            bar["bar"].split(" factor <= ")[0]: bar["bar"].split("<= ")[1]
+            for bar in result("shapes.free")[part]["bars"]
+        }
+        found = shapes(part)
+        for case in found["free"]:
+            both = [found[mode][case] for mode in MODES]
+            padded = [f"{row['padded'] / row['ours']:.2f}" if "padded" in row else "–" for row in both]
+            rows.append([case, bars.get(case, "–"), *(f"{row['factor']:.2f}" for row in both), *padded])
+    return rows
+
+
+def asymmetric() -> Rows:
+    found = shapes("asymmetric")
+    rows = []
+    for case in found["free"]:
+        both = [found[mode][case] for mode in MODES]
+        speeds = [f"{row['tflops']:.0f}" for row in both]
+        rows.append([case, *speeds, *("not served" if row["peer"] is None else f"{row['ratio']:.3f}" for row in both)])
+    return rows
+
+
+def packing() -> Rows:
+    found = shapes("pack")
+    return [
+        [case, "together" if row["pack"] else "apart", *(f"{found[mode][case]['gain']:.3f}" for mode in MODES)]
+        for case, row in found["free"].items()
+    ]
+
+
+def build() -> Rows:
+    rows = []
+    for row in result("build")["rows"]:
+        each = row["cpu_s_per_cubin"]
+        sizes = [f"{row[name] / 1e6:.2f}" for name in ("bytes", "registry_bytes")]
+        times = [f"{row['wall_s']:.1f}", "–" if each is None else f"{each:.2f}"]
+        rows.append([row["case"], str(row["variants"]), str(row["built"]), *sizes, *times])
+    return rows
+
+
+def host_time() -> Rows:
+    rows = by_case(result("host_overhead.free")["rows"])
+    plain = [case for case in rows if not case.endswith(("/lse", "/out"))]
+    us = {case: f"{row['ours'] * 1e3:.1f}" for case, row in rows.items()}
+    return [[c, us[c], us[f"{c}/lse"], us[f"{c}/out"], f"{rows[c]['peer'] * 1e3:.1f}"] for c in plain]
+
+
+def cold_start() -> Rows:
+    rows = by_case(result("cold_start.free")["rows"])
+    named = {"a registry file": "embedded", "the disk cache of a server's kernels": "disk_cache"}
+    found = {name: next(row for case, row in rows.items() if case.endswith(f"/{kind}")) for name, kind in named.items()}
+    ours = [
+        [f"ours, from {name}", *(f"{row[x]:.1f}" for x in ("import", "first", "ours"))] for name, row in found.items()
+    ]
+    (peer,) = {f"{row['peer']:.1f}" for row in rows.values()}
+    return [*ours, ["SDPA, FlashAttention backend", "none", peer, peer]]
+
+
+TABLES: tuple[Callable[[], Rows], ...] = (
+    *(forward, models, factors, asymmetric, packing),
+    *(build, host_time, cold_start),
+)
+
+
+# ---- README ----
+
+
+def section(text: str) -> tuple[str, str, str]:
+    """(what comes before, our measurements, what comes after, from Quoted on)."""
+    before, rest = text.split("\n## Measured\n")
+    ours, after = rest.split("\n### Quoted\n")
+    return before + "\n## Measured\n", ours, "\n### Quoted\n" + after
+
+
+def tables_of(text: str) -> list[Rows]:
+    """The cells of each table, heading and rule left out."""
+    found: list[Rows] = []
+    for block in _blocks(text):
+        if isinstance(block, list):
+            found.append([[cell.strip() for cell in line.strip("|").split("|")] for line in block[2:]])
+    return found
+
+
+def rewritten(text: str) -> str:
+    """README with the tables of the result files."""
+    before, ours, after = section(text)
+    made = iter(TABLES)
+    blocks = []
+    for block in _blocks(ours):
+        if isinstance(block, list):
+            block = "\n".join([*block[:2], *(f"| {' | '.join(row)} |" for row in next(made)())])
+        blocks.append(block)
+    assert next(made, None) is None, "README has fewer tables than there are results"
+    return before + "\n".join(blocks) + after
+
+
+def _blocks(text: str) -> list[str | list[str]]:
+    """The text's lines; those of a table, together in a list."""
+    found: list[str | list[str]] = []
+    inside = False
+    for line in text.split("\n"):
+        if line.startswith("|") and inside:
+            table = found[-1]
+            assert isinstance(table, list)
+            table.append(line)
+        else:
+            found.append([line] if line.startswith("|") else line)
+        inside = line.startswith("|")
+    return found
+
+
+def main(path: Path = README) -> int:
+    path.write_text(rewritten(path.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
