@@ -83,8 +83,6 @@ class FlashForward:
         self.warps, self.stages = variant.size("w"), variant.size("s")
         self.threads = 32 * self.warps
         self.q_steps, self.carried = variant.size("q"), variant.size("a") == 1
-        # A narrow accumulator is cheaper to rescale at every block than to branch around.
-        self.lazy_rescale = self.head_dim_v > 64
 
     @cute.jit
     def __call__(self, *parameters):
@@ -261,7 +259,7 @@ class FlashForward:
             cute.arch.cp_async_commit_group()
         self.modify(state, acc_S, n_block * self.tile_n, masked)
         scale_log2 = state.call.scale_log2
-        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, scale_log2, masked, self.lazy_rescale)
+        softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, scale_log2, masked)
         rP = cute.make_fragment_like(acc_S, self.dtype)
         rP.store(acc_S.load().to(self.dtype))
         gemm_rs(state.mma, tid, state.acc_O, as_a_operand(rP), sV, self.dtype)

@@ -32,27 +32,23 @@ def update(
     row_sum: cute.Tensor,
     scale_log2: cutlass.Float32,
     masked: cutlass.Constexpr,
-    lazy: cutlass.Constexpr,
 ):
     """Turn raw scores in acc_S into P = 2**(scale_log2 · (S − row_max)), and carry row_max, row_sum and acc_O along.
 
-    row_max holds raw scores; row_sum is this thread's part of the sum only, added over the quad at the end.
+    row_max holds raw scores, the same in the four lanes of a row; it may stay behind the true maximum, and acc_O alone,
+    while no score of the warp has grown by RESCALE_LOG2. Each lane sees to its own scores: the exchange of maxima, too,
+    is left out then. row_sum is this thread's part of the sum only, added over the quad at the end.
     masked: acc_S may hold −inf, and a row none of whose scores is visible yet keeps row_max = −inf.
-    lazy: leave acc_O alone, and row_max behind the true maximum, while no row of the warp has grown by RESCALE_LOG2.
     """
     scores = rows_columns(acc_S)
     rows = cute.size(row_max)
     grown = cute.make_rmem_tensor(rows, cutlass.Float32)
+    behind = cutlass.Boolean(False)
     for r in cutlass.range_constexpr(rows):
         block_max = scores[r, None].load().reduce(cute.ReductionOp.MAX, -cutlass.Float32.inf, 0)
-        grown[r] = cute.arch.fmax(row_max[r], quad_max(block_max))
-    if cutlass.const_expr(lazy):
-        behind = cutlass.Boolean(False)
-        for r in cutlass.range_constexpr(rows):
-            behind = behind | ((grown[r] - row_max[r]) * scale_log2 > RESCALE_LOG2)
-        if cute.arch.vote_any_sync(behind):
-            rescale(acc_O, row_max, row_sum, grown, scale_log2, masked)
-    else:
+        grown[r] = cute.arch.fmax(row_max[r], block_max)
+        behind = behind | ((grown[r] - row_max[r]) * scale_log2 > RESCALE_LOG2)
+    if cute.arch.vote_any_sync(behind):
         rescale(acc_O, row_max, row_sum, grown, scale_log2, masked)
     for r in cutlass.range_constexpr(rows):
         shift = reference_point(row_max[r], masked) * scale_log2
@@ -70,11 +66,12 @@ def rescale(
     scale_log2: cutlass.Float32,
     masked: cutlass.Constexpr,
 ):
-    """Move row_max up to `grown` and scale row_sum and acc_O down to match."""
+    """Move row_max up to the quad's maximum of `grown` and scale row_sum and acc_O down to match."""
     out = rows_columns(acc_O)
     for r in cutlass.range_constexpr(cute.size(row_max)):
-        factor = cute.math.exp2((row_max[r] - reference_point(grown[r], masked)) * scale_log2, fastmath=True)
-        row_max[r] = grown[r]
+        highest = quad_max(grown[r])
+        factor = cute.math.exp2((row_max[r] - reference_point(highest, masked)) * scale_log2, fastmath=True)
+        row_max[r] = highest
         row_sum[r] = row_sum[r] * factor
         out[r, None] = out[r, None].load() * factor
 

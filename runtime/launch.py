@@ -53,16 +53,16 @@ class Plan:
 
     pack, pack_optional: write the addresses of MAIN_SLOTS, of OPTIONAL (0: none). fire(stream, params, 0): launches on
     the current device and returns (status,). values: every other parameter of the client's, by name.
-    pack_gqa: query heads that share a tile.
+    tile_heads: query heads that share a tile. slots: write the parameters that `resize` changes, by name.
     """
 
-    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "kernel", "launch", "pack", "pack_gqa",
-                 "pack_optional", "params", "pointers", "raw_stream", "slots", "success")  # fmt: skip
+    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "kernel", "launch", "pack",
+                 "pack_optional", "params", "pointers", "raw_stream", "slots", "success", "tile_heads")  # fmt: skip
 
     def __init__(self, kernel: Kernel, values: Mapping[str, tuple[str, int | float]], facts: Mapping[str, Any],
-                 pack_gqa: int, device: int, backend: Any):  # fmt: skip
+                 tile_heads: int, device: int, backend: Any):  # fmt: skip
         driver = backend.driver
-        self.kernel, self.pack_gqa, self.launch = kernel, pack_gqa, driver.launch
+        self.kernel, self.tile_heads, self.launch = kernel, tile_heads, driver.launch
         self._aim(facts)
         self.buffer = buffer = parameters(kernel, values)
         start = ctypes.addressof(buffer)
@@ -90,7 +90,7 @@ class Plan:
 
     def _aim(self, facts: Mapping[str, Any]) -> None:
         artifact = self.kernel.artifact
-        blocks = artifact.grid.blocks(facts, self.pack_gqa)
+        blocks = artifact.grid.blocks(facts, self.tile_heads)
         if blocks > MAX_BLOCKS:
             message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
             raise ArgumentError("q", message, reason="too_large")

@@ -44,6 +44,7 @@ def flash_attn_varlen(
     pack_gqa: whether the query heads of a key/value head share tiles, which changes no result; None is our choice.
     Everything else: as in `flash_attn`, whose errors this function raises as well.
 
+    Totals and hints may differ in every call; a batch size is prepared for once, like any other shape.
     Lengths that point outside an array are cut to it. Rows that belong to no sequence, or lie beyond its seqused_q,
     are not written: in a new tensor, or LSE, they hold anything.
     Returns out, (total_q or batch, seqlen_q, heads_q, head_dim_v), or (out, lse); the LSE is (heads_q, total_q) for a

@@ -9,7 +9,7 @@ import pytest
 
 from registry.contract import WINDOW_OPEN, Condition, ContractError, DispatchRow, Index, Variant
 from runtime import select
-from runtime.arguments import facts
+from runtime.arguments import LENGTH_FACTS, facts
 from runtime.errors import NoKernelError
 from tests.runtime.fakes import TABLE, toy_index
 
@@ -109,6 +109,18 @@ def test_head_dims_between_variants_run_on_the_next_larger():
     for (d, dv), variant in {(8, 8): 64, (72, 64): 96, (64, 72): 96, (104, 8): 128, (128, 128): 128}.items():
         artifact = select.select(INDEX, "fwd", FACTS | {"head_dim": d, "head_dim_v": dv}).artifact
         assert artifact.variant.startswith(f"fwd-bf16-d{variant}-")
+
+
+def test_open_rows_pick_what_all_rows_pick():
+    index, _ = toy_index()
+    sizes = {"batch": 2, "heads_q": 4, "seqlen_k": 9, "window": (WINDOW_OPEN, 0)}
+    for dtype, head_dim, heads_kv in itertools.product(("bf16", "fp16"), (64, 72, 256), (1, 4)):
+        for seqlen_q in (1, 16, 17, 64, 65):
+            call = facts(dtype=dtype, head_dim=head_dim, head_dim_v=64, heads_kv=heads_kv, seqlen_q=seqlen_q, **sizes)
+            known = {name: value for name, value in call.items() if name not in LENGTH_FACTS}
+            found = select.first(select.open_rows(index, "fwd", known), {name: call[name] for name in LENGTH_FACTS})
+            want = select.first(index.rows, call)
+            assert (found and (found.variant, found.pack)) == (want and (want.variant, want.pack))
 
 
 def test_candidates_of_partly_known_calls():

@@ -150,10 +150,11 @@ def test_rows_of_packed_heads_stay_in_32_bits(backend: FakeBackend, registry: Pa
     with pytest.raises(ArgumentError, match="pack_gqa=False") as error:
         runtime.flash_attn_varlen(q, k, k, pack_gqa=True)
     assert error.value.reason == "too_large"
-    ends = {"cu_seqlens_q": ints(0, 2), "cu_seqlens_k": ints(0, 1)}
+    ends = {"cu_seqlens_q": ints(0, 2), "cu_seqlens_k": ints(0, 1), "max_seqlen_q": 2}
     runtime.flash_attn_varlen(q[0, :2], k[0], k[0], **ends, pack_gqa=True)
     with pytest.raises(ArgumentError, match="pack_gqa=False"):  # with a plan of other totals
         runtime.flash_attn_varlen(q[0], k[0], k[0], **ends, pack_gqa=True)
+    assert len(launch.plans.by_call) == 1
 
 
 @pytest.mark.parametrize("given", [
@@ -244,12 +245,12 @@ def test_a_dense_side_beside_a_packed_one_keeps_its_length(backend: FakeBackend,
             check(given["q"].unflatten(0, (2, 5)), given["k"], given["v"], cu_seqlens_k=given["cu_seqlens_k"])
         with pytest.raises(ArgumentError, match="cu_seqlens_k") as error:
             runtime.flash_attn_varlen(torch.zeros(3, 5, 4, 64, dtype=BF16), one["k"], one["v"],
-                                      cu_seqlens_k=one["cu_seqlens_k"])  # fmt: skip
+                                      cu_seqlens_k=one["cu_seqlens_k"], return_lse=True)  # fmt: skip
         assert error.value.reason == "shape"
         dense = torch.zeros(3, 5, 2, 64, dtype=BF16)
         check(one["q"], dense[:2], dense[:2], cu_seqlens_q=one["cu_seqlens_q"])
         with pytest.raises(ArgumentError, match="k: batch 3"):
-            runtime.flash_attn_varlen(one["q"], dense, dense, cu_seqlens_q=one["cu_seqlens_q"])
+            runtime.flash_attn_varlen(one["q"], dense, dense, cu_seqlens_q=one["cu_seqlens_q"], return_lse=True)
 
 
 def test_new_totals_are_checked(backend: FakeBackend, registry: Path, monkeypatch):
@@ -268,13 +269,13 @@ def test_new_totals_are_checked(backend: FakeBackend, registry: Path, monkeypatc
         check(**given, out=out, hints=(3, 3))
         for changes, argument, reason in bad:
             with pytest.raises(ArgumentError) as error:
-                runtime.flash_attn_varlen(**given | hints | {"out": out} | changes)
+                runtime.flash_attn_varlen(**given | hints | {"out": out} | changes, return_lse=True)
             assert (error.value.argument, error.value.reason) == (argument, reason), error.value
             check(**given, out=out, hints=(3, 3))
     monkeypatch.setattr(launch, "MAX_BLOCKS", backend.driver.launches[-1]["grid"][0])
     for _ in range(2):
         with pytest.raises(ArgumentError, match="split it"):
-            runtime.flash_attn_varlen(**packed((30, 9), (4, 8)))
+            runtime.flash_attn_varlen(**packed((30, 9), (4, 8)), return_lse=True)
         check(**given)
 
 
@@ -287,10 +288,10 @@ def test_new_totals_with_memory_of_out(backend: FakeBackend, registry: Path):
     for _ in range(2):
         check(**one, out=memory.as_strided((10, 4, 64), steps))
         with pytest.raises(ArgumentError, match="elements share memory"):
-            runtime.flash_attn_varlen(**two, out=memory.as_strided((12, 4, 64), steps))
+            runtime.flash_attn_varlen(**two, out=memory.as_strided((12, 4, 64), steps), return_lse=True)
         check(**one | {"k": behind}, out=tail[: 10 * 4 * 64].view(10, 4, 64))
         with pytest.raises(ArgumentError, match="shares memory with k"):
-            runtime.flash_attn_varlen(**two | {"k": behind}, out=tail[: 12 * 4 * 64].view(12, 4, 64))
+            runtime.flash_attn_varlen(**two | {"k": behind}, out=tail[: 12 * 4 * 64].view(12, 4, 64), return_lse=True)
 
 
 def test_one_token_has_no_stride_that_others_could_inherit(backend: FakeBackend, registry: Path):
@@ -312,7 +313,7 @@ def test_what_fails_between_two_totals_leaves_no_mixture(backend: FakeBackend, r
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_set_lengths", None)  # after the plan has been changed
         with pytest.raises(TypeError):
-            runtime.flash_attn_varlen(**two)
+            runtime.flash_attn_varlen(**two, return_lse=True)
     check(**one)
     check(**two)
 
@@ -324,14 +325,14 @@ def test_new_totals_may_need_a_kernel_that_is_not_there(backend: FakeBackend, tm
     for _ in range(2):
         check(**short)
         with pytest.raises(NoKernelError, match="not in the index"):
-            runtime.flash_attn_varlen(**long)
+            runtime.flash_attn_varlen(**long, return_lse=True)
     write_registry(tmp_path / "all.db")
     runtime.configure(registry=tmp_path / "all.db")
     check(**short)
     backend.capturing = True
     check(**packed((2, 7), (4, 9)))
     with pytest.raises(CaptureError):
-        runtime.flash_attn_varlen(**long)
+        runtime.flash_attn_varlen(**long, return_lse=True)
     backend.capturing = False
     check(**long)
 
