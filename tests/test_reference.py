@@ -183,6 +183,28 @@ def test_join_puts_entries_end_to_end():
     np.testing.assert_array_equal(joined.lse, whole.lse.swapaxes(0, 1).reshape(4, 140))
 
 
+def test_few_rows_have_no_rms():
+    """Neither rows whose P happens to round well in the model, nor rows that are wrong, are judged by it."""
+    q, k, v = inputs("normal", "bf16")
+    expected = reference(q, k, v, "bf16", Scores(0.125))
+    out, _ = flash(q, k, v, "bf16", scale=0.125 * 1.005)
+    rows = out.size // out.shape[-1]
+    assert "RMS" in " ".join(yardstick(out, expected, rms_rows=rows))
+    assert yardstick(out, expected, rms_rows=rows + 1) == []
+
+
+def test_an_lse_is_as_exact_as_the_biases_that_scores_cancel():
+    distance = np.arange(200.0)[::-1]
+    q, k, v = np.zeros((1, 1, 1, 8)), np.zeros((1, 200, 1, 8)), np.ones((1, 200, 1, 8))
+    q[..., 0], k[0, :, 0, 0] = 1, distance
+    biased = reference(q, k, v, "bf16", Scores(1.0, alibi=np.ones(1)))
+    plain = reference(q, 0 * k, v, "bf16", Scores(1.0))
+    np.testing.assert_allclose(biased.lse, plain.lse)
+    for error, problems in ((1e-3, 0), (4e-3, 1)):
+        assert len(yardstick(v[:, :1], biased, biased.lse + error)) == problems
+    assert yardstick(v[:, :1], plain, plain.lse + 1e-3) != []
+
+
 def test_visible():
     assert visible(2, 4, (None, 0)).astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert visible(3, 2, (None, 0)).astype(int).tolist() == [[0, 0], [1, 0], [1, 1]]
