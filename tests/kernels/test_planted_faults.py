@@ -83,9 +83,10 @@ def probes(variant: Variant) -> list[Case]:
     keys = [2 * n + 16 * (j % (n // 16)) + 3 for j in range(m // 16)]
     windows = ((None, None), (None, 0), (n // 2 + 3, 9))
     ragged = [Case("", q, k, 1, 1, window=windows[j % 3]) for j, (q, k) in enumerate(zip(rows, keys, strict=True))]
-    # A thread's rows lie 8 apart, so two diagonals that lie 8 apart bring m of its columns to both edges.
+    # A thread's rows lie 8 apart, so two diagonals that lie 8 apart bring m of its columns to both edges. The right one
+    # lies a block to the left, else the last key would come before it.
     shifts = [start + by for start in range(0, n, m) for by in (0, 8)]
-    edges = [Case("", m, m + 2 * n, 1, 1, window=(n + 1 + by, 5 + by)) for by in shifts]
+    edges = [Case("", m, m + 2 * n, 1, 1, window=(n + 1 + by, 5 + by - n)) for by in shifts]
     empty_rows = Case("", m + n + 9, n + 7, 2, 1, window=(None, 0), family="low")
     most = max(variant.head_dim, variant.head_dim_v)
     columns = [
