@@ -269,8 +269,8 @@ class Artifact:
 
     cubin_sha256/cubin_size: identity, conflict checks, cache name. frame_sha256/frame_size: its one zstd frame
     (blob address, ETag). smem: dynamic shared memory in bytes. spills: bytes of spill stores + loads.
-    blocks_per_sm: at SM120's limits. hot_loop: instruction counts of the hottest loop. min_driver: the oldest driver
-    as cuDriverGetVersion states it (12080 is CUDA 12.8).
+    blocks_per_sm: at SM120's limits. hot_loop: instructions that every iteration of the hottest loop executes.
+    min_driver: the oldest driver as cuDriverGetVersion states it (12080 is CUDA 12.8).
     """
 
     variant: str

@@ -93,7 +93,7 @@ def data(builder_venv, tmp_path_factory):
     command = moved(exec_form(only(BUILDER, "CMD")), data)
     # `env` looks the command up in the PATH that it is given, as a container's start does.
     run(
-        ["env", *command, "--only", "fwd-bf16-d64-dv64-m64-*"],
+        ["env", *command, "--only", "fwd-bf16-d64-dv64-m64-n64-*"],
         env=venv_environment(builder_venv),
         cwd=builder_venv.parent / "app",
     )

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -17,16 +18,19 @@ CLAIMS = CLAIM.findall((ROOT / "docs/tuning.md").read_text())
 
 
 @pytest.fixture(scope="module")
-def gains() -> dict[Served, float]:
-    """Each measured tile's gain over what then served the class: geometric mean of its cases, SM120's occupancy."""
+def runs() -> list[dict[Served, float]]:
+    """Each run's gains over what then served the class: geometric mean of a tile's cases, SM120's occupancy."""
+    return [gains(path) for path in (ROOT / "benchmarks/results").glob("tune*.json")]
+
+
+def gains(path: Path) -> dict[Served, float]:
     found = {}
-    for path in (ROOT / "benchmarks/results").glob("tune*.json"):
-        for tuned in json.loads(path.read_text())["classes"]:
-            for option in tuned["options"]:
-                tile = option["tile"] + (" packed" if option["pack"] else "")
-                logs = map(math.log, option["gains"]["sm120"].values())
-                dims = f"{tuned['head_dim']}/{tuned['head_dim_v']}"
-                found[dims, tuned["class"], tile] = math.exp(statistics.fmean(logs))
+    for tuned in json.loads(path.read_text())["classes"]:
+        for option in tuned["options"]:
+            tile = option["tile"] + (" packed" if option["pack"] else "")
+            logs = map(math.log, option["gains"]["sm120"].values())
+            dims = f"{tuned['head_dim']}/{tuned['head_dim_v']}"
+            found[dims, tuned["class"], tile] = math.exp(statistics.fmean(logs))
     return found
 
 
@@ -38,6 +42,8 @@ def test_every_letter_of_a_tile_has_a_figure():
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim[0]} {claim[2]} over {claim[3]}")
-def test_a_figure_is_that_of_the_result_files(claim, gains):
+def test_a_figure_is_that_of_one_run(claim, runs):
     dims, call_class, tile, other, said = claim
-    assert float(said) == pytest.approx(gains[dims, call_class, tile] / gains[dims, call_class, other], abs=6e-4)
+    pair = (dims, call_class, tile), (dims, call_class, other)
+    measured = [run[pair[0]] / run[pair[1]] for run in runs if run.keys() >= set(pair)]
+    assert any(float(said) == pytest.approx(ratio, abs=6e-4) for ratio in measured), measured
