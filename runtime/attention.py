@@ -116,7 +116,7 @@ def attend(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any,
         if out is not None:
             key = (key, out.stride(), out.dtype, out.get_device())
         ready = launch.plans.by_call[key]
-    except Exception:
+    except Exception:  # as in flash_attn
         ready = None
     if ready is None or ready.lengths != lengths:
         given = Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
