@@ -18,7 +18,7 @@ SECTION = 64  # tile heads whose query tiles run side by side; docs/tuning.md
 
 @dsl_user_op
 def reread_tid(*, loc: ir.Location | None = None, ip: ir.InsertionPoint | None = None) -> Int32:
-    """The thread's number, read anew: what is computed from it is not kept in registers through loops before."""
+    """The thread's number, read anew: nothing that is computed from it was kept in registers until here."""
     text, out = "mov.u32 $0, %tid.x;", "=r"
     return Int32(llvm.inline_asm(T.i32(), [], text, out, has_side_effects=True, loc=loc, ip=ip))
 

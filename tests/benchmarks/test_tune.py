@@ -119,7 +119,8 @@ def test_a_run_measures_all_once_and_the_best_again(tuning, tmp_path):
     assert {job.key for job in first[: len(TABLE)]} == set(TABLE), "the table's own first, if time runs out"
     classes = {job.key: job.classes for job in first}
     assert classes[DEADLY] == ("packed_decode", "short"), "16 rows are no tile for long queries"
-    assert {job.run for job in tuning.started if job.key == RIVAL} == {0, 1, 2}
+    again = {job.key for job in tuning.started if job.run > 0}  # times of stand-ins: which are best is anybody's guess
+    assert again and all({job.run for job in tuning.started if job.key == key} == {0, 1, 2} for key in again)
     assert {f["variant"] for f in report["failed"]} == {WRONG, WRONG_PACKED, DEADLY}
     assert "its process ended with 9" in {f["reason"] for f in report["failed"]}
     path = tmp_path / "results.json"
@@ -127,10 +128,8 @@ def test_a_run_measures_all_once_and_the_best_again(tuning, tmp_path):
     origin, found = accept.read(path)
     assert origin["gpu"] == "none (CPU)" and [t.call_class for t in found] == list(tiny(*DIMS))
     accept.check_table(Tiles.read(), found)
-    of_default = {o.choice.tile: o for o in found[2].options}
-    assert of_default["m64-n32-w4-s1"].runs == 3 and {c.name for c in found[2].cases} == {
-        "tiny/S65/causal", "tiny/S70/causal"
-    }  # fmt: skip
+    assert {o.runs for t in found for o in t.options} == {1, 3}
+    assert {c.name for c in found[2].cases} == {"tiny/S65/causal", "tiny/S70/causal"}
     assert set(found[2].hashes()) <= {*TABLE, RIVAL}
     (own,) = (t.tile for t in Tiles.read().tiles if (t.dims, t.call_class) == (DIMS, "default"))
     assert f"default: {own}\n" in tune.summary(report)
