@@ -137,6 +137,7 @@ class Build:
         Whatever ends it, variants that were finished are in the store.
         """
         started = time.monotonic()
+        self._claim()
         chosen = [job for job in self.jobs.values() if select(job.variant)]
         todo = [job for job in chosen if job.missing]
         result = self.result = Result(len(chosen))
@@ -153,6 +154,14 @@ class Build:
         self._index(result, stored, channel, allow_partial)
         result.seconds = time.monotonic() - started
         return result
+
+    def _claim(self) -> None:
+        """Note what the sources stand for, so that gc leaves it; only then does what is stored count as there."""
+        jobs = self.jobs.values()
+        for arch in self.archs:
+            self.store.set_wanted(arch, {f for job in jobs for f in (job.ptx_fingerprint, job.fingerprints[arch])})
+        for job in jobs:
+            job.missing = tuple(a for a in self.archs if self.store.get_artifact(job.fingerprints[a]) is None)
 
     def _make(self, todo: list[Job], jobs: int, progress: Callable[[int, int, str], None], time_limit: float) -> None:
         try:

@@ -1,8 +1,9 @@
-"""`python -m registry ls|show|verify`: look at a registry file. It is only read."""
+"""`python -m registry ls|show|verify` look at a registry file; the other commands release and care for it."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from registry import care
 from registry.contract import Artifact, CubineryError, Index
+from registry.releases import commands as releases
 from registry.store import Store, StoreError, default_path
 
 EPILOG = """\
-exit codes: 0 all is well; 1 'verify' found problems, 'show' found nothing; 2 wrong usage, or the file cannot be read.
+exit codes: 0 all is well; 1 'verify' found problems, 'show' found nothing; 2 wrong usage, or it cannot be done.
 The registry is --registry, else the file that CUBINERY_REGISTRY names, else registry.db in the user's data folder.
 """
 
@@ -29,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        with Store(arguments.registry or default_path(), readonly=True) as store:
-            code: int = arguments.run(store, arguments)
-            sys.stdout.flush()
-            return code
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except CubineryError as error:
         print(f"registry: {error} [{error.reason}]", file=sys.stderr)
         return 1 if error.reason == "not_found" else 2
@@ -53,13 +55,21 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text, epilog=EPILOG, parents=[common], formatter_class=raw
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=functools.partial(_reading, run))
         return sub
 
     command("ls", _ls, "list channels, indexes and artifacts")
     command("show", _show, "show one thing in full").add_argument("what", metavar="WHAT", help=_SHOW)
     command("verify", _verify, "hash and cross-check everything; print one line a problem")
+    releases.add_commands(commands)
+    care.add_commands(commands)
     return parser
+
+
+def _reading(run: Callable[[Store, argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command that only reads."""
+    with Store(arguments.registry or default_path(), readonly=True) as store:
+        return run(store, arguments)
 
 
 def _ls(store: Store, arguments: argparse.Namespace) -> int:

@@ -15,11 +15,12 @@ from functools import cached_property
 from typing import Any
 
 FORMAT = 2  # of the index; a client refuses an index of another format
-SCHEMA = 1  # of the registry file, the user_version in its header: the number of registry.store's migrations
+SCHEMA = 2  # of the registry file, the user_version in its header: the number of registry.store's migrations
 
-DTYPES = ("bf16", "fp16")
+DTYPES = ("bf16", "fp16")  # of queries
+ALL_DTYPES = (*DTYPES, "fp32")  # of a variant: fp32 is for outputs alone
 PARAM_FORMATS = {"ptr": "Q", "i32": "i", "i64": "q", "f32": "f"}
-GRID_RULES = ("tiles_heads_batch",)
+GRID_RULES = ("tiles_heads_batch", "rows")
 MAX_SMEM = 101_376  # bytes of shared memory a block may use on SM120
 WINDOW_OPEN = 2**30  # window_left / window_right of a side that is open; real bounds are below it
 ELF_MACHINE_CUDA = 190
@@ -45,6 +46,10 @@ class CubineryError(Exception):
         super().__init__(message)
         if reason is not None:
             self.reason = reason
+
+
+CHANNEL = "[a-z0-9][a-z0-9._-]{0,63}"  # what a channel's name looks like, whole
+TUF_PATH = r"(targets/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}"  # of a file below v1/tuf/: no way out of it
 
 
 class ContractError(CubineryError, ValueError):
@@ -115,8 +120,8 @@ class Variant:
     features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ContractError(f"variant: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.dtype not in ALL_DTYPES:
+            raise ContractError(f"variant: dtype {self.dtype!r} is none of {', '.join(ALL_DTYPES)}")
         if list(self.features) != sorted(set(self.features)):
             raise ContractError(f"variant: features {self.features} are not sorted and unique")
         if len(dict(self.tile)) != len(self.tile):
@@ -233,6 +238,7 @@ class Grid:
     rule 'tiles_heads_batch': a block for each query tile, tile head and batch entry, in one dimension. `pack` query
     heads share a tile head. Entries of a packed (varlen) array lie anywhere: the device gives the one that starts at
     token c, number b, the tiles from c·pack // tile_m + b on, which is always enough.
+    rule 'rows': a block for each tile_m of the rows that the call counts itself.
     """
 
     rule: str
@@ -246,6 +252,8 @@ class Grid:
 
     def blocks(self, facts: Mapping[str, Any], pack: int = 1) -> int:
         """Blocks of a call with these facts. pack: 1, or heads_q / heads_kv."""
+        if self.rule == "rows":
+            return -(-facts["rows"] // self.tile_m)
         heads, batch = facts["heads_q"] // pack, facts["batch"]
         if facts.get("varlen"):
             tiles = facts["total_q"] * pack // self.tile_m + batch if facts["total_q"] and batch else 0

@@ -26,6 +26,17 @@ def compress(content: bytes) -> bytes:
     return zstd.compress(content, options=_COMPRESS)
 
 
+def declared_size(frame: bytes) -> int:
+    """Bytes of content that a frame declares. StoreError ('integrity') if it is no frame or declares none."""
+    try:
+        size = zstd.get_frame_info(frame).decompressed_size
+    except zstd.ZstdError as error:
+        raise StoreError(f"not a zstd frame: {error}", reason="integrity") from None
+    if size is None:
+        raise StoreError("a zstd frame that does not declare its content's size", reason="integrity")
+    return int(size)
+
+
 def decompress(frame: bytes, size: int) -> bytes:
     """The `size` bytes that a frame of `compress` holds; never allocates more than about that.
 

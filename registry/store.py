@@ -6,68 +6,43 @@ call returns, its rows and blobs are on disk together; when it raises or the pro
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 from sqlite_utils.db import Database
-from sqlite_utils.migrations import Migrations
 
-# pysqlite3 where it is installed: its SQLite has no WAL-reset bug.
-from sqlite_utils.utils import sqlite3  # type: ignore[attr-defined]
-
-from registry.contract import SCHEMA, Artifact, Index, Variant, canonical_json, sha256_hex
+from registry.connection import Connection, sqlite3
+from registry.contract import CHANNEL, SCHEMA, TUF_PATH, Artifact, Index, Variant, canonical_json, sha256_hex
 from registry.errors import ConflictError, StoreError
-from registry.frames import compress, decompress
+from registry.frames import compress, declared_size, decompress
+from registry.schema import APPLICATION_ID, MIGRATIONS
 from registry.verify import problems
 
 __all__ = [
     "APPLICATION_ID",
     "CHANNEL",
+    "MIGRATIONS",
     "SCHEMA",
     "ConflictError",
+    "Move",
     "Store",
     "StoreError",
     "StoredPtx",
     "check_channel",
+    "check_frame",
     "compress",
     "decompress",
     "default_path",
 ]
 
-APPLICATION_ID = 0x43554249  # 'CUBI' in the file's header: whose database this is
-PAGE_SIZE = 8192
-CHANNEL = "[a-z0-9][a-z0-9._-]{0,63}"  # what a channel's name looks like, whole
-
-MIGRATIONS = Migrations("cubinery")
-
-
-@MIGRATIONS()
-def m001_tables(db: Database) -> None:
-    """All tables. Not STRICT: the runtime reads them with whatever SQLite its Python has, and 3.34 has no STRICT."""
-    tables: dict[str, tuple[dict[str, type], str | tuple[str, ...], list[tuple[str, str, str]]]] = {
-        "blobs": ({"sha256": str, "frame": bytes, "size": int, "content_sha256": str}, "sha256", []),
-        "ptx": (
-            {"fingerprint": str, "variant": str, "ptx_sha256": str, "frame_sha256": str, "facts": str},
-            "fingerprint",
-            [("frame_sha256", "blobs", "sha256")],
-        ),
-        "artifacts": ({"fingerprint": str, "variant": str, "arch": str, "json": str}, "fingerprint", []),
-        "indexes": ({"digest": str, "arch": str, "body": bytes}, "digest", []),
-        "channels": ({"name": str, "arch": str, "digest": str}, ("name", "arch"), [("digest", "indexes", "digest")]),
-    }
-    for name, (columns, key, references) in tables.items():
-        db.table(name).create(columns, pk=key, not_null=columns, foreign_keys=references)
-    db.table("ptx").create_index(["ptx_sha256"])
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute("PRAGMA user_version = 1")
+MAX_CONTENT = 64 << 20  # bytes of one cubin or PTX text
 
 
 @dataclass(frozen=True)
@@ -80,10 +55,19 @@ class StoredPtx:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Move:
+    """A channel was pointed at an index. moved: Unix seconds."""
+
+    arch: str
+    digest: str
+    moved: float
+
+
 def default_path() -> Path:
     """CUBINERY_REGISTRY if it names a file (no URL, no folder), else registry.db in the user's data folder."""
     named = os.environ.get("CUBINERY_REGISTRY", "")
-    if named and "://" not in named and not os.path.isdir(named):
+    if named and "://" not in named and not named.endswith("/") and not os.path.isdir(named):
         return Path(named)
     return Path(platformdirs.user_data_dir("cubinery")) / "registry.db"
 
@@ -96,7 +80,7 @@ def check_channel(name: object) -> str:
     return name
 
 
-class Store:
+class Store(Connection):
     """One connection to a registry file, for the thread and process that opened it; a context manager.
 
     path: the file; a writer creates it (mode 0644) and its missing folders (0755). readonly: never writes to it and
@@ -105,34 +89,6 @@ class Store:
     Raises StoreError, here and in every method, whose `reason` names the cause. ContractError for values that do not
     follow the contract.
     """
-
-    def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False, busy_timeout_s: float = 30.0):
-        self.path = Path(path).absolute()
-        self.readonly = readonly
-        self._busy_timeout_s = busy_timeout_s
-        with self._translated():
-            if self.path.is_dir():
-                raise StoreError(f"{self.path}: a folder; name the registry file", reason="not_a_registry")
-            if readonly:
-                self.path.stat()  # SQLite says of every reason only 'unable to open database file'
-            else:
-                _create(self.path)
-            self._db = Database(self._connect(), execute_plugins=False)
-            try:
-                self._prepare()
-            except BaseException:
-                self._db.close()
-                raise
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the connection. The last writer to leave folds the -wal file into the registry."""
-        self._db.close()
 
     # -- PTX ----------------------------------------------------------------------------------------------------------
 
@@ -155,11 +111,12 @@ class Store:
             stored = self._row("SELECT variant, ptx_sha256, facts FROM ptx WHERE fingerprint = ?", fingerprint)
             if stored is None:
                 _insert_blob(db, frame, content)
-                db.table("ptx").insert(row)
+                db.table("ptx").insert({**row, "added": time.time()})
             else:
                 # Not the frame: another zstd version may write other bytes for the same text.
                 names = ("variant", "ptx_sha256", "facts")
                 _refuse_change("PTX", fingerprint, dict(zip(names, stored, strict=True)), {n: row[n] for n in names})
+                db.execute("UPDATE ptx SET added = ? WHERE fingerprint = ?", [time.time(), fingerprint])
         return ptx_sha256
 
     def get_ptx(self, fingerprint: str) -> StoredPtx | None:
@@ -197,14 +154,15 @@ class Store:
             "arch": artifact.arch,
             "json": canonical_json(Artifact.from_json(artifact.to_json()).to_json()).decode(),
         }
-        content = _check_frame(artifact, frame)
+        content = check_frame(artifact, frame)
         with self._write() as db:
             stored = self._row("SELECT json FROM artifacts WHERE fingerprint = ?", fingerprint)
             if stored is None:
                 _insert_blob(db, frame, content)
-                db.table("artifacts").insert(row)
+                db.table("artifacts").insert({**row, "added": time.time()})
             else:
                 _refuse_change("artifact", fingerprint, json.loads(stored[0]), json.loads(row["json"]))
+                db.execute("UPDATE artifacts SET added = ? WHERE fingerprint = ?", [time.time(), fingerprint])
 
     def get_artifact(self, fingerprint: str) -> Artifact | None:
         """The artifact stored under a fingerprint, or None."""
@@ -215,6 +173,25 @@ class Store:
         """Every artifact by fingerprint, in order of variant and architecture."""
         rows = self._rows("SELECT fingerprint, json FROM artifacts ORDER BY variant, arch, fingerprint")
         return {fingerprint: self._artifact(fingerprint, text) for fingerprint, text in rows}
+
+    def put_blobs(self, frames: Iterable[bytes]) -> list[str]:
+        """Store zstd frames that no artifact names yet, in one transaction; returns their SHA-256. Repeating is fine.
+
+        Raises StoreError ('integrity') for what is not one whole frame of at most MAX_CONTENT bytes, and then stores
+        none of them.
+        """
+        checked = [(frame, _content_of(frame)) for frame in frames]
+        with self._write() as db:
+            for frame, content in checked:
+                _insert_blob(db, frame, content)
+        return [sha256_hex(frame) for frame, _ in checked]
+
+    def set_wanted(self, arch: str, fingerprints: Collection[str]) -> None:
+        """Note which PTX and artifacts the builder's sources stand for now, for an architecture: gc keeps those."""
+        wanted = {_fingerprint(fingerprint) for fingerprint in fingerprints}
+        with self._write() as db:
+            db.execute("DELETE FROM wanted WHERE arch = ?", [arch])
+            db.table("wanted").insert_all({"arch": arch, "fingerprint": f} for f in sorted(wanted))
 
     def get_frame(self, frame_sha256: str) -> bytes | None:
         """The zstd frame with this SHA-256, or None. Not hashed again: whoever uses it does that."""
@@ -235,9 +212,13 @@ class Store:
         digest = sha256_hex(body)
         with self._write() as db:
             self._require_blobs(index)
-            db.table("indexes").insert({"digest": digest, "arch": index.arch, "body": body}, ignore=True)
+            db.execute(
+                "INSERT INTO indexes (digest, arch, body, added) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (digest) DO UPDATE SET added = excluded.added",
+                [digest, index.arch, body, time.time()],
+            )
             if channel is not None:
-                db.table("channels").insert({"name": channel, "arch": index.arch, "digest": digest}, replace=True)
+                _point(db, channel, index.arch, digest)
         return digest
 
     def get_index(self, digest: str) -> bytes | None:
@@ -260,6 +241,42 @@ class Store:
             found.setdefault(name, {})[arch] = digest
         return found
 
+    def history(self, name: str) -> list[Move]:
+        """Where a channel has pointed, newest first. Empty for a file of schema 1."""
+        if not self._has("history"):
+            return []
+        rows = self._rows("SELECT arch, digest, moved FROM history WHERE name = ? ORDER BY id DESC", name)
+        return [Move(*row) for row in rows]
+
+    # -- TUF's files --------------------------------------------------------------------------------------------------
+
+    def put_tuf(self, files: Mapping[str, bytes], *, expected: Mapping[str, bytes | None] | None = None) -> None:
+        """Write files below v1/tuf/, all of them or none. Which may replace which is the caller's to know.
+
+        expected: path -> the body that must be stored before (None: no such file); checked in the same transaction.
+        Raises ConflictError if another is, StoreError ('argument') for a path that is no name or targets/name.
+        """
+        for path in files:
+            if not re.fullmatch(TUF_PATH, path):
+                raise StoreError(f"path: {path!r:.100} is neither NAME nor targets/NAME", reason="argument")
+        with self._write() as db:
+            for path, body in (expected or {}).items():
+                if self.tuf(path) != body:
+                    raise ConflictError(f"{self.path}: {path} was changed by somebody else meanwhile")
+            rows = [{"path": path, "body": body} for path, body in files.items()]
+            db.table("tuf").insert_all(rows, replace=True)
+
+    def tuf(self, path: str) -> bytes | None:
+        """A file below v1/tuf/, or None."""
+        row = self._row("SELECT body FROM tuf WHERE path = ?", path) if self._has("tuf") else None
+        return None if row is None else row[0]
+
+    def tuf_paths(self) -> list[str]:
+        """The paths of all files below v1/tuf/, sorted."""
+        return [path for (path,) in self._rows("SELECT path FROM tuf ORDER BY path")] if self._has("tuf") else []
+
+    # -- all of it ----------------------------------------------------------------------------------------------------
+
     def counts(self) -> dict[str, int]:
         """Rows of each table, and 'bytes' of all frames together."""
         tables = ("blobs", "ptx", "artifacts", "indexes", "channels")
@@ -267,98 +284,58 @@ class Store:
         row = self._row(f"SELECT {', '.join(columns)}, (SELECT coalesce(sum(length(frame)), 0) FROM blobs)")
         return dict(zip((*tables, "bytes"), row or (), strict=True))
 
+    def ages(self, table: str) -> dict[str, float]:
+        """When each row of 'artifacts', 'ptx' or 'indexes' was put last: primary key -> Unix seconds."""
+        key = {"artifacts": "fingerprint", "ptx": "fingerprint", "indexes": "digest"}[table]
+        return dict(self._rows(f"SELECT {key}, added FROM {table}"))
+
+    def wanted(self) -> set[str]:
+        """The fingerprints that `set_wanted` noted, of all architectures."""
+        return {fingerprint for (fingerprint,) in self._rows("SELECT fingerprint FROM wanted")}
+
+    def ptx_rows(self) -> list[tuple[str, str, str]]:
+        """(fingerprint, SHA-256 of the text, SHA-256 of its frame) of every PTX."""
+        return self._rows("SELECT fingerprint, ptx_sha256, frame_sha256 FROM ptx")
+
+    def unnamed_blobs(self, named: Collection[str], since: float) -> dict[str, int]:
+        """Blobs not in `named` that were put before `since` (Unix seconds): SHA-256 -> bytes of the frame."""
+        found = {}
+        for (sha256,) in self._rows("SELECT sha256 FROM blobs"):
+            if sha256 not in named:
+                # One by one: `added` stands behind the frame, and of most blobs neither is read.
+                size, added = self._row("SELECT length(frame), added FROM blobs WHERE sha256 = ?", sha256)
+                if added < since:
+                    found[sha256] = size
+        return found
+
+    def blob_sizes(self) -> dict[str, int]:
+        """Every blob: SHA-256 -> bytes of the frame."""
+        return dict(self._rows("SELECT sha256, length(frame) FROM blobs"))
+
+    def copy_into(self, other: Any, frames: Iterable[str], indexes: Iterable[str]) -> None:
+        """Insert these blobs and indexes into the registry of another connection, one row in memory at a time."""
+        for table, key, columns, keys in (
+            ("blobs", "sha256", "sha256, frame, size, content_sha256", frames),
+            ("indexes", "digest", "digest, arch, body", indexes),
+        ):
+            places = ", ".join("?" for _ in columns.split(","))
+            rows = (self._row(f"SELECT {columns} FROM {table} WHERE {key} = ?", value) for value in keys)
+            other.executemany(f"INSERT INTO {table} ({columns}) VALUES ({places})", rows)
+
+    def vacuum_into(self, path: Path) -> None:
+        """Write everything to a new file, compact and not in WAL mode; not synced."""
+        with self._translated():
+            self._db.execute("VACUUM INTO ?", [str(path)])
+
     def verify(self) -> list[str]:
         """Hash and cross-check everything that the file holds; one line a problem, empty when it is sound."""
         found: list[str] = []
-        with self._translated():
-            self._db.execute("BEGIN")  # one snapshot, whatever others write meanwhile
-        try:
-            found.extend(problems(self._db.conn))
-        except sqlite3.Error as error:  # pages too damaged to read on
-            found.append(f"sqlite: {error}; the rest was not checked")
-        finally:
-            self._db.rollback()
+        with self.snapshot():
+            try:
+                found.extend(problems(self._db.conn))
+            except sqlite3.Error as error:  # pages too damaged to read on
+                found.append(f"sqlite: {error}; the rest was not checked")
         return found
-
-    # -- the connection -----------------------------------------------------------------------------------------------
-
-    def _connect(self) -> Any:
-        mode = "ro" if self.readonly else "rw"
-        # isolation_level None: transactions begin where _write says, never by themselves.
-        return sqlite3.connect(
-            f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=self._busy_timeout_s, isolation_level=None
-        )
-
-    def _prepare(self) -> None:
-        """Refuse a file that is not ours before changing anything, then set it up."""
-        version = self._version()
-        self._db.execute("PRAGMA foreign_keys = ON")
-        if self.readonly:
-            if version < SCHEMA:
-                what = "has no tables yet" if version == 0 else f"has schema {version}, this code reads {SCHEMA}"
-                message = f"{self.path}: the registry {what}; a writer (the builder) sets it up"
-                raise StoreError(message, reason="older" if version else "empty")
-            return
-        self._db.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # only a file without pages takes it
-        self._enable_wal()
-        self._db.execute("PRAGMA synchronous = FULL")
-        if version < SCHEMA:
-            # Migrations.apply begins deferred transactions, of which most fail when several processes migrate at
-            # once; inside this immediate one they are savepoints.
-            with self._write() as db:
-                MIGRATIONS.apply(db)
-
-    def _version(self) -> int:
-        """The file's schema version; 0 when it is empty. Raises StoreError for a file that is no registry."""
-        row = self._row(
-            "SELECT (SELECT application_id FROM pragma_application_id), "
-            "(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master)"
-        )
-        application_id, version, tables = row or (0, 0, 0)
-        if application_id != APPLICATION_ID and (application_id or version or tables):
-            raise StoreError(f"{self.path}: an SQLite file of another program", reason="not_a_registry")
-        if version > SCHEMA:
-            message = f"{self.path}: has schema {version}, this code reads up to {SCHEMA}; update Cubinery"
-            raise StoreError(message, reason="newer")
-        return int(version)
-
-    def _enable_wal(self) -> None:
-        """Switch to WAL. The switch does not wait for others as other statements do, so it is tried again here."""
-        deadline = time.monotonic() + self._busy_timeout_s
-        while True:
-            try:
-                row = self._db.execute("PRAGMA journal_mode = WAL").fetchall()
-                if row == [("wal",)]:
-                    return
-                if time.monotonic() > deadline:
-                    raise StoreError(f"{self.path}: no WAL here (a network file system?)", reason="store")
-            except sqlite3.OperationalError as error:
-                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.005)
-
-    @contextlib.contextmanager
-    def _write(self) -> Iterator[Database]:
-        """One transaction that waits its turn at its start, so that nothing in it can fail as 'locked'."""
-        if self.readonly:
-            raise StoreError(f"{self.path} was opened with readonly=True", reason="readonly")
-        with self._translated():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.rollback()
-                raise
-
-    def _rows(self, sql: str, *parameters: object) -> list[Any]:
-        # fetchall: a statement that is not read to its end would keep its snapshot, and the -wal file, alive.
-        with self._translated():
-            return self._db.conn.execute(sql, parameters).fetchall()
-
-    def _row(self, sql: str, *parameters: object) -> Any:
-        rows = self._rows(sql, *parameters)
-        return rows[0] if rows else None
 
     def _artifact(self, fingerprint: str, text: str) -> Artifact:
         try:
@@ -379,58 +356,6 @@ class Store:
                 message = f"{self.path}: no blob {a.frame_sha256} as the index states it for {a.variant}; put it first"
                 raise StoreError(message, reason="not_found")
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Turn what SQLite and the file system raise into StoreError."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._translate(error) from error
-        except FileNotFoundError as error:
-            message = f"{self.path}: no such registry; python -m builder --registry PATH makes one"
-            raise StoreError(message, reason="missing") from error
-        except OSError as error:
-            reason = "permission" if isinstance(error, PermissionError) else "store"
-            raise StoreError(f"{self.path}: {error.strerror or error}", reason=reason) from error
-
-    def _translate(self, error: Exception) -> StoreError:
-        reason, hint = _SQLITE_REASONS.get(_code(error), ("store", ""))
-        return StoreError(f"{self.path}: {error}{hint}", reason=reason)
-
-
-# SQLite's primary result codes: the reason, and what to add to its words.
-_SQLITE_REASONS = {
-    sqlite3.SQLITE_AUTH: ("permission", ""),
-    sqlite3.SQLITE_BUSY: ("busy", ": another process held its turn for too long"),
-    sqlite3.SQLITE_CANTOPEN: (
-        "permission",
-        ": this user cannot open it, or its folder, which WAL needs to be writable",
-    ),
-    sqlite3.SQLITE_CORRUPT: ("corrupt", ": restore a copy, or delete it and build again"),
-    sqlite3.SQLITE_FULL: ("full", ": no space left"),
-    sqlite3.SQLITE_NOTADB: ("not_a_registry", ""),
-    sqlite3.SQLITE_PERM: ("permission", ""),
-    sqlite3.SQLITE_READONLY: (
-        "permission",
-        ": this user cannot write its folder, as WAL needs even to read, or the file",
-    ),
-}
-
-
-def _code(error: Exception) -> int:
-    """SQLite's primary result code of an exception, 0 when it has none."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-def _create(path: Path) -> None:
-    """An empty file, and its missing folders, that nobody else can write, whatever the umask: the runtime trusts no
-    other. O_EXCL: opening and closing a file that SQLite has open in this process would drop its locks."""
-    for folder in reversed([folder for folder in path.parents if not folder.exists()]):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o755)
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-
 
 def _fingerprint(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]{1,200}", value):
@@ -439,12 +364,32 @@ def _fingerprint(value: object) -> str:
 
 
 def _insert_blob(db: Database, frame: bytes, content: bytes) -> None:
-    row = {"sha256": sha256_hex(frame), "frame": frame, "size": len(content), "content_sha256": sha256_hex(content)}
-    db.table("blobs").insert(row, ignore=True)
+    """Or, if it is there, make it as young as a new one: whoever put it relies on gc's leaving it for a day."""
+    db.execute(
+        "INSERT INTO blobs (sha256, frame, size, content_sha256, added) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (sha256) DO UPDATE SET added = excluded.added",
+        [sha256_hex(frame), frame, len(content), sha256_hex(content), time.time()],
+    )
 
 
-def _check_frame(artifact: Artifact, frame: bytes) -> bytes:
-    """The cubin in `frame`, if both are what the artifact says."""
+def _content_of(frame: bytes) -> bytes:
+    size = declared_size(frame)
+    if size > MAX_CONTENT:
+        raise StoreError(f"a frame of {size} bytes of content; at most {MAX_CONTENT} are stored", reason="integrity")
+    return decompress(frame, size)
+
+
+def _point(db: Database, channel: str, arch: str, digest: str) -> None:
+    """Point a channel at an index, and remember where it points from now on."""
+    row = {"name": channel, "arch": arch, "digest": digest}
+    if list(db.table("channels").rows_where("name = :name AND arch = :arch AND digest = :digest", row)):
+        return
+    db.table("channels").insert(row, replace=True)
+    db.table("history").insert({**row, "moved": time.time()})
+
+
+def check_frame(artifact: Artifact, frame: bytes) -> bytes:
+    """The cubin in `frame`. StoreError ('integrity') unless both are what the artifact says."""
     if (len(frame), sha256_hex(frame)) != (artifact.frame_size, artifact.frame_sha256):
         raise StoreError(
             f"{artifact.variant}: the frame is not the artifact's {artifact.frame_sha256}", reason="integrity"

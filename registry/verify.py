@@ -37,6 +37,18 @@ def problems(connection: Any) -> Iterator[str]:
         if arches.get(digest) != arch:
             found = f"is for {arches[digest]}" if digest in arches else "is missing or damaged"
             yield f"channel {name}/{arch}: index {digest} {found}"
+    yield from _tuf_problems(connection)
+
+
+def _tuf_problems(connection: Any) -> Iterator[str]:
+    """Only what needs no keys: a target's name holds the hash of its bytes. What is signed, clients verify."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'tuf'").fetchall():
+        return  # schema 1
+    for path, body in connection.execute("SELECT path, body FROM tuf ORDER BY path"):
+        if not isinstance(body, bytes):
+            yield f"tuf {path}: no bytes"
+        elif path.startswith("targets/") and not path.startswith(f"targets/{sha256_hex(body)}."):
+            yield f"tuf {path}: the file has another hash"
 
 
 def _blob_problems(connection: Any, blobs: dict[str, Blob]) -> Iterator[str]:

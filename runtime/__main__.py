@@ -1,4 +1,4 @@
-"""`python -m runtime doctor|prefetch|explain`. Works without a GPU and without torch, and says so."""
+"""`python -m runtime doctor|prefetch|explain|lock|refresh`. Works without a GPU and without torch, and says so."""
 
 from __future__ import annotations
 
@@ -11,25 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import runtime
-from registry.contract import DTYPES, WINDOW_OPEN, Artifact, ContractError, Index, check_arch
-from runtime import arguments, backend, select, session, stages, trust
-from runtime.driver import CudaDriver
+from registry.contract import DTYPES, Artifact, ContractError, Index, check_arch
+from runtime import arguments, config, doctor, lockfile, select, session, trust
 from runtime.errors import ArgumentError, ConfigError, CubineryError, NoKernelError
 
 DOWNLOADS = 8  # at a time
 COUNTS = ("head_dim", "head_dim_v", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k", "total_q")
 FLAGS = ("causal", "varlen", "window")
 LARGEST = arguments.MAX_TOKENS
-# doctor's call
-SAMPLE = arguments.facts(dtype="bf16", head_dim=128, head_dim_v=128, batch=1, heads_q=8, heads_kv=8, seqlen_q=256,
-                         seqlen_k=256, window=(WINDOW_OPEN, WINDOW_OPEN))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """0: all is well. 1: something is missing or wrong, as the output says. 2: wrong usage."""
     args = _parser().parse_args(argv)
     try:
-        given = {name: getattr(args, name) for name in ("registry", "index", "cache", "channel")}
+        given = {name: getattr(args, name) for name in ("registry", "root", "index", "cache", "channel", "lock")}
         runtime.configure(**given, offline=args.offline or None)
         report, code = args.run(args)
     except CubineryError as error:
@@ -44,33 +40,60 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--registry", help="registry file or http(s) URL (default: CUBINERY_REGISTRY)")
+    shared.add_argument("--registry", help="registry file, folder or http(s) URL (default: CUBINERY_REGISTRY)")
+    shared.add_argument("--root", help="file of the trusted root of signed releases (default: CUBINERY_ROOT)")
     shared.add_argument("--index", help="digest(s) that may be loaded (default: CUBINERY_INDEX)")
     shared.add_argument("--cache", help="folder of the disk cache (default: CUBINERY_CACHE)")
-    shared.add_argument("--channel", help="channel of a local registry (default: stable)")
+    shared.add_argument("--channel", help="channel of the registry (default: CUBINERY_CHANNEL, or stable)")
+    shared.add_argument("--lock", help="lock file: nothing else is loaded (default: CUBINERY_LOCK)")
     shared.add_argument("--offline", action="store_true", help="never open a connection")
     shared.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser = argparse.ArgumentParser(prog="python -m runtime", description="Cubinery's runtime: what it would do.")
-    commands = parser.add_subparsers(required=True, metavar="doctor|prefetch|explain")
+    commands = parser.add_subparsers(required=True, metavar="doctor|prefetch|explain|lock|refresh")
 
-    doctor = commands.add_parser("doctor", parents=[shared], help="GPU, driver, registry, cache, what would be loaded")
-    doctor.set_defaults(run=_doctor, show=_show_doctor)
+    command = commands.add_parser("doctor", parents=[shared], help="GPU, driver, registry, cache, what would be loaded")
+    command.set_defaults(run=doctor.examine, show=doctor.show)
 
-    prefetch = commands.add_parser("prefetch", parents=[shared], help="fetch and verify kernels ahead of time")
-    prefetch.add_argument("--arch", type=_arch, help="sm_120, … (default: every architecture that may be loaded)")
-    prefetch.add_argument(
+    command = commands.add_parser("refresh", parents=[shared], help="ask a signed registry for its newest release")
+    command.set_defaults(run=_refresh, show=_show_refresh)
+
+    shapes = _shape_parser()
+    command = commands.add_parser("prefetch", parents=[shared, shapes], help="fetch and verify kernels ahead of time")
+    command.set_defaults(run=_prefetch, show=_show_prefetch)
+
+    command = commands.add_parser(
+        "lock",
+        parents=[shared, shapes],
+        help="fetch, verify, and write a lock file of the index and the kernels for shapes",
+        description="Write the lock file that --lock, CUBINERY_LOCK or cubinery.lock names. Without shapes: those that "
+        "the file has, else every kernel.",
+    )
+    command.add_argument("--add", action="store_true", help="keep the file's index and kernels, add those for shapes")
+    command.set_defaults(run=_lock, show=_show_lock)
+
+    _add_explain(commands.add_parser("explain", parents=[shared], help="the kernel for a described call, or why none"))
+    return parser
+
+
+def _shape_parser() -> argparse.ArgumentParser:
+    """The options that say which kernels are meant."""
+    shapes = argparse.ArgumentParser(add_help=False)
+    shapes.add_argument("--arch", type=_arch, help="sm_120, … (default: every architecture that may be loaded)")
+    shapes.add_argument(
         "--shapes",
         type=_read_shapes,
         default=[],
-        help="JSON file: a list of objects with any of " + ", ".join(("dtype", *COUNTS, *FLAGS)),
+        help="JSON file: a list of objects with any of " + ", ".join(("op", "dtype", *COUNTS, *FLAGS)),
     )
-    prefetch.add_argument("--heads", type=_heads, default={}, help="query/kv heads of one model, e.g. 32/8")
-    prefetch.add_argument("--head-dim", type=_count)
-    prefetch.add_argument("--head-dim-v", type=_count, help="default: head-dim")
-    prefetch.add_argument("--dtype", choices=DTYPES)
-    prefetch.set_defaults(run=_prefetch, show=_show_prefetch)
+    shapes.add_argument("--heads", type=_heads, default={}, help="query/kv heads of one model, e.g. 32/8")
+    shapes.add_argument("--head-dim", type=_count)
+    shapes.add_argument("--head-dim-v", type=_count, help="default: head-dim")
+    shapes.add_argument("--dtype", choices=DTYPES)
+    shapes.add_argument("--op", help="a kernel role (default: fwd)")
+    return shapes
 
-    explain = commands.add_parser("explain", parents=[shared], help="the kernel for a described call, or why none")
+
+def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--arch", required=True, type=_arch)
     explain.add_argument("--dtype", choices=DTYPES, default="bf16")
     for name, default in (("head-dim", 128), ("batch", 1), ("seqlen-q", 1024), ("heads-q", 32)):
@@ -83,149 +106,55 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--window", type=_window, help="left,right; an empty side is open: '128,' or ',0' or '128,0'")
     explain.set_defaults(run=_explain, show=_show_explain)
-    return parser
-
-
-# -- doctor -----------------------------------------------------------------------------------------------------------
-
-
-def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Every part by itself, so that one failure does not hide the others."""
-    problems: list[str] = []
-    now = session.current()
-    report: dict[str, Any] = {
-        "gpu": _gpus(),
-        "torch": _torch(),
-        "registry": {"where": now.config.registry, "remote": trust.why_remote(now.source)},
-        "cache": _cache(now, problems),
-        "indexes": {},
-        "would_load": {},
-    }
-    try:
-        report["indexes"] = now.digests()
-        archs = {select.pick_arch(report["indexes"], tuple(gpu["capability"])) for gpu in report["gpu"]["devices"]}
-        for gpu in report["gpu"]["devices"]:
-            if select.pick_arch(report["indexes"], tuple(gpu["capability"])) is None:
-                problems.append(str(select.no_arch(tuple(gpu["capability"]), report["indexes"], now.source.where)))
-        for arch in sorted({a for a in archs if a} or report["indexes"]):
-            report["would_load"][arch] = _would_load(now, arch)
-    except CubineryError as error:
-        problems.append(f"{type(error).__name__} ({error.reason}): {error}")
-    callable_here = report["gpu"]["devices"] and report["torch"]["cuda"]
-    if callable_here and not problems and all(loads["sample"] for loads in report["would_load"].values()):
-        problems.extend(_first_call())
-    report |= {"problems": problems, "ledger": stages.ledger()}
-    return report, 1 if problems else 0
-
-
-def _gpus() -> dict[str, Any]:
-    """The driver and its GPUs; no context is created."""
-    try:
-        driver = CudaDriver()
-        devices = [
-            {"name": driver.device_name(i), "capability": list(driver.capability(i))}
-            for i in range(driver.device_count())
-        ]
-        return {"driver": driver.version(), "devices": devices, "note": None if devices else "no GPU"}
-    except CubineryError as error:
-        return {"driver": None, "devices": [], "note": f"no GPU can be used here: {error}"}
-
-
-def _torch() -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        return {"version": None, "cuda": False, "note": "torch is not installed: flash_attn cannot be called here"}
-    usable = torch.cuda.is_available()
-    return {"version": torch.__version__, "cuda": usable, "note": None if usable else "torch sees no CUDA device"}
-
-
-def _cache(now: session.Session, problems: list[str]) -> dict[str, Any]:
-    used = now.config.remote
-    cache = getattr(now.source, "cache", None)
-    if cache is not None:
-        try:
-            cache.check_owner()
-        except CubineryError as error:
-            problems.append(str(error))
-    return {"folder": now.config.cache, "note": None if used else "not used: the registry is a local file"}
-
-
-def _would_load(now: session.Session, arch: str) -> dict[str, Any]:
-    """An index's facts, and a sample call taken as far as verified bytes."""
-    index = now.index_of(arch)
-    found: dict[str, Any] = {"release": index.release, "variants": sorted(index.by_variant)}
-    try:
-        artifact, _ = select.select(index, "fwd", SAMPLE)
-    except NoKernelError:
-        return found | {"sample": None}
-    now.cubin(artifact)
-    return found | {"sample": artifact.variant, "min_driver": artifact.min_driver}
-
-
-def _first_call() -> list[str]:
-    """One small call on the GPU, for the ledger. What went wrong."""
-    torch = backend.TorchBackend().torch
-    try:
-        q = torch.zeros(1, 256, 8, 128, dtype=torch.bfloat16, device="cuda")
-        runtime.flash_attn(q, q, q)
-        torch.cuda.synchronize()
-    except CubineryError as error:
-        return [f"{type(error).__name__} ({error.reason}): {error}"]
-    return []
-
-
-def _show_doctor(report: dict[str, Any]) -> str:
-    gpu, torch, registry = report["gpu"], report["torch"], report["registry"]
-    lines = [f"driver    {gpu['driver'] or '-'}"]
-    lines += [f"gpu       {d['name']}, sm_{d['capability'][0]}{d['capability'][1]}" for d in gpu["devices"]]
-    lines += [f"gpu       {gpu['note']}"] if gpu["note"] else []
-    lines += [f"torch     {torch['version'] or '-'}{', ' + torch['note'] if torch['note'] else ''}"]
-    lines += [f"registry  {registry['where']}" + (f" ({registry['remote']})" if registry["remote"] else "")]
-    lines += [f"cache     {report['cache']['folder']} {report['cache']['note'] or ''}".rstrip()]
-    for arch, digest in report["indexes"].items():
-        loads = report["would_load"].get(arch)
-        detail = f", {len(loads['variants'])} kernels of {loads['release']}, {_sample(loads)}" if loads else ""
-        lines.append(f"index     {arch} {digest}{detail}")
-    lines += [f"time      {r['ms']:9.3f} ms  {r['stage']}  {r['what']}".rstrip() for r in report["ledger"]]
-    lines += [f"PROBLEM   {problem}" for problem in report["problems"]] or ["all is well"]
-    return "\n".join(lines)
-
-
-def _sample(loads: dict[str, Any]) -> str:
-    none = f"none of them for a call with {SAMPLE['dtype']} and head_dim {SAMPLE['head_dim']}, which doctor would try"
-    return f"e.g. {loads['sample']}" if loads["sample"] else none
 
 
 # -- prefetch ---------------------------------------------------------------------------------------------------------
 
 
 def _prefetch(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Under a lock file without shapes: the kernels that it names."""
     now = session.current()
+    if now.signed and not now.config.offline and now.lock is None:
+        now.refresh()
+    report, _ = _fetch(now, args.arch, _shapes(args))
+    return report, 1 if report["missing"] or not report["wanted"] else 0
+
+
+def _fetch(
+    now: session.Session, arch: str | None, shapes: list[dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[Artifact]]:
+    """Fetch and verify the kernels for shapes (None: all). The report, and the kernels that are here now."""
     digests = now.digests()
-    archs = [args.arch] if args.arch else sorted(digests)
+    archs = [arch] if arch else sorted(digests)
     missing: list[dict[str, str]] = []
     wanted: dict[str, Artifact] = {}
     for arch in archs:
         if arch not in digests:
             missing.append({"key": arch, "reason": f"{now.source.where} has no index for {arch} that may be loaded"})
             continue
-        for artifact in _wanted(now.index_of(arch), _shapes(args), missing):
+        index = now.index_of(arch)
+        meant = _locked(now.lock, index, missing) if now.lock and shapes is None else _wanted(index, shapes, missing)
+        for artifact in meant:
             wanted[artifact.frame_sha256] = artifact
-    fetched = nbytes = 0
+    verified = []
     for artifact, error in _progress(_all_cubins(now, wanted.values()), len(wanted)):
         if error is None:
-            fetched, nbytes = fetched + 1, nbytes + artifact.frame_size
+            verified.append(artifact)
         else:
             missing.append({"key": f"{artifact.arch} {artifact.variant}", "reason": str(error)})
-    report = {"indexes": {a: digests[a] for a in archs if a in digests}, "wanted": len(wanted), "verified": fetched,
-              "bytes": nbytes, "missing": missing}  # fmt: skip
-    return report, 1 if missing or not wanted else 0
+    report = {
+        "indexes": {a: digests[a] for a in archs if a in digests},
+        "wanted": len(wanted),
+        "verified": len(verified),
+        "bytes": sum(artifact.frame_size for artifact in verified),
+        "missing": missing,
+    }
+    return report, verified
 
 
 def _shapes(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Partly known call facts; None: everything."""
-    one = {"head_dim": args.head_dim, "head_dim_v": args.head_dim_v, "dtype": args.dtype, **args.heads}
+    one = {"op": args.op, "head_dim": args.head_dim, "head_dim_v": args.head_dim_v, "dtype": args.dtype, **args.heads}
     one = {name: value for name, value in one.items() if value is not None}
     return [_facts(shape) for shape in [*args.shapes, *([one] if one else [])]] or None
 
@@ -281,9 +210,10 @@ def _read_shapes(path: str) -> list[dict[str, Any]]:
 def _is_shape(shape: Any) -> bool:
     if not isinstance(shape, dict) or not shape:
         return False
-    counts = {name: value for name, value in shape.items() if name not in ("dtype", *FLAGS)}
+    counts = {name: value for name, value in shape.items() if name not in ("op", "dtype", *FLAGS)}
     return (
-        shape.get("dtype", DTYPES[0]) in DTYPES
+        isinstance(shape.get("op", ""), str)
+        and shape.get("dtype", DTYPES[0]) in DTYPES
         and all(shape.get(flag, 0) in (0, 1) for flag in FLAGS)
         and all(name in COUNTS and type(n) is int and 1 <= n <= LARGEST for name, n in counts.items())
         and shape.get("heads_q", 0) % shape.get("heads_kv", 1) == 0
@@ -306,15 +236,25 @@ def _wanted(index: Index, shapes: list[dict[str, Any]] | None, missing: list[dic
     """The artifacts of an index that may serve one of the shapes; what should and does not exist goes to `missing`."""
     if shapes is None:
         shapes = [{}]
-    for facts in shapes:
-        found, lacking = select.candidates(index, "fwd", facts)
+    for shape in shapes:
+        facts = {name: value for name, value in shape.items() if name != "op"}
+        found, lacking = select.candidates(index, shape.get("op", "fwd"), facts)
         missing += [{"key": f"{index.arch} {key}", "reason": "a dispatch row names it, the index lacks it"}
                     for key in lacking]  # fmt: skip
         if not found and not lacking:
-            missing.append({"key": f"{index.arch} {json.dumps(facts)}", "reason": "no dispatch row serves it"})
+            missing.append({"key": f"{index.arch} {json.dumps(shape)}", "reason": "no dispatch row serves it"})
         yield from found
-        if not facts:
+        if not shape:
             yield from index.artifacts
+
+
+def _locked(lock: lockfile.LockFile, index: Index, missing: list[dict[str, str]]) -> Iterable[Artifact]:
+    """The artifacts of an index that the lock file names; what it names and the index has not goes to `missing`."""
+    found = [artifact for artifact in index.artifacts if lock.names(artifact)]
+    lacking = {a.variant for a in lock.artifacts if a.arch == index.arch} - {a.variant for a in found}
+    missing += [{"key": f"{index.arch} {key}", "reason": "the lock file names it, with bytes that its index has not"}
+                for key in sorted(lacking)]  # fmt: skip
+    return found
 
 
 def _all_cubins(now: session.Session, artifacts: Iterable[Artifact]) -> Iterable[tuple[Artifact, CubineryError | None]]:
@@ -358,6 +298,54 @@ def _show_prefetch(report: dict[str, Any]) -> str:
     lines += [f"MISSING {m['key']}: {m['reason']}" for m in report["missing"]]
     return "\n".join([*lines, f"{report['verified']} of {report['wanted']} kernels here and verified, "
                               f"{report['bytes']} bytes"])  # fmt: skip
+
+
+# -- lock, refresh ----------------------------------------------------------------------------------------------------
+
+
+def _lock(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Nothing is written unless every kernel is here and verified."""
+    settings, shapes = config.current(), _shapes(args)
+    path = settings.lock or os.path.abspath(lockfile.DEFAULT)
+    old = lockfile.read(path) if args.add or (shapes is None and os.path.exists(path)) else None
+    if args.add and shapes is None:
+        raise ArgumentError("--add", "needs shapes: --dtype, --head-dim, --heads or --shapes", reason="value")
+    if old is not None and shapes is None:
+        shapes = [dict(shape) for shape in old.shapes] or None
+    kept = old if args.add else None
+    if kept is not None:
+        settings = settings._replace(pins=tuple(kept.indexes.items()))
+    now = session.Session(settings._replace(lock=""))
+    report, verified = _fetch(now, args.arch, shapes)
+    if report["missing"] or not report["wanted"]:
+        return report | {"lock": None}, 1
+    indexes = kept.indexes if kept is not None else report["indexes"]
+    made = lockfile.merged(path, kept, indexes, verified, shapes or [])
+    made.write()
+    return report | {"lock": path, "indexes": dict(indexes), "locked": len(made.artifacts)}, 0
+
+
+def _show_lock(report: dict[str, Any]) -> str:
+    fetched = _show_prefetch(report)
+    return f"{fetched}\n" + (
+        f"{report['lock']}: {report['locked']} kernels" if report["lock"] else "no lock file written"
+    )
+
+
+def _refresh(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    now = session.current()
+    indexes = now.refresh()
+    report: dict[str, Any] = {"where": now.source.where, "channel": now.config.channel, "indexes": indexes}
+    found = trust.trusted(now.source, now.config.channel, now.config) if now.signed else None
+    return report | {"release": found._asdict() if found else None, "lock": now.config.lock or None}, 0
+
+
+def _show_refresh(report: dict[str, Any]) -> str:
+    lines = [f"{arch} {digest}" for arch, digest in report["indexes"].items()]
+    release = report["release"]
+    lines.append(f"release {release['version']} verified" if release else "not signed here: nothing to refresh")
+    lines += [f"{report['lock']} says what is loaded, not this"] if report["lock"] else []
+    return "\n".join(lines)
 
 
 # -- explain ----------------------------------------------------------------------------------------------------------

@@ -1,23 +1,28 @@
-"""Settings: `configure(...)` over environment over defaults, frozen into one Config."""
+"""Settings: `configure(...)` over environment over configuration file over defaults, frozen into one Config."""
 
 from __future__ import annotations
 
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from registry.contract import ContractError, check_arch, check_digest
+from runtime.cache import LIMIT
 from runtime.errors import ConfigError
 
+MAX_FILE = 1 << 16  # bytes of a configuration file
 Pins = tuple[tuple[str | None, str], ...]  # (architecture, index digest); architecture None: whatever the index says
 
 
 class Config(NamedTuple):
-    """registry: a file's path or an http(s) URL. pins: index digests that were given. cache: the disk cache's folder.
+    """registry: a file's or folder's path or an http(s) URL. pins: index digests that were given. cache: the disk
+    cache's folder.
 
-    channel: which of the registry's channels. offline: never open a connection.
+    channel: which of the registry's channels. offline: never open a connection. root: the file of the trusted TUF root,
+    '' for none. state: the folder of what was trusted last, '' for the user's. max_age: seconds after which that must
+    be asked for again, None for never. lock: the lock file, '' for none. cache_limit: bytes that the cache may hold.
     """
 
     registry: str
@@ -25,46 +30,96 @@ class Config(NamedTuple):
     cache: str
     channel: str
     offline: bool
+    root: str = ""
+    state: str = ""
+    max_age: float | None = None
+    lock: str = ""
+    cache_limit: int = LIMIT
 
     @property
     def remote(self) -> bool:
         return "://" in self.registry
 
+    @property
+    def state_folder(self) -> str:
+        return self.state or _user_folder("user_state_dir")
+
 
 _given: dict[str, Any] = {}
 
 
-def give(registry: Any, index: Any, cache: Any, channel: Any, offline: Any) -> None:
+def give(**settings: Any) -> None:
     """Take over what `configure` was given; None leaves a setting to the environment. Raises ConfigError, changing
     nothing."""
-    given: dict[str, Any] = {}
-    if registry is not None:
-        given["registry"] = _registry(_text(registry, "registry", "a file's path or an http(s) URL"))
-    if index is not None:
-        given["index"] = _pins(index, "index")
-    if cache is not None:
-        given["cache"] = os.path.abspath(_text(cache, "cache", "a folder's path"))
-    if channel is not None:
-        given["channel"] = _text(channel, "channel", "a channel's name")
-    if offline is not None:
-        if not isinstance(offline, bool):
-            raise ConfigError(f"offline: {offline!r:.100} is neither True nor False")
-        given["offline"] = offline
+    given = {name: _READERS[name](value, name) for name, value in settings.items() if value is not None}
     _given.clear()
     _given.update(given)
 
 
 def current() -> Config:
     """The settings as they stand now. Raises ConfigError for an environment variable that cannot be used."""
-    env = os.environ.get
-    registry = _given.get("registry") or (_registry(env("CUBINERY_REGISTRY", "")) or default_registry())
-    index = _given.get("index")
-    if index is None:
-        index = _pins(env("CUBINERY_INDEX", ""), "CUBINERY_INDEX")
-    cache = _given.get("cache") or env("CUBINERY_CACHE") or _user_folder("user_cache_dir")
+    found = _from_file() | _from_environment() | _given
     return Config(
-        registry, index, os.path.abspath(cache), _given.get("channel", "stable"), _given.get("offline", False)
+        registry=found.get("registry") or default_registry(),
+        pins=found.get("index", ()),
+        cache=found.get("cache") or os.path.abspath(_user_folder("user_cache_dir")),
+        channel=found.get("channel", "stable"),
+        offline=found.get("offline", False),
+        root=found.get("root", ""),
+        state=found.get("state", ""),
+        max_age=found.get("max_age"),
+        lock=found.get("lock", ""),
+        cache_limit=found.get("cache_limit", LIMIT),
     )
+
+
+def _from_environment() -> dict[str, Any]:
+    """What CUBINERY_<NAME> says of each setting; an empty variable says nothing."""
+    texts = {name: (f"CUBINERY_{name.upper()}", os.environ.get(f"CUBINERY_{name.upper()}")) for name in _READERS}
+    return {name: _FROM_TEXT.get(name, _READERS[name])(text, key) for name, (key, text) in texts.items() if text}
+
+
+def _from_file() -> dict[str, Any]:
+    """The settings of the configuration file: CUBINERY_CONFIG, which must then exist, or the user's.
+
+    It decides what is trusted, so others must not be able to write it. Paths in it count from its folder.
+    """
+    named = os.environ.get("CUBINERY_CONFIG")
+    # As platformdirs has it on Linux: most processes need that package for nothing else.
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    path = os.path.abspath(named or os.path.join(folder, "cubinery", "config.toml"))
+    if not named and not os.path.exists(path):
+        return {}
+    data = read_trusted(path, "the configuration file", MAX_FILE)
+    import tomllib  # here: few processes have such a file
+
+    try:
+        values = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is no TOML: {error}") from None
+    if not values.keys() <= _READERS.keys():
+        unknown = ", ".join(sorted(values.keys() - _READERS.keys()))
+        raise ConfigError(f"{path}: has {unknown:.200}; accepted: {', '.join(_READERS)}")
+    beside = os.path.dirname(path)
+    for name in _PATHS & values.keys():
+        if isinstance(values[name], str) and values[name] and "://" not in values[name]:
+            values[name] = os.path.join(beside, values[name])
+    return {name: _READERS[name](value, f"{path}: {name}") for name, value in values.items()}
+
+
+def read_trusted(path: str, what: str, cap: int) -> bytes:
+    """All of a file that decides what is trusted. ConfigError if it cannot be read, if others could have written it, or
+    if it is longer than `cap` bytes."""
+    try:
+        with open(path, "rb") as file:
+            facts, data = os.fstat(file.fileno()), file.read(cap + 1)
+    except OSError as error:
+        raise ConfigError(f"{what}: {path} cannot be read ({error.strerror})") from None
+    if facts.st_uid not in (os.geteuid(), 0) or facts.st_mode & 0o022:
+        raise ConfigError(f"{what}: {path} must be a file that you or root own and nobody else can write (chmod go-w)")
+    if len(data) > cap:
+        raise ConfigError(f"{what}: {path} is longer than {cap} bytes")
+    return data
 
 
 def default_registry() -> str:
@@ -90,7 +145,8 @@ def _text(value: Any, name: str, accepted: str) -> str:
 
 def _registry(text: str) -> str:
     if "://" not in text:
-        return os.path.abspath(text) if text else ""
+        folder = "/" if len(text) > 1 and text.endswith("/") else ""  # which says that it is one, whatever is there now
+        return os.path.abspath(text) + folder if text else ""
     if "@" in text.split("://", 1)[1]:  # not shown: it may be a password
         raise ConfigError(
             "registry: a URL with '@' is refused: a user or password in it would show in messages and ledgers; "
@@ -124,3 +180,59 @@ def _pins(value: Any, name: str) -> Pins:
     if len(set(archs)) != len(archs) or (None in archs and len(archs) > 1):
         raise ConfigError(f"{name}: of several digests each must name its own architecture: 'sm_120=<digest>,…'")
     return pins
+
+
+def _folder(value: Any, name: str) -> str:
+    return os.path.abspath(_text(value, name, "a folder's path"))
+
+
+def _file(value: Any, name: str) -> str:
+    return os.path.abspath(_text(value, name, "a file's path"))
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r:.100} is neither True nor False")
+    return value
+
+
+def _seconds(value: Any, name: str) -> float:
+    try:
+        seconds = float(value) if not isinstance(value, bool) else -1.0
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"{name}: {value!r:.100} is not a number of seconds, 0 or more")
+    return seconds
+
+
+def _nbytes(value: Any, name: str) -> int:
+    """Bytes: a number, or a text like '512M' with K, M, G or T for powers of 1024."""
+    found = re.fullmatch(r"(\d{1,15})([KMGT]?)", value.strip()) if isinstance(value, str) else None
+    if found:
+        return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"{name}: {value!r:.100} is not a number of bytes, 0 or more, or a text like '512M' or '4G'")
+    return value
+
+
+def _flag_of(text: str, name: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise ConfigError(f"{name}: {text!r:.100} is none of 0, 1, false, true")
+    return text.lower() in ("1", "true")
+
+
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "registry": lambda value, name: _registry(_text(value, name, "a file's or folder's path or an http(s) URL")),
+    "index": _pins,
+    "cache": _folder,
+    "channel": lambda value, name: _text(value, name, "a channel's name"),
+    "offline": _flag,
+    "root": _file,
+    "state": _folder,
+    "max_age": _seconds,
+    "lock": _file,
+    "cache_limit": _nbytes,
+}
+_FROM_TEXT = {"offline": _flag_of}  # where a text is read in another way
+_PATHS = {"registry", "cache", "root", "state", "lock"}

@@ -60,7 +60,8 @@ class InstallError(CubineryError, ImportError):
 
 
 class NoKernelError(CubineryError, LookupError):
-    """No kernel for a call. reason: 'arch' (no index for the GPU), 'row' (no dispatch row), 'variant' (not built).
+    """No kernel for a call. reason: 'arch' (no index for the GPU), 'row' (no dispatch row), 'variant' (not built),
+    'not_locked' (not in the lock file).
 
     rejections: one (variant key, why) for each dispatch row, nearest first.
     """
@@ -82,14 +83,19 @@ class SourceError(CubineryError, OSError):
     """A registry, server or cache that cannot give what is asked.
 
     reason: no_registry, unreadable, schema, no_channel, missing, offline, url, client, unreachable, status, redirect,
-    too_long, deadline, cache_owner.
+    too_long, deadline, cache_owner, state_owner, stale (the trusted state is older than max_age).
     """
 
     reason = "source"
 
 
 class UntrustedError(SourceError):
-    """Nothing vouches for an index: the registry is remote, or others can write it, and no digest was given."""
+    """Nothing vouches for an index: the registry is remote, or others can write it, and no digest or root was given
+    ('untrusted'), or what a given root should vouch for does not hold.
+
+    reason: untrusted, signature, rollback, expired, mismatch (length or hash), metadata (anything else in it), missing
+    (no signed release there), no_channel, yanked.
+    """
 
     reason = "untrusted"
 

@@ -9,9 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from registry.contract import Artifact, Index
-from runtime import config, launch, select, stages, trust, verify
+from runtime import config, launch, lockfile, select, stages, trust, verify
 from runtime.backend import TorchBackend
-from runtime.errors import CaptureError, IntegrityError
+from runtime.errors import CaptureError, ConfigError, IntegrityError
 from runtime.load import Kernel, load
 from runtime.source import Source, open_source
 
@@ -23,6 +23,7 @@ class Session:
 
     def __init__(self, settings: config.Config | None = None):
         self.config = settings or config.current()
+        self.lock = lockfile.read(self.config.lock) if self.config.lock else None
         self.source: Source = open_source(self.config)
         self._lock = threading.RLock()
         self._backend: Any = None
@@ -38,13 +39,43 @@ class Session:
                 self._backend = BACKEND()
             return self._backend
 
+    @property
+    def signed(self) -> bool:
+        """Whether signed releases, under the root that was given, say what may be loaded from this source."""
+        return bool(self.config.root) and not self.config.pins and trust.why_remote(self.source) is not None
+
     def digests(self) -> dict[str, str]:
         """{arch: index digest} that may be loaded. Raises SourceError, UntrustedError."""
         with self._lock:
+            if self._digests is None and self.lock is not None:
+                self._digests = self._locked_digests(self.lock)
             if self._digests is None:
                 with stages.stage("resolve", self.source.where):
-                    self._digests = trust.resolve(self.source, self.config.channel, self.config.pins, self._arch_of)
+                    self._digests = trust.resolve(
+                        self.source, self.config.channel, self.config.pins, self._arch_of, self.config
+                    )
             return self._digests
+
+    def refresh(self) -> dict[str, str]:
+        """As `digests`, after asking a signed remote source for its newest release (which others are believed or
+        pinned). Indexes and kernels that are loaded already stay, and under a lock file the new release is not loaded.
+        Raises SourceError, UntrustedError."""
+        with self._lock:
+            with stages.stage("refresh", self.source.where):
+                found = trust.resolve(
+                    self.source, self.config.channel, self.config.pins, self._arch_of, self.config, newest=True
+                )
+            if self.lock is None:
+                self._digests = found
+            return found
+
+    def _locked_digests(self, lock: lockfile.LockFile) -> dict[str, str]:
+        """The lock file's; ConfigError if a digest was given that is not among them."""
+        others = [digest for _, digest in self.config.pins if digest not in lock.indexes.values()]
+        if others:
+            message = f"index: {others[0]} is not in the lock file {lock.path}; give one or the other, or lock it anew"
+            raise ConfigError(message)
+        return dict(lock.indexes)
 
     def _arch_of(self, digest: str) -> str:
         return self.index(digest).arch
@@ -73,12 +104,19 @@ class Session:
         """The index whose cubins run on a device of this capability. NoKernelError ('arch') if there is none."""
         digests = self.digests()
         arch = select.pick_arch(digests, capability)
+        if arch is None and self.lock is not None:
+            raise self.lock.no_arch(capability)
         if arch is None:
             raise select.no_arch(capability, digests, self.source.where)
         return self.index_of(arch)
 
     def cubin(self, artifact: Artifact) -> bytes:
-        """Verified bytes, ready to load; a corrupt copy in the disk cache is set aside and fetched again, once."""
+        """Verified bytes, ready to load; a corrupt copy in the disk cache is set aside and fetched again, once.
+
+        NoKernelError ('not_locked') if there is a lock file and they are not in it.
+        """
+        if self.lock is not None:
+            self.lock.check(artifact)
 
         def read() -> bytes:
             with stages.stage("fetch", artifact.variant):
@@ -174,21 +212,45 @@ def configure(
     cache: Any = None,
     channel: str | None = None,
     offline: bool | None = None,
+    root: Any = None,
+    state: Any = None,
+    max_age: float | None = None,
+    lock: Any = None,
+    cache_limit: int | str | None = None,
 ) -> None:
-    """Settings that stand over the environment's; each call replaces all of the last, and drops what was loaded.
+    """Settings that stand over the environment's and the configuration file's, see docs/settings.md; each call replaces
+    all of the last, and drops what was loaded.
 
-    registry: a registry file's path, or a server's http(s) URL. Else CUBINERY_REGISTRY, else registry.db in the user's
-        data folder, where the builder writes.
-    index: digests of the indexes that may be loaded: '<digest>', 'sm_120=<digest>,sm_90=<digest>' or a dict. Needed
-        for a server. Else CUBINERY_INDEX.
+    registry: a registry file's path, a mirror folder's, or a server's http(s) URL. Else CUBINERY_REGISTRY, else
+        registry.db in the user's data folder, where the builder writes.
+    root: a file of TUF root metadata, whose releases may be loaded from a server, folder or foreign file. Else
+        CUBINERY_ROOT.
+    index: digests of the indexes that may be loaded, whatever is signed: '<digest>', 'sm_120=<digest>,sm_90=<digest>'
+        or a dict. Else CUBINERY_INDEX.
     cache: folder of the disk cache, used with servers. Else CUBINERY_CACHE, else the user's cache folder.
-    channel: which of a local registry's channels; 'stable' by default.
+    channel: which of the registry's channels; 'stable' by default.
     offline: True never opens a connection.
+    state: folder of what was trusted last. Else CUBINERY_STATE, else the user's state folder.
+    max_age: seconds after which a signed release must be asked for again; never by default. Else CUBINERY_MAX_AGE.
+    lock: a lock file, as `python -m runtime lock` writes it: nothing else is loaded. Else CUBINERY_LOCK.
+    cache_limit: bytes that the disk cache may hold, as a number or like '512M'; 4 GiB by default. Else
+        CUBINERY_CACHE_LIMIT.
 
     Raises ConfigError, and then changes nothing.
     """
     with _lock:
-        config.give(registry, index, cache, channel, offline)
+        config.give(
+            registry=registry,
+            index=index,
+            cache=cache,
+            channel=channel,
+            offline=offline,
+            root=root,
+            state=state,
+            max_age=max_age,
+            lock=lock,
+            cache_limit=cache_limit,
+        )
         _drop()
 
 

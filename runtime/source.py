@@ -1,37 +1,40 @@
-"""Where indexes and frames come from: the embedded SQLite file, or a server. Nothing here is trusted or verified.
+"""Where indexes and frames come from: the embedded SQLite file, a mirror's folder, or a server. Nothing here is
+trusted or verified.
 
 A source has `where` (for messages), `channel(name) -> {arch: digest}`, `index(digest) -> bytes`,
-`frame(artifact) -> bytes` and `discard(kind, digest) -> bool`: whether a cached copy was set aside, so that asking
-again may give other bytes. `close()` ends the connections that nobody is using; a source may be used after it.
+`frame(artifact) -> bytes`, `tuf(path, cap) -> bytes` of a file below v1/tuf/, SourceError ('missing') if it has none,
+and `discard(kind, digest) -> bool`: whether a cached copy was set aside, so that asking again may give other bytes.
+`close()` ends the connections that nobody is using; a source may be used after it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import sqlite3
 import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
-from registry.contract import SCHEMA, Artifact, ContractError, check_arch, check_digest
+from registry.contract import Artifact
+from registry.errors import StoreError
+from registry.untrusted import HAS_TUF, connect
+from runtime.answers import MAX_CHANNEL, MAX_INDEX, as_channel, document, too_long, tuf_path
 from runtime.cache import DiskCache
 from runtime.config import Config
-from runtime.errors import InstallError, SourceError
+from runtime.errors import SourceError
+from runtime.folder import FolderSource
+from runtime.transport import Line, ServerError, follow, import_httpx, late
 
-MAX_INDEX = 64 << 20  # bytes
-MAX_CHANNEL = 1 << 20
 MAX_ROWS = 100  # of a question about channels
 ROW_SLACK = 1 << 16  # bytes of a row beside its frame or body
 BUSY_S, FILE_S = 10.0, 10.0  # of waiting for a file's writer, of a question to a file
-CONNECT_S, READ_S, DEADLINE_S = 5.0, 15.0, 60.0  # of a connection, of a silence, of a whole request with its retries
+DEADLINE_S = 60.0  # of a whole request with its retries
 ATTEMPTS = 3
 BACKOFF_S = 0.2  # before the second attempt; doubles
-MAX_REDIRECTS = 3
 
 
 class Source(Protocol):
@@ -40,16 +43,19 @@ class Source(Protocol):
     def channel(self, name: str) -> dict[str, str]: ...
     def index(self, digest: str) -> bytes: ...
     def frame(self, artifact: Artifact) -> bytes: ...
+    def tuf(self, path: str, cap: int) -> bytes: ...
     def discard(self, kind: str, digest: str) -> bool: ...
     def close(self) -> None: ...
 
 
 def open_source(config: Config) -> Source:
-    """The source that the settings name; nothing is opened yet. A remote one stands behind the disk cache."""
+    """The source that the settings name; nothing is opened yet. A server stands behind the disk cache."""
     if not config.remote:
+        if config.registry.endswith("/") or os.path.isdir(config.registry):
+            return FolderSource(config.registry)
         return EmbeddedSource(config.registry)
     inner: Source = OfflineSource(config.registry) if config.offline else HttpSource(config.registry)
-    return CachedSource(inner, DiskCache(config.cache))
+    return CachedSource(inner, DiskCache(config.cache, config.cache_limit))
 
 
 class EmbeddedSource:
@@ -70,14 +76,22 @@ class EmbeddedSource:
             rows = self._rows(MAX_CHANNEL, f"SELECT DISTINCT name FROM channels LIMIT {MAX_ROWS}")
             names = ", ".join(sorted(str(row[0]) for row in rows)) or "none"
             raise SourceError(f"{self.path}: no channel {name!r} (it has: {names:.1000})", reason="no_channel")
-        return _channel(dict(found), f"{self.path}: channel {name!r}", "unreadable")
+        return as_channel(dict(found), f"{self.path}: channel {name!r}", "unreadable")
 
     def index(self, digest: str) -> bytes:
-        return self._blob("SELECT CAST(body AS BLOB) FROM indexes WHERE digest = ?", digest, "index", MAX_INDEX)
+        return self._blob(
+            "SELECT CAST(body AS BLOB) FROM indexes WHERE digest = ?", digest, f"index {digest[:12]}…", MAX_INDEX
+        )
 
     def frame(self, artifact: Artifact) -> bytes:
         query = "SELECT CAST(frame AS BLOB) FROM blobs WHERE sha256 = ?"
         return self._blob(query, artifact.frame_sha256, artifact.variant, artifact.frame_size)
+
+    def tuf(self, path: str, cap: int) -> bytes:
+        if not self._rows(cap, HAS_TUF):
+            raise SourceError(f"{self.path}: holds no TUF metadata", reason="missing")
+        query = "SELECT CAST(body AS BLOB) FROM tuf WHERE path = ?"
+        return self._blob(query, tuf_path(path, self.path), f"tuf/{path}", cap)
 
     def discard(self, kind: str, digest: str) -> bool:
         return False  # the file is the only copy
@@ -94,12 +108,12 @@ class EmbeddedSource:
                 reason="no_registry",
             )
 
-    def _blob(self, query: str, digest: str, what: str, cap: int) -> bytes:
-        rows = self._rows(cap, query, digest)
+    def _blob(self, query: str, key: str, what: str, cap: int) -> bytes:
+        rows = self._rows(cap, query, key)
         if not rows or not isinstance(rows[0][0], bytes):
-            raise SourceError(f"{self.path}: holds no {what} {digest[:12]}…", reason="missing")
+            raise SourceError(f"{self.path}: holds no {what}", reason="missing")
         if len(rows[0][0]) > cap:
-            raise _too_long(self.path, cap)
+            raise too_long(self.path, cap)
         return rows[0][0]
 
     def _rows(self, cap: int, query: str, *values: str) -> list[tuple[Any, ...]]:
@@ -108,10 +122,12 @@ class EmbeddedSource:
         try:
             with contextlib.closing(self._connect(min(cap + ROW_SLACK, 2**31 - 1))) as db:
                 return db.execute(query, values).fetchall()
+        except StoreError as error:
+            raise SourceError(str(error), reason="schema") from None
         except sqlite3.Error as error:
             code = _primary_code(error)
             if code == sqlite3.SQLITE_TOOBIG:
-                raise _too_long(self.path, cap) from None
+                raise too_long(self.path, cap) from None
             if code == sqlite3.SQLITE_INTERRUPT:
                 raise SourceError(f"{self.path}: not read within its deadline", reason="deadline") from None
             raise SourceError(f"{self.path}: cannot be read as a registry: {error}", reason="unreadable") from error
@@ -121,40 +137,13 @@ class EmbeddedSource:
         else writes it: so only when it has no -wal or -journal to be read with it."""
         base = "file://" + urllib.parse.quote(os.fsencode(self.path))
         try:
-            return _checked(base + "?mode=ro", self.path, longest)
+            return connect(base + "?mode=ro", self.path, longest, BUSY_S, FILE_S)
         except sqlite3.OperationalError as error:
             if _primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
                 raise
             if _filled(self.path + "-wal") or _filled(self.path + "-journal"):
                 raise
-            return _checked(base + "?mode=ro&immutable=1", self.path, longest)
-
-
-def _checked(uri: str, path: str, longest: int) -> sqlite3.Connection:
-    """A connection to a file that is a registry: its version, and tables where views or virtual tables could be.
-
-    From here on no value is longer than `longest` bytes, and nothing runs for longer than FILE_S.
-    """
-    db = sqlite3.connect(uri, uri=True, timeout=BUSY_S)
-    end = time.monotonic() + BUSY_S + FILE_S
-    try:
-        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
-        db.set_progress_handler(lambda: time.monotonic() > end, 1000)  # instructions
-        db.execute("PRAGMA trusted_schema = OFF")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        # The first real read: it fails where mode=ro cannot work.
-        (tables,) = db.execute(
-            "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND rootpage > 0 "
-            "AND name IN ('blobs', 'channels', 'indexes')"
-        ).fetchone()
-        if version != SCHEMA or tables != 3:
-            hint = "update the client" if version > SCHEMA else "it is no registry, or an unfinished one"
-            message = f"{path}: registry schema {version}, this client reads {SCHEMA}: {hint}"
-            raise SourceError(message, reason="schema")
-    except BaseException:
-        db.close()
-        raise
-    return db
+            return connect(base + "?mode=ro&immutable=1", self.path, longest, BUSY_S, FILE_S)
 
 
 def _primary_code(error: sqlite3.Error) -> int:
@@ -166,18 +155,6 @@ def _filled(path: str) -> bool:
         return os.stat(path).st_size > 0
     except FileNotFoundError:
         return False
-
-
-def _too_long(where: str, cap: int) -> SourceError:
-    return SourceError(f"{where}: longer than the {cap} bytes that it may have", reason="too_long")
-
-
-def _channel(found: Any, what: str, reason: str) -> dict[str, str]:
-    """{arch: digest} if it is that, else SourceError with this reason."""
-    try:
-        return {check_arch(arch): check_digest(digest) for arch, digest in found.items()}
-    except (ContractError, AttributeError) as error:
-        raise SourceError(f"{what} is no channel: {error}", reason=reason) from None
 
 
 class HttpSource:
@@ -192,24 +169,22 @@ class HttpSource:
         self._deadline_s = deadline_s
         self._transport = transport
         self._tls: Any = None
-        self._idle: list[_Line] = []  # append and pop are atomic: threads share it, and a fork leaves no lock held
+        self._idle: list[Line] = []  # append and pop are atomic: threads share it, and a fork leaves no lock held
         self._closed = False
 
     def channel(self, name: str) -> dict[str, str]:
         """What the server says; it confers no trust."""
         body = self._get(f"/v1/channels/{urllib.parse.quote(name, safe='')}", MAX_CHANNEL)
-        what = f"{self.where}: channel {name!r}"
-        try:
-            found = json.loads(body)["indexes"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise SourceError(f"{what} is no channel document", reason="status") from None
-        return _channel(found, what, "status")
+        return document(body, f"{self.where}: channel {name!r}", "status")
 
     def index(self, digest: str) -> bytes:
         return self._get(f"/v1/indexes/sha256/{digest}", MAX_INDEX)
 
     def frame(self, artifact: Artifact) -> bytes:
         return self._get(f"/v1/blobs/sha256/{artifact.frame_sha256}", artifact.frame_size)
+
+    def tuf(self, path: str, cap: int) -> bytes:
+        return self._get(f"/v1/tuf/{tuf_path(path, self.where)}", cap)
 
     def discard(self, kind: str, digest: str) -> bool:
         return False
@@ -223,7 +198,7 @@ class HttpSource:
 
     def _get(self, path: str, cap: int) -> bytes:
         """The body, at most `cap` bytes. Server errors and broken connections are tried again until the deadline."""
-        httpx = _httpx()
+        httpx = import_httpx()
         url, end = self.where + path, time.monotonic() + self._deadline_s
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
@@ -233,18 +208,18 @@ class HttpSource:
                 break
             try:
                 with self._line(end) as line:
-                    return _follow(line, url, cap, end)
-            except (httpx.TransportError, _ServerError) as error:
+                    return follow(line, url, cap, end)
+            except (httpx.TransportError, ServerError) as error:
                 last = error
             except (httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: a host that is no name
                 raise SourceError(f"{url}: cannot be asked for: {error}", reason="url") from None
         if time.monotonic() >= end:
-            raise _late(url)
-        kind = "status" if isinstance(last, _ServerError) else "unreachable"
+            raise late(url)
+        kind = "status" if isinstance(last, ServerError) else "unreachable"
         raise SourceError(f"{url}: {last or type(last).__name__}", reason=kind) from None
 
     @contextlib.contextmanager
-    def _line(self, end: float) -> Iterator[_Line]:
+    def _line(self, end: float) -> Iterator[Line]:
         """A line for one request, which is cut at `end`; after a failure it is not used again."""
         try:
             line = self._idle.pop()
@@ -268,121 +243,18 @@ class HttpSource:
                 if self._closed:
                     self.close()
 
-    def _open(self) -> _Line:
-        httpx = _httpx()
+    def _open(self) -> Line:
+        httpx = import_httpx()
         headers = {"Accept-Encoding": "identity", "User-Agent": "cubinery"}
         try:
             if self._tls is None:
                 self._tls = httpx.create_ssl_context()
-            return _Line(httpx.Client(headers=headers, transport=self._transport, verify=self._tls))
+            return Line(httpx.Client(headers=headers, transport=self._transport, verify=self._tls))
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             message = (
                 f"no HTTP client can be made: {error}; check the variables SSL_CERT_FILE, SSL_CERT_DIR and *_PROXY"
             )
             raise SourceError(f"{self.where}: {message}", reason="client") from None
-
-
-class _Line:
-    """A client that serves one request at a time: so it has one connection, and that one can be cut.
-
-    httpx's timeouts bound each silence, not the whole: a server that sends a byte now and then would hold a call for
-    ever. Only the look-up of a name cannot be cut; the system bounds it.
-    """
-
-    def __init__(self, client: Any):
-        self.is_cut = False
-        self._client = client
-        self._socket: Any = None
-
-    def get(self, url: str, end: float) -> contextlib.AbstractContextManager[Any]:
-        """The response, its body still to be read."""
-        left = max(0.001, end - time.monotonic())
-        timeout = _httpx().Timeout(min(READ_S, left), connect=min(CONNECT_S, left))
-        return self._client.stream("GET", url, timeout=timeout, extensions={"trace": self._watch})
-
-    def cut(self) -> None:
-        """End what is under way, from any thread: reads return at once."""
-        self.is_cut = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # the other side was faster
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._client.close()
-        if self._socket is not None:
-            self._socket.close()
-
-    def _watch(self, event: str, info: dict[str, Any]) -> None:
-        """Keeps a second descriptor of the connection: the first is lost to TLS, which takes it over."""
-        if not event.endswith(".connect_tcp.complete"):  # of a connection, or of a proxy's
-            return
-        old, self._socket = self._socket, info["return_value"].get_extra_info("socket").dup()
-        if old is not None:
-            old.close()
-        if self.is_cut:
-            self.cut()
-
-
-class _ServerError(Exception):
-    """A 5xx answer: worth another attempt."""
-
-
-def _follow(line: _Line, url: str, cap: int, end: float) -> bytes:
-    """A URL's body, past redirects within its origin. Messages name only the URL that was asked for first."""
-    target = url
-    for _ in range(MAX_REDIRECTS + 1):
-        with line.get(target, end) as response:
-            if not response.is_redirect:
-                return _body(response, url, cap, end)
-            location = response.headers.get("location", "")
-        try:
-            target = urllib.parse.urljoin(target, location)
-            same = _origin(target) == _origin(url)
-            usable = target.isprintable()
-        except ValueError:  # of a port that is no number, or broken brackets
-            usable = False
-        if not usable:
-            raise SourceError(f"{url}: redirects to what is no URL", reason="redirect") from None
-        if not same:
-            message = f"{url}: redirects to another origin; name that registry itself if you mean it"
-            raise SourceError(message, reason="redirect")
-    raise SourceError(f"{url}: more than {MAX_REDIRECTS} redirects", reason="redirect")
-
-
-def _body(response: Any, url: str, cap: int, end: float) -> bytes:
-    status = response.status_code
-    if status >= 500:
-        raise _ServerError(f"the server answers {status}")
-    if status != 200:
-        raise SourceError(f"{url}: the server answers {status}", reason="missing" if status == 404 else "status")
-    body = bytearray()
-    for chunk in response.iter_raw():
-        body += chunk
-        if len(body) > cap:
-            raise _too_long(url, cap)
-        if time.monotonic() >= end:
-            raise _late(url)
-    if time.monotonic() >= end:  # a connection that was cut may look like one that ended
-        raise _late(url)
-    return bytes(body)
-
-
-def _late(url: str) -> SourceError:
-    return SourceError(f"{url}: not finished within its deadline", reason="deadline")
-
-
-def _origin(url: str) -> tuple[Any, ...]:
-    """A user in it makes another origin: credentials are not taken from a redirect. ValueError for what is no URL."""
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.username, parts.password, parts.hostname, parts.port
-
-
-def _httpx() -> Any:
-    try:
-        import httpx2
-    except ImportError:
-        raise InstallError("a registry server needs httpx2: pip install 'cubinery[remote]'") from None
-    return httpx2
 
 
 class OfflineSource:
@@ -399,6 +271,9 @@ class OfflineSource:
 
     def frame(self, artifact: Artifact) -> bytes:
         raise self._error(artifact.variant)
+
+    def tuf(self, path: str, cap: int) -> bytes:
+        raise self._error(f"tuf/{path}")
 
     def discard(self, kind: str, digest: str) -> bool:
         return False
@@ -421,18 +296,14 @@ class CachedSource:
         return self.inner.channel(name)
 
     def index(self, digest: str) -> bytes:
-        data = self.cache.get("indexes", digest, MAX_INDEX)
-        if data is None:
-            data = self.inner.index(digest)
-            self.cache.put("indexes", digest, data)
-        return data
+        return self.cache.fetch("indexes", digest, MAX_INDEX, lambda: self.inner.index(digest))
 
     def frame(self, artifact: Artifact) -> bytes:
-        data = self.cache.get("blobs", artifact.frame_sha256, artifact.frame_size)
-        if data is None:
-            data = self.inner.frame(artifact)
-            self.cache.put("blobs", artifact.frame_sha256, data)
-        return data
+        download = partial(self.inner.frame, artifact)
+        return self.cache.fetch("blobs", artifact.frame_sha256, artifact.frame_size, download)
+
+    def tuf(self, path: str, cap: int) -> bytes:
+        return self.inner.tuf(path, cap)
 
     def discard(self, kind: str, digest: str) -> bool:
         return self.cache.set_aside(kind, digest)

@@ -15,8 +15,10 @@ from server.app import create_app
 
 EPILOG = """\
 The registry is --registry, else the file that CUBINERY_REGISTRY names, else registry.db in the user's data folder.
-It is read only, but its folder must be writable: SQLite keeps its locks there. It may be missing at the start:
-/readyz then answers 503 until a builder has made it. One process serves some thousand requests a second.
+Its folder must be writable: SQLite keeps its locks there. It may be missing at the start: /readyz then answers 503
+until a builder has made it. One process serves some thousand requests a second.
+With CUBINERY_TOKEN (16 characters or more) set, `python -m registry push` may send releases that verify; without it
+nothing is taken in. With CUBINERY_TIMESTAMP_KEY, the file of the timestamp key, it keeps the releases' timestamp alive.
 Exit codes: 0 ended by a signal, 1 it cannot start, for one because the address is taken, 2 wrong usage.
 """
 

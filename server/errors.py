@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from registry.store import StoreError
 
@@ -54,8 +55,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        # Starlette allows only the methods of the first route of a path, and each method has its own route here.
-        headers = {"allow": "GET, HEAD"} if error.status_code == 405 else dict(error.headers or {})
+        headers = {"allow": _allowed(request)} if error.status_code == 405 else dict(error.headers or {})
         reason = HTTPStatus(error.status_code).name.lower()
         return problem(error.status_code, reason, str(error.detail), headers)
 
@@ -67,3 +67,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
         return problem(500, "internal", "an error in the server; its log says more")
+
+
+def _allowed(request: Request) -> str:
+    """Starlette allows only the methods of the first route of a path, and each method has its own route here."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(found))

@@ -11,7 +11,7 @@ from builder.build import Build, Result, Table
 from builder.examine import Candidate, Examined, examine
 from builder.toolchain import Toolchain
 from builder.verified import Conformance, Verified
-from registry import __version__
+from registry import __version__, gc
 from registry.contract import Index, Variant, sha256_hex
 from registry.store import Store
 from tests.builder import toys
@@ -294,3 +294,27 @@ def test_verification_is_required_of_every_indexed_variant(store: Store, good: T
     passes = {(a.ptx_sha256, "yardstick"): "pass" for a in nothing.artifacts.values()}
     assert run(store, good, verified=Verified(conformance, passes)).unverified == {}
     assert store.channel("stable") == nothing.indexes
+
+
+def test_a_build_after_gc_compiles_nothing(store: Store, good: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when no channel names what was built, and it is old."""
+    first = run(store, good)
+    store._db.execute("DELETE FROM channels")
+    store._db.execute("DELETE FROM history")
+    plan = gc.collect(store, keep_s=0.0)
+    assert plan.indexes == tuple(first.indexes.values()) and plan.artifacts == plan.ptx == plan.blobs == ()
+    monkeypatch.setattr(build_module, "Pool", None)  # no worker is ever started
+    again = run(store, good)
+    assert (again.built, sorted(again.cached), again.indexes) == ([], [v.key for v in good.variants], first.indexes)
+
+
+def test_what_gc_takes_before_a_build_begins_is_built_again(store: Store, good: Table) -> None:
+    """The plan was made before: what it found in the store no longer counts."""
+    run(store, good)
+    late = Build(good, ("sm_120",), store)
+    store.set_wanted("sm_120", [])
+    store._db.execute("DELETE FROM channels")
+    store._db.execute("DELETE FROM history")
+    assert len(gc.collect(store, keep_s=0.0).artifacts) == 3
+    result = late.run(jobs=2)
+    assert len(result.built) == 3 and store.verify() == [] and store.channel("stable") == result.indexes

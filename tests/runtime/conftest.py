@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from tests.runtime.fakes import FakeBackend, write_registry
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the user's folders or settings, nor what another test has loaded."""
-    for name in ("CUBINERY_REGISTRY", "CUBINERY_INDEX", "CUBINERY_CACHE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("CUBINERY_") and name != "CUBINERY_SOAK"]:
+        monkeypatch.delenv(name)
     for name in ("DATA", "CACHE", "CONFIG", "STATE"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / "home" / name.lower()))
     runtime.configure()

@@ -673,7 +673,8 @@ def test_a_cache_that_cannot_be_written_loads_from_memory(
     monkeypatch.undo()
     assert len(backend.driver.launches) == 1
     assert caplog.text.count("loading from memory") == 1, "said once"
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()], "nothing half-written stays"
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.parent.name != "locks"]
+    assert not files, "nothing half-written stays"
 
 
 def test_two_that_fetch_the_same_entry_agree(tmp_path: Path):
