@@ -51,6 +51,10 @@ class Case:
         return f"{self.model}/S{self.seqlen}{keys}{packed}/{mask}"
 
     @property
+    def op(self) -> str:
+        return "fwd"
+
+    @property
     def keys(self) -> int:
         return self.seqlen if self.seqlen_k is None else self.seqlen_k
 

@@ -13,6 +13,7 @@ from benchmarks.cubins import BenchmarkError
 from registry.contract import Artifact, DispatchRow, Index, Variant
 
 CHANNEL = "stable"
+TOGETHER = frozenset({"fwd_paged", "fwd_combine", "kv_append"})  # ops that one call over a KV cache may launch
 
 
 def read_index(registry: Path, arch: str, channel: str = CHANNEL) -> Index:
@@ -47,18 +48,33 @@ def private_copy(registry: Path, target: Path) -> Path:
 def one_variant_each(registry: Path, target: Path, arch: str) -> dict[str, Artifact]:
     """Copy `registry` to `target` with a channel more per variant of its index, named by the variant's key.
 
-    Such a channel's index holds that one artifact, with one dispatch row that serves every call. Returns the artifacts
-    by key.
+    Such a channel's index holds that one artifact, with one dispatch row that serves every call of its op; and all of
+    the ops that a call launches beside it (TOGETHER), as in the registry. Returns the artifacts by key.
     """
     index = read_index(registry, arch)
     copy = sqlite3.connect(private_copy(registry, target))
     try:
         for artifact in index.artifacts:
-            row = DispatchRow(Variant.parse(artifact.variant).op, (), artifact.variant)
-            only = Index(arch, index.release, (artifact,), (row,), index.abis)
-            copy.execute("INSERT OR IGNORE INTO indexes VALUES (?, ?, ?)", (only.digest, arch, only.to_bytes()))
-            copy.execute("INSERT OR REPLACE INTO channels VALUES (?, ?, ?)", (artifact.variant, arch, only.digest))
+            only = only_one(index, artifact)
+            add_channel(copy, artifact.variant, only)
         copy.commit()
     finally:
         copy.close()
     return dict(index.by_variant)
+
+
+def only_one(index: Index, artifact: Artifact) -> Index:
+    """An index in which `artifact` serves every call of its op; the ops launched beside it stay as in `index`."""
+    op = Variant.parse(artifact.variant).op
+    beside = TOGETHER - {op} if op in TOGETHER else frozenset()
+    rows = (DispatchRow(op, (), artifact.variant), *(row for row in index.rows if row.op in beside))
+    artifacts = (artifact, *(a for a in index.artifacts if Variant.parse(a.variant).op in beside))
+    return Index(index.arch, index.release, artifacts, rows, index.abis)
+
+
+def add_channel(database: sqlite3.Connection, name: str, index: Index) -> None:
+    """Store an index in a registry file of one's own and point a channel at it."""
+    row = (index.digest, index.arch, index.to_bytes())
+    database.execute("INSERT OR IGNORE INTO indexes (digest, arch, body) VALUES (?, ?, ?)", row)
+    place = (name, index.arch, index.digest)
+    database.execute("INSERT OR REPLACE INTO channels (name, arch, digest) VALUES (?, ?, ?)", place)

@@ -127,6 +127,13 @@ def device_arch() -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability()) if DEVICE == "cuda" else "sm_90"
 
 
+def multiprocessors() -> int:
+    """Of the device."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).multi_processor_count) if DEVICE == "cuda" else 4
+
+
 def synchronize() -> None:
     """Wait for the device."""
     import torch

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError, Candidate, Kernel, read
+from benchmarks.decode_cases import DecodeCase
 from benchmarks.derived import private_copy, read_index
 from registry.contract import Artifact
 
@@ -30,7 +31,8 @@ class Ours:
         self.runtime, self.mode = runtime, mode
         arch = measure.device_arch()
         self.index = read_index(registry, arch)
-        self.candidates = {c.key: c for c in read(registry, arch)}
+        ops = sorted({row.op for row in self.index.rows})
+        self.candidates = {c.key: c for op in ops for c in read(registry, arch, op)}
         self.occupancy: dict[str, str] = {}
         launch.SMEM_PADDING = self._padding if mode == "sm120" else None
         self._scratch = tempfile.TemporaryDirectory()
@@ -46,11 +48,11 @@ class Ours:
             raise BenchmarkError(f"{artifact.variant}: the index and the artifacts table of the registry disagree")
         return candidate
 
-    def choice(self, case: Case, dtype: str = "bf16") -> Any:
+    def choice(self, case: Case | DecodeCase, dtype: str = "bf16") -> Any:
         """What the dispatch rows choose for the case: `runtime.select.Choice`, with .artifact and .pack."""
         from runtime.select import select
 
-        chosen = select(self.index, "fwd", case.facts(dtype))
+        chosen = select(self.index, case.op, case.facts(dtype))
         if chosen.artifact.variant not in self.occupancy:
             self.occupancy[chosen.artifact.variant] = self._occupancy(chosen.artifact)
         return chosen

@@ -42,4 +42,60 @@ FWD = Abi(
     ),
 )
 
-ABIS = {abi.op: abi for abi in (FWD,)}
+FWD_PAGED = Abi(
+    op="fwd_paged",
+    version=1,
+    params=(
+        # o: the output or, with num_splits > 1, fp32 partial outputs; lse alike. Their strides say where each split's
+        # lie.
+        *_params("ptr", "q k v o lse"),
+        *_params("ptr", "cu_seqlens_q seqused_q seqused_k page_table sink alibi_slopes k_descale v_descale"),
+        # k and v are (pages, page_size, heads_kv, head_dim): *_stride_b goes from page to page.
+        *_params("i64", "q_stride_b q_stride_s q_stride_h k_stride_b k_stride_s k_stride_h"),
+        *_params("i64", "v_stride_b v_stride_s v_stride_h o_stride_b o_stride_s o_stride_h o_stride_split"),
+        *_params("i64", "lse_stride_b lse_stride_h lse_stride_split"),
+        *_params("i64", "pack_magic page_magic"),
+        # seqlen_q as in FWD. seqlen_k: tokens that a table's row has room for; seqused_k + seqlen_k_new, clamped to
+        # that, is how many an entry has. Without seqused_k it has seqlen_k.
+        *_params("i32", "batch heads_q heads_kv seqlen_q seqlen_k seqlen_k_new head_dim head_dim_v"),
+        *_params("i32", "window_left window_right pack pack_shift sink_low alibi_stride_b"),
+        # Without page_table an entry's only page is the one with its number. Strides of descales: any number.
+        *_params("i32", "page_size page_shift page_table_stride num_splits k_descale_stride_b v_descale_stride_b"),
+        *_params("f32", "scale_log2 softcap_scale"),
+    ),
+)
+
+FWD_COMBINE = Abi(
+    op="fwd_combine",
+    version=1,
+    params=(
+        # o_partial: fp32, (splits, rows, head_dim_v), row = (b · seqlen + s) · heads + h, contiguous but for its first
+        # stride. lse: null if it is not wanted.
+        *_params("ptr", "o_partial lse_partial o lse"),
+        *_params("i64", "o_partial_stride_split lse_partial_stride_split"),
+        *_params("i64", "lse_partial_stride_b lse_partial_stride_s lse_partial_stride_h"),
+        *_params("i64", "o_stride_b o_stride_s o_stride_h lse_stride_b lse_stride_s lse_stride_h"),
+        *_params("i32", "num_splits rows seqlen heads head_dim_v"),
+    ),
+)
+
+KV_APPEND = Abi(
+    op="kv_append",
+    version=1,
+    params=(
+        # k_new, v_new (batch, seqlen_new, heads_kv, ·) go into the cache k, v; q (batch, seqlen_q, heads_q, head_dim)
+        # goes, rotated, to q_out. Either pair may be absent.
+        *_params("ptr", "k_new v_new k v q q_out rotary_cos rotary_sin seqused_k page_table k_descale v_descale"),
+        *_params("i64", "k_new_stride_b k_new_stride_s k_new_stride_h v_new_stride_b v_new_stride_s v_new_stride_h"),
+        *_params("i64", "k_stride_b k_stride_s k_stride_h v_stride_b v_stride_s v_stride_h"),
+        *_params("i64", "q_stride_b q_stride_s q_stride_h q_out_stride_b q_out_stride_s q_out_stride_h page_magic"),
+        # Token i of k_new belongs at position seqused_k + i; positions from seqlen_k on are not written. q's token i
+        # is rotated as of position seqused_k + i, or seqused_k with q_still. rotary_cos and _sin: (rotary_rows,
+        # rotary_dim / 2), their row stride rotary_stride; positions behind their end take the last row.
+        *_params("i32", "batch heads_q heads_kv seqlen_new seqlen_q seqlen_k head_dim head_dim_v"),
+        *_params("i32", "rotary_dim rotary_rows rotary_stride interleaved q_still"),
+        *_params("i32", "page_size page_shift page_table_stride k_descale_stride_b v_descale_stride_b"),
+    ),
+)
+
+ABIS = {abi.op: abi for abi in (FWD, FWD_PAGED, FWD_COMBINE, KV_APPEND)}

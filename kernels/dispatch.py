@@ -2,7 +2,8 @@
 
 The builder compiles `variants()`, the index carries `rows()`, the runtime evaluates what the index carries.
 `fwd_tiles.json` is what tuning writes (`python -m builder accept`): classes of calls, first match first, and for each
-pair of head dims the tiles of the classes that have one of their own, cheapest dims first.
+pair of head dims the tiles of the classes that have one of their own, cheapest dims first. `paged_tiles.json` is the
+same for the paged forward, twice over: for caches of the query's dtype, and of e4m3.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.validity import fwd_invalid
-from registry.contract import DTYPES, Condition, ContractError, DispatchRow, Variant
+from kernels.validity import E4M3, fwd_invalid, paged_invalid
+from registry.contract import ALL_DTYPES, DTYPES, Condition, ContractError, DispatchRow, Variant
 
 FWD_TILES = Path(__file__).with_name("fwd_tiles.json")
+PAGED_TILES = Path(__file__).with_name("paged_tiles.json")
+INVALID = {"fwd": fwd_invalid, "fwd_paged": paged_invalid}
 # What conditions of a class may be about: call facts that are numbers, head dims apart (docs/design.md).
 FACTS = (
     *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "total_q", "packed_rows"),
@@ -33,17 +36,29 @@ class Tile:
     tile: str  # e.g. 'm64-n32-w4-s1-q14'; `kernels.validity` explains the letters
     pack: bool
     evidence: dict[str, Any] | None = None
+    op: str = "fwd"
+
+    @property
+    def e4m3(self) -> bool:
+        return self.tile.endswith(E4M3)
 
     def variant(self, dtype: str) -> Variant:
-        return Variant.parse(f"fwd-{dtype}-d{self.dims[0]}-dv{self.dims[1]}-{self.tile}")
+        return Variant.parse(f"{self.op}-{dtype}-d{self.dims[0]}-dv{self.dims[1]}-{self.tile}")
+
+    def conditions(self, dtype: str) -> tuple[Condition, ...]:
+        """What a call must have for this tile's variant, its class apart."""
+        cache = (Condition("kv_dtype", "==", "e4m3" if self.e4m3 else dtype),) if self.op == "fwd_paged" else ()
+        dims = (Condition("head_dim", "<=", self.dims[0]), Condition("head_dim_v", "<=", self.dims[1]))
+        return (Condition("dtype", "==", dtype), *cache, *dims)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The forward's table. classes: name -> conditions, in the order in which they are tried."""
+    """A forward's table. classes: name -> conditions, in the order in which they are tried."""
 
     classes: dict[str, tuple[Condition, ...]]
     tiles: tuple[Tile, ...]
+    op: str = "fwd"
 
     @classmethod
     def read(cls, path: Path = FWD_TILES) -> Tiles:
@@ -53,13 +68,16 @@ class Tiles:
             classes = {c["name"]: tuple(_condition(*when) for when in c["when"]) for c in value["classes"]}
             if len(classes) != len(value["classes"]):
                 raise ValueError("a class is named twice")
+            op = value.get("op", "fwd")
+            if op not in INVALID:
+                raise ValueError(f"op {op!r} is none of {', '.join(INVALID)}")
             tiles = tuple(
-                Tile((t["head_dim"], t["head_dim_v"]), t["class"], t["tile"], t["pack"], t["evidence"])
+                Tile((t["head_dim"], t["head_dim_v"]), t["class"], t["tile"], t["pack"], t["evidence"], op)
                 for t in value["tiles"]
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ContractError(f"{path}: {type(error).__name__}: {error}") from None
-        table = cls(classes, tiles)
+        table = cls(classes, tiles, op)
         if problem := table.problem():
             raise ContractError(f"{path}: {problem}")
         return table
@@ -74,9 +92,9 @@ class Tiles:
         at = [self.place(tile) for tile in self.tiles]
         if at != sorted(set(at)):
             return "tiles are not one a class, by head_dim + head_dim_v, then head_dim, then class"
-        served = {tile.dims for tile in self.tiles if not self.classes[tile.call_class]}
-        if unserved := {tile.dims for tile in self.tiles} - served:
-            return f"head dims {sorted(unserved)[0]} lack a tile of the class without conditions"
+        served = {(tile.dims, tile.e4m3) for tile in self.tiles if not self.classes[tile.call_class]}
+        if unserved := {(tile.dims, tile.e4m3) for tile in self.tiles} - served:
+            return f"head dims {sorted(unserved)[0][0]} lack a tile of the class without conditions"
         return None
 
     def _tile_problem(self, tile: Tile) -> str | None:
@@ -87,16 +105,17 @@ class Tiles:
             return f"pack {tile.pack!r} is neither true nor false"
         if tile.pack and not groups(when):
             return "pack needs a class with the condition group >= 2"
-        if not re.fullmatch(r"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?(-a1)?", tile.tile):
+        pattern = r"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?" + (rf"(-{E4M3})?" if self.op == "fwd_paged" else "(-a1)?")
+        if not re.fullmatch(pattern, tile.tile):
             return "a tile is like 'm128-n32-w4-s1' or 'm64-n32-w4-s1-q14-a1'"
         try:
-            return fwd_invalid(tile.variant(DTYPES[0]))
+            return INVALID[self.op](tile.variant(DTYPES[0]))
         except ContractError as error:
             return str(error)
 
-    def place(self, tile: Tile) -> tuple[int, int, int]:
+    def place(self, tile: Tile) -> tuple[int, int, bool, int]:
         """Where it stands among the others: cheap head dims first, then in the order of the classes."""
-        return sum(tile.dims), tile.dims[0], list(self.classes).index(tile.call_class)
+        return sum(tile.dims), tile.dims[0], tile.e4m3, list(self.classes).index(tile.call_class)
 
     def to_text(self) -> str:
         """The file's one text for this table: a class or tile a line."""
@@ -107,7 +126,8 @@ class Tiles:
             for t in sorted(self.tiles, key=self.place)
         ]  # fmt: skip
         lines = {name: ",\n".join(map(json.dumps, rows)) for name, rows in (("classes", classes), ("tiles", tiles))}
-        return "{" + ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items()) + "}\n"
+        op = f'"op": "{self.op}",\n' if self.op != "fwd" else ""
+        return "{" + op + ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items()) + "}\n"
 
 
 def _condition(fact: str, op: str, value: int) -> Condition:
@@ -123,22 +143,43 @@ def groups(when: tuple[Condition, ...]) -> bool:
     return any(c.fact == "group" and c.op in (">=", "==") and c.value >= 2 for c in when)
 
 
-def rows(path: Path = FWD_TILES) -> tuple[DispatchRow, ...]:
-    """All dispatch rows, in order: the first whose conditions hold serves the call."""
-    table = Tiles.read(path)
+def rows(path: Path = FWD_TILES, paged_path: Path = PAGED_TILES) -> tuple[DispatchRow, ...]:
+    """All dispatch rows, in order: the first of an op whose conditions hold serves the call."""
+    return (*_tile_rows(Tiles.read(path)), *_tile_rows(Tiles.read(paged_path)), *_combine_rows(), *_append_rows())
+
+
+def _tile_rows(table: Tiles) -> list[DispatchRow]:
+    return [
+        DispatchRow(
+            table.op, (*tile.conditions(dtype), *table.classes[tile.call_class]), tile.variant(dtype).key, tile.pack
+        )
+        for tile in table.tiles
+        for dtype in DTYPES
+    ]
+
+
+def _combine_rows() -> list[DispatchRow]:
+    """One kernel for each dtype of the output: a warp takes whatever head_dim_v there is."""
+    return [
+        DispatchRow(
+            "fwd_combine",
+            (Condition("dtype", "==", dtype), Condition("head_dim_v", "<=", 256)),
+            f"fwd_combine-{dtype}-d256-dv256-m4",
+        )
+        for dtype in ALL_DTYPES
+    ]
+
+
+def _append_rows() -> list[DispatchRow]:
     found = []
-    for tile in table.tiles:
-        for dtype in DTYPES:
-            base = (
-                Condition("dtype", "==", dtype),
-                Condition("head_dim", "<=", tile.dims[0]),
-                Condition("head_dim_v", "<=", tile.dims[1]),
-            )
-            when = (*base, *table.classes[tile.call_class])
-            found.append(DispatchRow("fwd", when, tile.variant(dtype).key, tile.pack))
-    return tuple(found)
+    for dtype in DTYPES:
+        for cache, feature in ((dtype, ""), ("e4m3", f"-{E4M3}")):
+            equal = (Condition("dtype", "==", dtype), Condition("kv_dtype", "==", cache))
+            dims = (Condition("head_dim", "<=", 256), Condition("head_dim_v", "<=", 256))
+            found.append(DispatchRow("kv_append", (*equal, *dims), f"kv_append-{dtype}-d256-dv256-m4{feature}"))
+    return found
 
 
-def variants(path: Path = FWD_TILES) -> tuple[Variant, ...]:
+def variants(path: Path = FWD_TILES, paged_path: Path = PAGED_TILES) -> tuple[Variant, ...]:
     """Every variant that a row names, once, sorted by key."""
-    return tuple(Variant.parse(key) for key in sorted({row.variant for row in rows(path)}))
+    return tuple(Variant.parse(key) for key in sorted({row.variant for row in rows(path, paged_path)}))

@@ -27,16 +27,16 @@ from kernels.tiles import (
     tile_copy,
 )
 from kernels.validity import NOTES, fwd_invalid, fwd_smem
-from registry.contract import ContractError, Grid, Variant
+from registry.contract import Abi, ContractError, Grid, Variant
 
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 LOG2E = 1.4426950408889634
 FIRST = 1  # steps of Q·Kᵀ before a block's loads: their addresses are computed while the tensor cores work
 
 
-def named(parameters: tuple) -> SimpleNamespace:
+def named(parameters: tuple, abi: Abi) -> SimpleNamespace:
     """The kernel's parameters by their names in the ABI."""
-    return SimpleNamespace(**{p.name: value for p, value in zip(FWD.params, parameters, strict=True)})
+    return SimpleNamespace(**{p.name: value for p, value in zip(abi.params, parameters, strict=True)})
 
 
 SEQLEN_K = 3  # the place of seqlen_k among the notes
@@ -91,7 +91,7 @@ class FlashForward:
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters)
+        call = named(parameters, FWD)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         rows, entry = self.place(call, block)
@@ -115,13 +115,18 @@ class FlashForward:
             entry = entry_of(tile, call.cu_seqlens_q, call.batch, total, pack, self.tile_m)
             tile = tile - first_tile(call.cu_seqlens_q, entry, total, pack, self.tile_m)
         q_first, seqlen_q = sequence(call.cu_seqlens_q, call.seqused_q, entry, call.seqlen_q)
-        k_first, seqlen_k = sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
+        k_first, seqlen_k = self.keys(call, entry)
         rows = SimpleNamespace(
             start=tile * self.tile_m, count=seqlen_q * call.pack, head=head * call.pack,
             pack=call.pack, magic=call.pack_magic, shift=call.pack_shift,
             q_first=q_first, k_first=k_first, seqlen_k=seqlen_k, offset=seqlen_k - seqlen_q,
         )  # fmt: skip
         return rows, entry
+
+    @cute.jit
+    def keys(self, call: SimpleNamespace, entry: Int32) -> tuple[Int32, Int32]:
+        """(first token, length) of an entry's keys."""
+        return sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
 
     @cute.jit
     def tile(self, call: SimpleNamespace, rows: SimpleNamespace, entry: Int32, tid: Int32):
@@ -324,13 +329,7 @@ class FlashForward:
         softmax.finish(state.acc_O, state.row_max, state.row_sum, call.scale_log2, sinks)
         if (call.lse.toint() != 0) & (place[0][1] == 0):
             lse = call.lse + (entry * call.lse_stride_b + rows.head * call.lse_stride_h + rows.q_first)
-            for r in cutlass.range_constexpr(cute.size(state.row_sum)):
-                row = rows.start + row_of(place, r)
-                token, head = token_head(rows, row)
-                if row < rows.count:
-                    cute.make_tensor(lse + (head * call.lse_stride_h + token), cute.make_layout(1))[0] = state.row_sum[
-                        r
-                    ]
+            self.write_lse(state, rows, place, lse)
         rO = cute.make_fragment_like(state.acc_O, self.dtype)
         rO.store(state.acc_O.load().to(self.dtype))
         if cutlass.const_expr(self.q_steps == 0):
@@ -345,6 +344,16 @@ class FlashForward:
         o_start = entry * call.o_stride_b + rows.q_first * call.o_stride_s + rows.head * call.o_stride_h
         copy = tile_copy(self.dtype, self.head_dim_v, self.threads, False)
         store_rows(copy, state.sO, aligned(call.o, o_start), rows, call.head_dim_v, state.tid)
+
+    @cute.jit
+    def write_lse(self, state: SimpleNamespace, rows: SimpleNamespace, place: cute.Tensor, lse: cute.Pointer):
+        """Write what softmax.finish left in row_sum. lse: where the tile head's first token has its own."""
+        for r in cutlass.range_constexpr(cute.size(state.row_sum)):
+            row = rows.start + row_of(place, r)
+            token, head = token_head(rows, row)
+            if row < rows.count:
+                there = lse + (head * state.call.lse_stride_h + token)
+                cute.make_tensor(there, cute.make_layout(1))[0] = state.row_sum[r]
 
     @cute.jit
     def sinks(self, call: SimpleNamespace, rows: SimpleNamespace, place: cute.Tensor) -> cute.Tensor:

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from registry.contract import Grid, Variant
 
 # op -> the module whose `generate(variant, symbol, dump_dir) -> Generated` compiles it.
-MODULES = {"fwd": "kernels.flash_fwd"}
+MODULES = {
+    "fwd": "kernels.flash_fwd",
+    "fwd_paged": "kernels.flash_paged",
+    "fwd_combine": "kernels.combine",
+    "kv_append": "kernels.append",
+}
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,21 @@ def swizzle_columns(head_dim: int) -> int:
     return 64 if head_dim % 64 == 0 else 32
 
 
-def smem_layout(rows: int, columns: int) -> cute.ComposedLayout:
-    """(rows, columns) in panels of 64 or 32 columns, swizzled so that ldmatrix and 16-byte writes meet no conflict."""
-    width = swizzle_columns(columns)
+def smem_layout(rows: int, columns: int, width: int = 0) -> cute.ComposedLayout:
+    """(rows, columns) in panels of `width` (64 or 32; 0: what suits them), swizzled so that ldmatrix and 16-byte writes
+    meet no conflict."""
+    width = width or swizzle_columns(columns)
     atom = cute.make_composed_layout(
         cute.make_swizzle(3 if width == 64 else 2, 3, 3), 0, cute.make_layout((8, width), stride=(width, 1))
     )
     return cute.tile_to_shape(atom, (rows, columns), (0, 1))
 
 
-def tile_copy(dtype: type[cutlass.Numeric], columns: int, threads: int, asynchronous: bool) -> cute.TiledCopy:
+def tile_copy(
+    dtype: type[cutlass.Numeric], columns: int, threads: int, asynchronous: bool, width: int = 0
+) -> cute.TiledCopy:
     """16 bytes a thread; consecutive threads along a panel's row, so that every warp touches whole sectors."""
-    across = swizzle_columns(columns) // VECTOR
+    across = (width or swizzle_columns(columns)) // VECTOR
     op = cpasync.CopyG2SOp(cache_mode=LoadCacheMode.GLOBAL) if asynchronous else CopyUniversalOp()
     return cute.make_tiled_copy_tv(
         cute.make_copy_atom(op, dtype, num_bits_per_copy=16 * VECTOR),

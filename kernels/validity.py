@@ -8,7 +8,10 @@ Apart from the table: a change of the table is then no change of a kernel's sour
 
 from registry.contract import MAX_SMEM, Variant
 
+E4M3 = "e4m3kv"  # the feature of a cache in float8_e4m3fn
+
 NOTES = 32  # bytes of shared memory in which a block keeps what it needs again after its loops
+PAGED_NOTES = 48  # the same of the paged forward
 
 
 def fwd_smem(variant: Variant) -> int:
@@ -54,4 +57,66 @@ def fwd_invalid(variant: Variant) -> str | None:
             )
     if fwd_smem(variant) > MAX_SMEM:
         return f"{fwd_smem(variant)} bytes of shared memory, a block has {MAX_SMEM}"
+    return None
+
+
+def paged_smem(variant: Variant) -> int:
+    """Dynamic shared memory of a paged forward in bytes: `s` pairs of K and V tiles, Q, notes; later O.
+
+    A Q that stays in registers begins where the last stage of V does.
+    """
+    element = 1 if E4M3 in variant.features else 2
+    v_stage = variant.size("n") * variant.head_dim_v * element
+    stages = variant.size("s") * (variant.size("n") * variant.head_dim * element + v_stage)
+    q_end = stages - (v_stage if variant.size("q") else 0) + 2 * variant.size("m") * variant.head_dim
+    return max(stages, q_end, 2 * variant.size("m") * variant.head_dim_v) + PAGED_NOTES
+
+
+def paged_invalid(variant: Variant) -> str | None:
+    """Why the paged forward cannot be built with this tile and head_dim; None if it can.
+
+    Letters as for the forward, with any number of stages; with several, q is none or all of Q's steps.
+    """
+    m, n, warps, stages, steps = (variant.size(letter) for letter in "mnwsq")
+    e4m3 = E4M3 in variant.features
+    if set(variant.features) - {E4M3}:
+        return f"features {variant.features}: the only one is {E4M3}"
+    unit = 2 if e4m3 else 1
+    for dim in (variant.head_dim, variant.head_dim_v):
+        if dim % (32 * unit):
+            return f"head_dim {dim} is no multiple of {32 * unit}"
+    panel = min(64 if dim // unit % 64 == 0 else 32 for dim in (variant.head_dim, variant.head_dim_v))
+    at_once = [32 * warps * 8 // width for width in (panel, *(64 if d % 64 == 0 else 32 for d in (variant.head_dim,)))]
+    if n % at_once[0] or m % at_once[1]:
+        return f"{32 * warps} threads copy {at_once[1]} rows of Q and {at_once[0]} of K: no divisors of m{m} and n{n}"
+    if m % (16 * warps) or n % 16:
+        return f"m{m} is no multiple of 16 rows for each of {warps} warps, or n{n} none of 16"
+    if stages < 1:
+        return "s0: there is one stage or more"
+    if stages > 1 and steps not in (0, variant.head_dim // 16):
+        return f"q{steps}: with several stages none of Q stays in registers or all of it, q{variant.head_dim // 16}"
+    if stages == 1 and steps and not q_covered(variant) <= steps <= variant.head_dim // 16:
+        return f"q{steps}: from q{q_covered(variant)}, what lies in V's place, to q{variant.head_dim // 16}, all of Q"
+    if e4m3 and steps != variant.head_dim // 16:
+        return f"{E4M3} needs Q in registers, q{variant.head_dim // 16}"
+    if paged_smem(variant) > MAX_SMEM:
+        return f"{paged_smem(variant)} bytes of shared memory, a block has {MAX_SMEM}"
+    return None
+
+
+def combine_invalid(variant: Variant) -> str | None:
+    """Why `fwd_combine` cannot be built so; None if it can. m: rows of a block, a warp each."""
+    if variant.head_dim_v % 128 or variant.head_dim != variant.head_dim_v or variant.features:
+        return "head_dim and head_dim_v are the same multiple of 128, the most that a call may have; no features"
+    if not 1 <= variant.size("m") <= 32:
+        return f"m{variant.size('m')}: a block has 1 to 32 rows, a warp each"
+    return None
+
+
+def append_invalid(variant: Variant) -> str | None:
+    """Why `kv_append` cannot be built so; None if it can. m: rows of a block, a warp each."""
+    if variant.head_dim != 256 or variant.head_dim_v != 256 or set(variant.features) - {E4M3}:
+        return f"head_dim and head_dim_v are 256, 8 columns a lane; the only feature is {E4M3}"
+    if not 1 <= variant.size("m") <= 32:
+        return f"m{variant.size('m')}: a block has 1 to 32 rows, a warp each"
     return None

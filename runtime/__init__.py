@@ -2,8 +2,10 @@
 
     out = runtime.flash_attn(q, k, v, causal=True)
 
-`flash_attn_varlen` takes sequences of different lengths; `flash_attn_func` and `flash_attn_varlen_func` take
-FlashAttention-2's arguments in its order, and those of the module `fa4` FlashAttention-4's.
+`flash_attn_varlen` takes sequences of different lengths and paged KV caches, `flash_attn_with_kvcache` is
+FlashAttention-2's function for decode, `flash_attn_combine` joins attention over parts of the keys. `flash_attn_func`
+and `flash_attn_varlen_func` take FlashAttention-2's arguments in its order, and those of the module `fa4`
+FlashAttention-4's.
 
 `configure` says where the kernels come from, `ledger` where the time of first calls went, `runtime.errors` what can be
 raised. Importing this package imports neither torch nor CUDA.
@@ -13,14 +15,16 @@ from time import perf_counter as _perf_counter
 
 from runtime import _beside, fa4  # _beside first: everything else imports `registry`
 from runtime.attention import flash_attn
+from runtime.combine import flash_attn_combine
 from runtime.errors import CubineryError
 from runtime.fa2 import flash_attn_func, flash_attn_varlen_func
+from runtime.kvcache import flash_attn_with_kvcache
 from runtime.session import configure
 from runtime.stages import ledger
 from runtime.stages import record as _record
 from runtime.varlen import flash_attn_varlen
 
-__all__ = ["CubineryError", "configure", "fa4", "flash_attn", "flash_attn_func", "flash_attn_varlen",
-           "flash_attn_varlen_func", "ledger"]  # fmt: skip
+__all__ = ["CubineryError", "configure", "fa4", "flash_attn", "flash_attn_combine", "flash_attn_func",
+           "flash_attn_varlen", "flash_attn_varlen_func", "flash_attn_with_kvcache", "ledger"]  # fmt: skip
 
 _record("import runtime", "", (_perf_counter() - _beside.STARTED) * 1e3)

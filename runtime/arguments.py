@@ -7,26 +7,26 @@ import operator
 from typing import Any, NamedTuple
 
 from registry.contract import WINDOW_OPEN
-from runtime import memory
+from runtime import cached, checks
+from runtime.cached import Cached
+from runtime.checks import Named
 from runtime.errors import ArgumentError
 
 DENSE, PACKED = "(batch, seqlen, heads, head_dim)", "(tokens, heads, head_dim)"
-STRIDE = 8  # elements: 16 bytes, what one copy of the kernels moves
-MAX_HEAD_DIM = 256
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30  # finite in fp32, and positive: the kernels scale the row's largest score
 MAX_TOKENS = WINDOW_OPEN - 1  # of q and k together: sums with window bounds stay in 32 bits
-MAX_I32 = 2**31 - 1
 
-# The optional tensors, in the ABI's order. No public function offers page_table yet.
+# The optional tensors of op `fwd`, in the ABI's order. `cached.PAGED` has those of `fwd_paged`.
 OPTIONAL = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "sink", "alibi_slopes")
-Named = list[tuple[str, Any]]
 
 
 class Arguments(NamedTuple):
     """A call's arguments as they were given; `flash_attn` and `flash_attn_varlen` say what each is.
 
-    optional: the tensors that OPTIONAL names, None where absent; None for them all if no call of the key has any.
+    optional: the tensors that `names` names, None where absent; None for them all if no call of the key has any.
     pack_gqa: whether the query heads of a key/value head share tiles; None leaves it to the dispatch table.
+    names: OPTIONAL (op `fwd`), cached.PAGED, or cached.APPENDING (op `fwd_paged`, whose k and v are a cache).
+    num_splits, rotary_interleaved: of a call with a cache.
     """
 
     q: Any
@@ -42,6 +42,18 @@ class Arguments(NamedTuple):
     max_seqlen_q: Any = None
     max_seqlen_k: Any = None
     pack_gqa: Any = None
+    names: tuple[str, ...] = OPTIONAL
+    num_splits: Any = 1
+    rotary_interleaved: Any = True
+
+    @property
+    def is_cached(self) -> bool:
+        return self.names is not OPTIONAL
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The optional ones by name."""
+        return dict(zip(self.names, self.optional or (None,) * len(self.names), strict=True))
 
     @property
     def packed_q(self) -> bool:
@@ -49,14 +61,23 @@ class Arguments(NamedTuple):
 
     @property
     def packed_k(self) -> bool:
-        return self.optional is not None and self.optional[1] is not None
+        return not self.is_cached and self.optional is not None and self.optional[1] is not None
+
+    @property
+    def seqlen_k(self) -> int:
+        """Tokens of an entry of a dense k or of a cache, all of a packed one."""
+        tokens: int = self.k.shape[-3]
+        if self.is_cached and (table := self.tensors["page_table"]) is not None:
+            tokens *= table.shape[1]
+        return tokens
 
 
 class Call(NamedTuple):
     """A checked call.
 
     facts: what dispatch rows look at. window: (left, right) in tokens, open is WINDOW_OPEN. seqlen_q, seqlen_k: of an
-    entry of a dense array, all tokens of a packed one. sink_low: 1 if the sink has q's dtype. alibi_stride_b: elements.
+    entry of a dense array or a cache, all tokens of a packed one. sink_low: 1 if the sink has q's dtype.
+    alibi_stride_b: elements. cached: of a call with a cache.
     """
 
     facts: dict[str, Any]
@@ -68,21 +89,26 @@ class Call(NamedTuple):
     seqlen_k: int
     sink_low: int
     alibi_stride_b: int
+    cached: Cached | None = None
+
+    @property
+    def op(self) -> str:
+        return "fwd" if self.cached is None else "fwd_paged"
 
 
 def check(given: Arguments, torch: Any, device_type: str) -> Call:
     """Everything that the call's key determines, and what hot calls check each time. Raises ArgumentError."""
-    q, optional = given.q, dict(zip(OPTIONAL, given.optional or (None,) * len(OPTIONAL), strict=True))
+    q, optional = given.q, given.tensors
     tensors = [("q", q), ("k", given.k), ("v", given.v)] + ([] if given.out is None else [("out", given.out)])
     others = [(name, tensor) for name, tensor in optional.items() if tensor is not None]
-    _check_kinds(tensors, optional, torch, device_type)
+    _check_kinds(given, tensors, optional, torch, device_type)
     batch = q.shape[0] if optional["cu_seqlens_q"] is None else optional["cu_seqlens_q"].shape[0] - 1
     _check_shapes(given, optional, batch)
     _check_lengths(given)
     _check_memory(tensors, others)
     if torch.is_grad_enabled():
-        _check_no_grad(tensors, others)
-    check_tangents(torch.autograd.forward_ad, *tensors, *others)
+        checks.check_no_grad(tensors, others)
+    checks.check_tangents(torch.autograd.forward_ad, *tensors, *others)
     check_flag("causal", given.causal)
     check_flag("return_lse", given.return_lse)
     if given.pack_gqa is not None:
@@ -91,121 +117,94 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
     scale = _scale(given.softmax_scale, q.shape[-1])
     sink, slopes = optional["sink"], optional["alibi_slopes"]
     dtype = "bf16" if q.dtype == torch.bfloat16 else "fp16"
-    return Call(
+    call = Call(
         facts=_facts_of(given, batch, window, dtype),
         window=window,
         scale=scale,
         softcap=_softcap(given.softcap, scale),
         pack_gqa=None if given.pack_gqa is None else bool(given.pack_gqa),
         seqlen_q=q.shape[-3],
-        seqlen_k=given.k.shape[-3],
+        seqlen_k=given.seqlen_k,
         sink_low=int(sink is not None and sink.dtype != torch.float32),
         alibi_stride_b=slopes.stride(0) if slopes is not None and slopes.dim() == 2 and batch > 1 else 0,
     )
+    if not given.is_cached:
+        return call
+    check_flag("rotary_interleaved", given.rotary_interleaved)
+    kv_dtype = dtype if given.k.dtype == q.dtype else "e4m3"
+    of_cache = cached.check(given.k, optional, batch, given.num_splits, window, bool(given.rotary_interleaved))
+    return call._replace(facts=call.facts | {"kv_dtype": kv_dtype}, cached=of_cache)
 
 
 def resized(call: Call, given: Arguments) -> Call:
-    """A checked call with other numbers of tokens in its packed arrays, and other hints. Raises ArgumentError.
+    """A checked call with other numbers of tokens in its packed arrays or page table, and other hints. Raises
+    ArgumentError.
 
     given: in all else what the key of `call` tells; a packed array has 0, 1 or more tokens as before.
     """
     _check_lengths(given)
     if given.out is not None:
-        _check_out_apart(given.out)
+        checks.check_apart_within("out", given.out)
     facts = _facts_of(given, call.facts["batch"], call.window, call.facts["dtype"])
-    return call._replace(facts=facts, seqlen_q=given.q.shape[-3], seqlen_k=given.k.shape[-3])
+    facts = call.facts | facts  # kv_dtype stays
+    return call._replace(facts=facts, seqlen_q=given.q.shape[-3], seqlen_k=given.seqlen_k)
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def wants_grad(names: str = "q, k, v") -> ArgumentError:
-    return ArgumentError(
-        names,
-        "one requires grad, and there is no backward yet; call under torch.no_grad() or pass .detach()ed tensors",
-        reason="requires_grad",
-    )
-
-
-def _check_no_grad(tensors: Named, others: Named) -> None:
-    if any(tensor.requires_grad for _, tensor in tensors):
-        raise wants_grad()
-    for name, tensor in others:
-        if tensor.requires_grad:
-            raise wants_grad(name)
-
-
-def check_tangents(forward_ad: Any, *tensors: tuple[str, Any]) -> None:
-    """ArgumentError for a tensor whose tangent of forward-mode AD would be lost. A None is passed over."""
-    for name, tensor in tensors:
-        if forward_ad._current_level >= 0 and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            message = "has a forward-mode tangent, and there is no derivative yet; pass its primal (fwAD.unpack_dual)"
-            raise ArgumentError(name, message, reason="forward_ad")
-
-
-def _check_kinds(tensors: Named, optional: dict[str, Any], torch: Any, device_type: str) -> None:
+def _check_kinds(given: Arguments, tensors: Named, optional: dict[str, Any], torch: Any,
+                 device_type: str) -> None:  # fmt: skip
     """Types, dtypes, ranks and devices."""
     low = (torch.bfloat16, torch.float16)
+    q = given.q
     for name, tensor in tensors:
         lengths = "cu_seqlens_q" if name in ("q", "out") else "cu_seqlens_k"
-        if optional[lengths] is None:
-            _check_tensor(name, tensor, torch, device_type, low, {4: DENSE})
+        if given.is_cached and name in ("k", "v"):
+            checks.check_tensor(name, tensor, torch, device_type, (*low, torch.float8_e4m3fn), {4: cached.PAGES})
+        elif optional[lengths] is None:
+            checks.check_tensor(name, tensor, torch, device_type, low, {4: DENSE})
         else:
-            _check_tensor(name, tensor, torch, device_type, low, {3: f"{PACKED} with {lengths}"})
-    q = tensors[0][1]
+            checks.check_tensor(name, tensor, torch, device_type, low, {3: f"{PACKED} with {lengths}"})
+    batched = {1: "(batch,)"}
     kinds: dict[str, tuple[tuple[Any, ...], dict[int, str]]] = {
         "cu_seqlens_q": ((torch.int32,), {1: "(batch + 1,)"}),
         "cu_seqlens_k": ((torch.int32,), {1: "(batch + 1,)"}),
-        "seqused_q": ((torch.int32,), {1: "(batch,)"}),
-        "seqused_k": ((torch.int32,), {1: "(batch,)"}),
+        "seqused_q": ((torch.int32,), batched),
+        "seqused_k": ((torch.int32,), batched),
         "sink": ((torch.float32, q.dtype), {1: "(heads_q,)"}),
         "alibi_slopes": ((torch.float32,), {1: "(heads_q,)", 2: "(batch, heads_q)"}),
+        **cached.kinds(q.dtype, torch),
     }
-    others = [(name, optional[name]) for name in kinds if optional[name] is not None]
+    others = [(name, optional[name]) for name in kinds if optional.get(name) is not None]
     for name, tensor in others:
-        _check_tensor(name, tensor, torch, device_type, *kinds[name])
+        checks.check_tensor(name, tensor, torch, device_type, *kinds[name])
     for name, tensor in tensors[1:]:
-        if tensor.dtype != q.dtype:
-            raise ArgumentError(name, f"dtype {tensor.dtype}, must be q's, {q.dtype}", reason="dtype")
-    for name, tensor in tensors[1:] + others:
-        if tensor.device != q.device:
-            raise ArgumentError(name, f"is on {tensor.device}, must be on q's device, {q.device}", reason="device")
-
-
-def _check_tensor(name: str, tensor: Any, torch: Any, device_type: str, dtypes: tuple[Any, ...],
-                  layouts: dict[int, str]) -> None:  # fmt: skip
-    """layouts: dimensions -> what they are."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ArgumentError(name, f"{type(tensor).__name__}, must be a torch.Tensor", reason="type")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise ArgumentError(name, f"layout {tensor.layout}, must be a plain strided tensor", reason="layout")
-    if tensor.is_neg():  # not asked again by warm calls: only as_strided gives one a contiguous head_dim
-        raise ArgumentError(name, "is a view still to be negated (is_neg); .resolve_neg() it", reason="layout")
-    if tensor.dtype not in dtypes:
-        message = f"dtype {tensor.dtype}, must be {' or '.join(dict.fromkeys(map(str, dtypes)))}"
-        raise ArgumentError(name, message, reason="dtype")
-    if tensor.dim() not in layouts:
-        wanted = " or ".join(f"the {n} of {layout}" for n, layout in layouts.items())
-        raise ArgumentError(name, f"{tensor.dim()} dimensions, must be {wanted}", reason="rank")
-    if tensor.device.type != device_type:
-        raise ArgumentError(name, f"is on {tensor.device}, must be on a {device_type} device", reason="device")
+        whose, wanted = ("k", given.k.dtype) if given.is_cached and name == "v" else ("q", q.dtype)
+        is_fp8 = given.is_cached and name == "k" and tensor.dtype == torch.float8_e4m3fn
+        if tensor.dtype != wanted and not is_fp8:
+            raise ArgumentError(name, f"dtype {tensor.dtype}, must be {whose}'s, {wanted}", reason="dtype")
+    checks.check_device(tensors + others)
 
 
 def _check_shapes(given: Arguments, optional: dict[str, Any], batch: int) -> None:
     """What no number of tokens changes."""
     q, k, v = given.q, given.k, given.v
     (heads_q, head_dim), heads_kv = q.shape[-2:], k.shape[-2]
-    _check_head_dim("q", head_dim)
+    step = 16 // min(t.element_size() for t in (q, k))
+    checks.check_head_dim("q", head_dim, step)
     if k.shape[-1] != head_dim:
         raise ArgumentError("k", f"head_dim {k.shape[-1]}, must be q's, {head_dim}", reason="shape")
-    _check_head_dim("v", v.shape[-1])
+    checks.check_head_dim("v", v.shape[-1], step)
     if (heads_q % heads_kv if heads_kv else heads_q) != 0:
         message = f"{heads_q} heads, must be a multiple of k's and v's {heads_kv}"
         raise ArgumentError("q", message, reason="heads")
-    if max(batch, heads_q) > MAX_I32:
+    if max(batch, heads_q) > checks.MAX_I32:
         raise ArgumentError("q", f"batch {batch} and heads {heads_q} must be below 2**31", reason="too_large")
     _check_optional_shapes(optional, batch, heads_q)
-    if optional["cu_seqlens_k"] is None and k.shape[0] != batch:
+    if given.is_cached:
+        cached.check_shapes(q, k, v, optional, batch)
+    elif optional["cu_seqlens_k"] is None and k.shape[0] != batch:
         raise ArgumentError("k", f"batch {k.shape[0]}, must be q's, {batch}", reason="shape")
 
 
@@ -215,7 +214,7 @@ def _check_lengths(given: Arguments) -> None:
     if v.shape[:-1] != k.shape[:-1]:
         message = f"shape {tuple(v.shape)}, must be k's, {tuple(k.shape)}, but for head_dim"
         raise ArgumentError("v", message, reason="shape")
-    seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
+    seqlen_q, seqlen_k = q.shape[-3], given.seqlen_k
     if seqlen_q + seqlen_k > MAX_TOKENS:
         message = f"{seqlen_q} tokens and k has {seqlen_k}, together they must be at most {MAX_TOKENS}"
         raise ArgumentError("q", message, reason="too_large")
@@ -226,19 +225,13 @@ def _check_lengths(given: Arguments) -> None:
     _check_max_seqlen("max_seqlen_k", given.max_seqlen_k)
 
 
-def _check_head_dim(name: str, head_dim: int) -> None:
-    if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % STRIDE:
-        message = f"head_dim {head_dim}, must be a multiple of {STRIDE} from {STRIDE} to {MAX_HEAD_DIM}"
-        raise ArgumentError(name, message, reason="head_dim")
-
-
 def _check_optional_shapes(optional: dict[str, Any], batch: int, heads_q: int) -> None:
     shapes = {"cu_seqlens_q": (batch + 1,), "cu_seqlens_k": (batch + 1,), "seqused_q": (batch,), "seqused_k": (batch,),
               "sink": (heads_q,)}  # fmt: skip
     if batch < 0:
         raise ArgumentError("cu_seqlens_q", "is empty, must have batch + 1 entries", reason="shape")
     for name, shape in shapes.items():
-        tensor = optional[name]
+        tensor = optional.get(name)
         if tensor is not None and tensor.shape != shape:
             message = f"shape {tuple(tensor.shape)}, must be {shape} for this batch of {batch} and {heads_q} heads"
             raise ArgumentError(name, message, reason="shape")
@@ -251,37 +244,12 @@ def _check_optional_shapes(optional: dict[str, Any], batch: int, heads_q: int) -
 def _check_memory(tensors: Named, others: Named) -> None:
     """Strides, storage, alignment, and whether the elements of out lie apart."""
     for name, tensor in tensors:
-        _check_strides(name, tensor)
-        memory.check_storage((name, tensor))
-        memory.check_alignment(memory.ALIGNMENT, (name, tensor.data_ptr()))
+        checks.check_rows(name, tensor)
     for name, tensor in others:
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            message = f"stride {tensor.stride(-1)} along its last dimension, must be 1; .contiguous() it"
-            raise ArgumentError(name, message, reason="contiguity")
-        if tensor.dim() == 2 and tensor.stride(0) > MAX_I32:
-            raise ArgumentError(name, f"batch stride {tensor.stride(0)}, must be below 2**31", reason="stride")
-        memory.check_storage((name, tensor))
-        memory.check_alignment(tensor.element_size(), (name, tensor.data_ptr()))
+        (checks.check_rows if name in cached.NEW else checks.check_elements)(name, tensor)
     name, tensor = tensors[-1]
     if name == "out":
-        _check_out_apart(tensor)
-
-
-def _check_out_apart(out: Any) -> None:
-    if memory.overlaps_itself(out):
-        raise ArgumentError("out", "elements share memory (an expanded tensor?); give each its own", reason="overlap")
-
-
-def _check_strides(name: str, tensor: Any) -> None:
-    *shape, head_dim = tensor.shape
-    *stride, last = tensor.stride()
-    if head_dim > 1 and last != 1:
-        message = f"stride {last} along head_dim, must be 1; .contiguous() it"
-        raise ArgumentError(name, message, reason="contiguity")
-    for axis, (n, step) in enumerate(zip(shape, stride, strict=True)):
-        if n > 1 and step % STRIDE:
-            message = f"stride {step} along dimension {axis}, must be a multiple of {STRIDE} elements; .contiguous() it"
-            raise ArgumentError(name, message, reason="stride")
+        checks.check_apart_within(name, tensor)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -373,12 +341,14 @@ def facts(*, dtype: str, head_dim: int, head_dim_v: int, batch: int, heads_q: in
 
 def _facts_of(given: Arguments, batch: int, window: tuple[int, int], dtype: str) -> dict[str, Any]:
     seqlen_q, heads_q, head_dim = given.q.shape[-3:]
-    seqlen_k, heads_kv, _ = given.k.shape[-3:]
+    seqlen_k, heads_kv = given.seqlen_k, given.k.shape[-2]
     total_q = None
     if given.packed_q:
         total_q, seqlen_q = seqlen_q, _max_seqlen(given.max_seqlen_q, seqlen_q, batch)
     if given.packed_k:
         seqlen_k = _max_seqlen(given.max_seqlen_k, seqlen_k, batch)
+    elif given.is_cached and given.max_seqlen_k is not None:
+        seqlen_k = min(int(given.max_seqlen_k), seqlen_k)
     return facts(
         dtype=dtype,
         head_dim=head_dim,

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from registry.contract import DispatchRow, division
-from runtime import arguments, launch, memory, select, session, stages
-from runtime.arguments import OPTIONAL, Arguments, Call
+from registry.contract import DispatchRow
+from runtime import arguments, cached, checks, launch, memory, params, planning, select, session
+from runtime.arguments import Arguments, Call
+from runtime.chain import Chain, choose_splits
 from runtime.errors import ArgumentError
+from runtime.load import Kernel
 
 if TYPE_CHECKING:
     import torch
-
-LOG2E = math.log2(math.e)
-Steps = tuple[int, int, int]  # strides in elements of batch, seqlen, heads
-ABSENT = ("o_partial", "lse_partial", "k_descale", "v_descale")  # inputs of the ABI that this client does not offer yet
 
 
 class _Ready:
     """What a call needs once its key is known: how to launch, to allocate, and to check the rest."""
 
-    __slots__ = ("call", "forward_ad", "grad_enabled", "lengths", "lse_shape", "new_lse", "new_out", "out_span", "plan",
-                 "plans", "rows", "spans", "written")  # fmt: skip
+    __slots__ = ("call", "chain", "forward", "forward_ad", "grad_enabled", "lengths", "lse_shape", "masks", "names",
+                 "new_lse", "new_out", "out_span", "plan", "plans", "rows", "spans", "splits", "written")  # fmt: skip
     forward_ad: Any  # torch.autograd.forward_ad
     grad_enabled: Callable[[], bool]
     new_lse: Callable[[tuple[int, ...]], torch.Tensor]
     new_out: Callable[[torch.Tensor], torch.Tensor]
     written: Callable[[torch.Tensor], None]  # tells autograd that a tensor's values change
+    names: tuple[str, ...]  # of the optional tensors
+    masks: tuple[int, ...]  # bits of their addresses that must be 0
     # What follows serves calls with these `lengths`; `_resize` makes it serve others.
     lengths: tuple[Any, ...] | None  # as `_shapes` has them; None for a call of `flash_attn` without optional tensors
     lse_shape: tuple[int, ...]
-    plan: launch.Plan | None  # None: there are no queries
+    plan: launch.Plan | None  # the only launch; None: there are no queries, or there is a chain
+    chain: Chain | None  # where more than the forward is launched
     # Where out is given: bytes from the first to past the last element of q, k, v and the optional tensors, and of out.
     spans: tuple[int, ...]
     out_span: int
     # What `_resize` needs.
     call: Call
+    forward: launch.Plan | None  # None: there are no queries
+    splits: int  # blocks that share a tile's keys
     rows: list[DispatchRow] | None  # that such calls can get, with the conditions that lengths decide; None: not asked
     plans: dict[tuple[str, bool], launch.Plan]  # by variant and pack of the row
 
@@ -128,6 +129,39 @@ def attend(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any,
     return _run(ready, q, k, v, return_lse, out, optional)
 
 
+def attend_cached(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, softcap: Any, return_lse: Any,
+                  out: Any, names: tuple[str, ...], optional: tuple[Any, ...], num_splits: Any, interleaved: Any = True,
+                  max_seqlen_q: Any = None, max_seqlen_k: Any = None, pack_gqa: Any = None) -> Any:  # fmt: skip
+    """`attend` where k and v are a cache. optional: the tensors that names, cached.PAGED or .APPENDING, names."""
+    key: Any = None
+    lengths: Any = None
+    try:
+        q_shape, out_shape, table = q.shape, None if out is None else out.shape, optional[3]
+        width = 0 if table is None else table.shape[1]
+        lengths = (q_shape[0], out_shape and out_shape[0], width, max_seqlen_q, max_seqlen_k)
+        if optional[0] is not None:  # as in _shapes
+            q_shape, out_shape = (min(lengths[0], 2), q_shape[1:]), out_shape and out_shape[1:]
+        key = (q_shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+               q.is_cuda, q.get_device(), k.get_device(), v.get_device(),
+               causal, softmax_scale, window, softcap, return_lse, pack_gqa, num_splits, interleaved,
+               type(max_seqlen_q), type(max_seqlen_k), min(width, 2),
+               *[t if t is None else ((t.shape[0] if t is table else t.shape), t.stride(), t.dtype, t.get_device())
+                 for t in optional])  # fmt: skip
+        if out is not None:
+            key = (key, out_shape, out.stride(), out.dtype, out.get_device())
+        ready = launch.plans.by_call[key]
+    except Exception:  # as in flash_attn
+        ready = None
+    if ready is None or ready.lengths != lengths:
+        given = Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
+                          max_seqlen_k, pack_gqa, names, num_splits, interleaved)  # fmt: skip
+        if ready is None:
+            ready = _prepare(key, given, lengths)
+        else:
+            _resize(ready, given, lengths)
+    return _run(ready, q, k, v, return_lse, out, optional)
+
+
 def _shapes(q: Any, k: Any, v: Any, out: Any, optional: tuple[Any, ...], max_seqlen_q: Any,
             max_seqlen_k: Any) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
     """(shapes, lengths): the part of a call's shapes that its key has, and the part that may change under a plan.
@@ -149,9 +183,9 @@ def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optio
     if ready.grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
-        raise arguments.wants_grad()
+        raise checks.wants_grad()
     if ready.forward_ad._current_level >= 0:
-        arguments.check_tangents(ready.forward_ad, ("q", q), ("k", k), ("v", v), ("out", out))
+        checks.check_tangents(ready.forward_ad, ("q", q), ("k", k), ("v", v), ("out", out))
     given = out
     if out is None:
         out = ready.new_out(q)
@@ -168,7 +202,7 @@ def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optio
     if given is not None:
         for start, nbytes in zip((qp, kp, vp, *(addresses or ())), ready.spans, strict=True):
             if op < start + nbytes and start < op + ready.out_span:
-                others = zip(OPTIONAL, optional or (), strict=False)
+                others = zip(ready.names, optional or (), strict=False)
                 memory.check_apart(out, ("q", q), ("k", k), ("v", v), *others)
         ready.written(out)
     lse = ready.new_lse(ready.lse_shape) if return_lse else None
@@ -185,29 +219,31 @@ def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optio
             (status,) = plan.fire(plan.raw_stream(device), plan.params, 0)
         if status is not plan.success:
             plan.check(status, "cuLaunchKernel")
+    elif ready.chain is not None and addresses is not None:
+        ready.chain.run(q, k, v, (qp, kp, vp, op, 0 if lse is None else lse.data_ptr()), addresses)
     return out if lse is None else (out, lse)
 
 
 def _addresses(ready: _Ready, optional: tuple[Any, ...]) -> list[int]:
     """Of the optional tensors, 0 where there is none, after the checks that the key leaves open."""
     found = []
-    for name, tensor in zip(OPTIONAL, optional, strict=True):
+    for name, mask, tensor in zip(ready.names, ready.masks, optional, strict=True):
         if tensor is None:
             found.append(0)
             continue
         if tensor.requires_grad and ready.grad_enabled():
-            raise arguments.wants_grad(name)
+            raise checks.wants_grad(name)
         try:
             address = tensor.data_ptr()
         except RuntimeError:
             address = 0
         if address == 0:
             memory.check_storage((name, tensor))
-        elif address & (tensor.element_size() - 1):
-            memory.check_alignment(tensor.element_size(), (name, address))
+        elif address & mask:
+            memory.check_alignment(mask + 1, (name, address))
         found.append(address)
     if ready.forward_ad._current_level >= 0:
-        arguments.check_tangents(ready.forward_ad, *zip(OPTIONAL, optional, strict=True))
+        checks.check_tangents(ready.forward_ad, *zip(ready.names, optional, strict=True))
     return found
 
 
@@ -225,9 +261,11 @@ def _prepare(key: Any, given: Arguments, lengths: tuple[Any, ...] | None) -> _Re
     ready.written = torch.autograd.graph.increment_version
     ready.new_out = _allocator(q, given.v.shape[-1], torch)
     ready.new_lse = partial(torch.empty, dtype=torch.float32, device=q.device)
-    ready.call, ready.rows, ready.plans = call, None, {}
+    ready.names, ready.masks = given.names, tuple(_mask(name, t) for name, t in given.tensors.items())
+    ready.call, ready.rows, ready.plans, ready.splits, ready.chain = call, None, {}, 1, None
     empty = q.numel() == 0 or call.facts["batch"] == 0
-    ready.plan = None if empty else _plan(now, given, call, ready.plans)
+    ready.forward = None if empty else _plan(now, ready, given, call)
+    _set_chain(ready, given, call)
     _set_lengths(ready, given, lengths)
     if key is not None and _serves_in_a_key(given.window):
         plans.keep(key, ready)
@@ -238,23 +276,46 @@ def _resize(ready: _Ready, given: Arguments, lengths: tuple[Any, ...]) -> None:
     """Make `ready` serve a call of its key with other lengths; as _prepare, but for what the key has settled."""
     call = arguments.resized(ready.call, given)
     ready.lengths = ()  # of no call, should anything below fail
-    if ready.plan is not None:
+    if ready.forward is not None:
         if ready.rows is None:
             ready.rows = _open_rows(session.current(), call, given.q.get_device())
         row = select.first(ready.rows, call.facts)
         plan = row and ready.plans.get((row.variant, row.pack))
         if row and plan:
-            _pack(call, row.pack)
-            plan.resize(call.facts, call.seqlen_q, call.seqlen_k)
+            pack = _pack(call, row.pack)
+            if call.cached is None:
+                plan.resize(call.facts, call.seqlen_q, call.seqlen_k)
+            else:
+                ready.splits = choose_splits(call, plan.kernel, pack, plan.resident)
+                values = params.forward(call, params.all_steps(given), pack, ready.splits)
+                plan.rewrite(values, call.facts, ready.splits)
         else:
-            plan = _plan(session.current(), given, call, ready.plans)
-        ready.plan = plan
+            plan = _plan(session.current(), ready, given, call)
+        ready.forward = plan
+    _set_chain(ready, given, call)
     _set_lengths(ready, given, lengths)
 
 
 def _open_rows(now: session.Session, call: Call, device: int) -> list[DispatchRow]:
     known = {name: value for name, value in call.facts.items() if name not in arguments.LENGTH_FACTS}
-    return select.open_rows(now.index_for(now.backend.capability(device)), "fwd", known)
+    return select.open_rows(now.index_for(now.backend.capability(device)), call.op, known)
+
+
+def _mask(name: str, tensor: Any) -> int:
+    """Bits of the address that must be 0: of 16 bytes where the kernels copy rows, else of an element."""
+    if tensor is None:
+        return 0
+    alignment: int = memory.ALIGNMENT if name in cached.NEW else tensor.element_size()
+    return alignment - 1
+
+
+def _set_chain(ready: _Ready, given: Arguments, call: Call) -> None:
+    """With everything else about the forward settled."""
+    if ready.splits > 1 or given.names is cached.APPENDING:
+        ready.chain = Chain.of(session.current(), ready.chain, given, call, ready.forward, ready.splits)
+        ready.plan = None
+    else:
+        ready.chain, ready.plan = None, ready.forward
 
 
 def _set_lengths(ready: _Ready, given: Arguments, lengths: tuple[Any, ...] | None) -> None:
@@ -282,80 +343,28 @@ def _serves_in_a_key(window: Any) -> bool:
     return window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window))
 
 
-def _plan(now: session.Session, given: Arguments, call: Call,
-          plans: dict[tuple[str, bool], launch.Plan]) -> launch.Plan:  # fmt: skip
-    """A new plan, which goes among `plans`. A kernel's first plan and launch go to the ledger."""
-    backend, facts, device = now.backend, call.facts, given.q.get_device()
-    capturing = backend.is_capturing()  # asked before the guard too: another device's capture forbids a load as well
-    with backend.guard(device):
-        kernel, packs, fresh = now.kernel("fwd", facts, device, capturing or backend.is_capturing())
-        start = perf_counter()
-        pack = _pack(call, packs)
-        params = values(call, _all_steps(given), pack)
-        with backend.driver.context(device):  # this thread may have none, though another has loaded the kernel
-            plan = plans[kernel.artifact.variant, packs] = launch.Plan(kernel, params, facts, pack, device, backend)
-    if fresh:
-        stages.record("plan", kernel.artifact.variant, (perf_counter() - start) * 1e3)
-        _time_first_launch(plan, kernel.artifact.variant)
-    return plan
+def _plan(now: session.Session, ready: _Ready, given: Arguments, call: Call) -> launch.Plan:
+    """A new plan of the forward, which goes among ready.plans; sets ready.splits."""
+    backend, device = now.backend, given.q.get_device()
+
+    def build(kernel: Kernel, packs: bool) -> launch.Plan:
+        pack, resident, artifact = _pack(call, packs), (0, 0), kernel.artifact
+        if call.cached is not None:
+            resident = backend.driver.resident_blocks(device, kernel.function, artifact.threads, kernel.smem)
+        ready.splits = choose_splits(call, kernel, pack, resident)
+        values = params.forward(call, params.all_steps(given), pack, ready.splits)
+        plan = launch.Plan(kernel, values, call.facts, pack, device, backend, ready.splits)
+        plan.resident = resident
+        ready.plans[artifact.variant, packs] = plan
+        return plan
+
+    return planning.make(now, call.op, call.facts, device, build)
 
 
 def _pack(call: Call, packs: bool) -> int:
     """How many query heads share a tile. packs: what the dispatch row says."""
     pack: int = call.facts["group"] if (packs if call.pack_gqa is None else call.pack_gqa) else 1
-    if call.seqlen_q * pack > arguments.MAX_I32:
+    if call.seqlen_q * pack > checks.MAX_I32:
         message = f"{call.seqlen_q} tokens of {pack} packed heads, must be below 2**31 rows; pass pack_gqa=False"
         raise ArgumentError("q", message, reason="too_large")
     return pack
-
-
-def _time_first_launch(plan: launch.Plan, variant: str) -> None:
-    fire = plan.fire
-
-    def first(stream: int, params: int, extra: int) -> tuple[Any]:
-        plan.fire = fire
-        with stages.stage("first launch", variant):
-            return fire(stream, params, extra)
-
-    plan.fire = first
-
-
-def _steps(shape: Sequence[int], strides: Sequence[int]) -> Steps:
-    """Of batch (0 of a packed array), tokens, heads; 0 where there is but one entry: torch leaves that stride open."""
-    steps = [step if n > 1 else 0 for n, step in zip(shape[:-1], strides[:-1], strict=True)]
-    batch, tokens, heads = steps if len(steps) == 3 else (0, *steps)
-    return batch, tokens, heads
-
-
-def _all_steps(given: Arguments) -> dict[str, Steps]:
-    """Of q, k, v, and o, which is `out` or a new contiguous tensor."""
-    q, k, v, out = given.q, given.k, given.v, given.out
-    found = {name: _steps(tensor.shape, tensor.stride()) for name, tensor in (("q", q), ("k", k), ("v", v))}
-    if out is not None:
-        return found | {"o": _steps(out.shape, out.stride())}
-    row = (q.shape[-2] * v.shape[-1], v.shape[-1], 1)
-    return found | {"o": _steps(q.shape, row if q.dim() == 3 else (q.shape[1] * row[0], *row))}
-
-
-def values(call: Call, steps: Mapping[str, Steps], pack: int) -> dict[str, tuple[str, int | float]]:
-    """name -> (type, value) of every `fwd` parameter after the call slots. steps: of q, k, v and o."""
-    facts = call.facts
-    left, right = call.window
-    magic, shift = division(pack)
-    packed = bool(facts["varlen"])
-    found: dict[str, tuple[str, int | float]] = {name: ("ptr", 0) for name in ABSENT}
-    for tensor, strides in steps.items():
-        for axis, step in zip("bsh", strides, strict=True):
-            found[f"{tensor}_stride_{axis}"] = ("i64", step)
-    found["lse_stride_b"] = ("i64", 0 if packed else facts["heads_q"] * call.seqlen_q)
-    found["lse_stride_h"] = ("i64", call.seqlen_q)
-    found["pack_magic"] = ("i64", magic)
-    i32 = {name: facts[name] for name in ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")}
-    i32 |= {"seqlen_q": call.seqlen_q, "seqlen_k": call.seqlen_k, "window_left": left, "window_right": right}
-    i32 |= {"pack": pack, "pack_shift": shift, "sink_low": call.sink_low, "alibi_stride_b": call.alibi_stride_b}
-    i32 |= {"page_size": 0, "page_table_stride": 0, "num_splits": 1}
-    found |= {name: ("i32", value) for name, value in i32.items()}
-    scale, softcap = call.scale, call.softcap
-    found["scale_log2"] = ("f32", (softcap or scale) * LOG2E)
-    found["softcap_scale"] = ("f32", 2 * LOG2E * scale / softcap if softcap else 0.0)
-    return found

@@ -34,6 +34,7 @@ class Driver(Protocol):
     def params(self, kernel: Any) -> tuple[tuple[int, int], ...]: ...
     def function(self, kernel: Any) -> Any: ...
     def allow_dynamic_smem(self, function: Any, nbytes: int) -> None: ...
+    def resident_blocks(self, device: int, function: Any, threads: int, smem: int) -> tuple[int, int]: ...
 
 
 class CudaDriver:
@@ -122,6 +123,12 @@ class CudaDriver:
     def allow_dynamic_smem(self, function: Any, nbytes: int) -> None:
         attribute = self._cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._call("cuFuncSetAttribute", function, attribute, nbytes)
+
+    def resident_blocks(self, device: int, function: Any, threads: int, smem: int) -> tuple[int, int]:
+        """(multiprocessors, blocks of a function with `smem` bytes of dynamic shared memory that each runs at once)."""
+        count = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        multiprocessors = self._call("cuDeviceGetAttribute", count, self._call("cuDeviceGet", device))
+        return multiprocessors, self._call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, smem)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from runtime.arguments import check_flag
 from runtime.attention import attend, flash_attn
 from runtime.errors import ArgumentError
+from runtime.varlen import flash_attn_varlen
 
 # FlashAttention's arguments that this package does not serve: each must be None, which is upstream's default.
 UNSUPPORTED = frozenset((
     *("qv", "gather_kv_indices", "min_seqlen_k", "page_table", "block_table", "score_mod", "score_mod_bwd", "mask_mod"),
+    "cache_leftpad",
     *("aux_tensors", "aux_scalars", "block_sparse_tensors", "block_sparse_tensors_bwd", "scheduler_metadata"),
     *("seqlen_k_per_split", "q_descale", "k_descale", "v_descale"),
 ))  # fmt: skip
@@ -27,14 +30,18 @@ def refuse(**given: Any) -> None:
             raise ArgumentError(name, "is not supported here, must be None", reason="unsupported")
 
 
-def check_options(num_splits: Any, deterministic: Any, dropout_p: Any = 0.0) -> None:
+def check_options(deterministic: Any, dropout_p: Any = 0.0) -> None:
     """ArgumentError for what these options ask for and does not exist; a forward is deterministic in any case."""
     if dropout_p != 0.0:
         raise ArgumentError("dropout_p", f"{dropout_p!r:.50}: there is no dropout, must be 0.0", reason="unsupported")
-    if num_splits not in (0, 1):
-        message = f"{num_splits!r:.50}: there is no split of the keys, must be 1, or 0 for our choice"
-        raise ArgumentError("num_splits", message, reason="unsupported")
     check_flag("deterministic", deterministic)
+
+
+def check_unsplit(num_splits: Any) -> None:
+    """ArgumentError for a split where k and v are not a cache."""
+    if num_splits not in (0, 1):
+        message = f"{num_splits!r:.50}: only keys of a KV cache can be split, must be 1, or 0 for our choice"
+        raise ArgumentError("num_splits", message, reason="unsupported")
 
 
 def sides(window_size: Any) -> Pair:
@@ -48,7 +55,7 @@ def sides(window_size: Any) -> Pair:
     return left, right
 
 
-def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair, softcap: Any, sink: Any,
+def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair | None, softcap: Any, sink: Any,
           alibi_slopes: Any, return_lse: Any, pack_gqa: Any) -> Any:  # fmt: skip
     """`flash_attn`, whose errors then name the arguments as FlashAttention does."""
     try:
@@ -58,18 +65,16 @@ def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair,
         optional = (None, None, None, None, None, sink, alibi_slopes)
         return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, None, None, pack_gqa)
     except ArgumentError as error:
-        raise _renamed(error) from None
+        raise renamed(error) from None
 
 
-def varlen(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair, softcap: Any, return_lse: Any,
-           optional: tuple[Any, ...], max_seqlen_q: Any, max_seqlen_k: Any, pack_gqa: Any) -> Any:  # fmt: skip
-    """`flash_attn_varlen` with the tensors of `arguments.OPTIONAL`; errors as in `dense`."""
+def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, **options: Any) -> Any:
+    """`flash_attn_varlen`, whose errors then have the caller's names. names: ours -> theirs."""
     try:
-        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, max_seqlen_q,
-                      max_seqlen_k, pack_gqa)  # fmt: skip
+        return flash_attn_varlen(q, k, v, **options)
     except ArgumentError as error:
-        raise _renamed(error) from None
+        raise renamed(error, names) from None
 
 
-def _renamed(error: ArgumentError) -> ArgumentError:
-    return error.renamed(NAMES[error.argument]) if error.argument in NAMES else error
+def renamed(error: ArgumentError, names: Mapping[str, str] = NAMES) -> ArgumentError:
+    return error.renamed(names[error.argument]) if error.argument in names else error

@@ -48,8 +48,9 @@ def flash_attn_func(
     """
     if unsupported:
         dropin.refuse(**unsupported)
-    dropin.check_options(num_splits, deterministic, dropout_p)
-    found = dropin.dense(q, k, v, causal, softmax_scale, _window(window_size), softcap, learnable_sink, alibi_slopes,
+    dropin.check_options(deterministic, dropout_p)
+    dropin.check_unsplit(num_splits)
+    found = dropin.dense(q, k, v, causal, softmax_scale, window_of(window_size), softcap, learnable_sink, alibi_slopes,
                          _wants_lse(return_attn_probs, return_lse), pack_gqa)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
@@ -83,20 +84,35 @@ def flash_attn_varlen_func(
 ) -> Any:
     """`runtime.flash_attn_varlen` as FA2 has it; otherwise as `flash_attn_func`.
 
-    block_table must be None. disable_scheduler_metadata: there is none to disable. Unlike FA2's, max_seqlen_q and
+    block_table: (batch, max_pages), int32: k and v are a cache of pages, as `flash_attn_varlen`'s page_table has it;
+    then sequences have seqused_k's lengths or, without it, those that cu_seqlens_k's differences say. num_splits: more
+    than 1 needs a block_table. disable_scheduler_metadata: there is none to disable. Unlike FA2's, max_seqlen_q and
     max_seqlen_k are hints: any value gives the same result. The LSE is (heads_q, total_q).
     """
-    dropin.refuse(block_table=block_table, **unsupported)
-    dropin.check_options(num_splits, deterministic, dropout_p)
+    if unsupported:
+        dropin.refuse(**unsupported)
+    dropin.check_options(deterministic, dropout_p)
     check_flag("disable_scheduler_metadata", disable_scheduler_metadata)
-    optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, learnable_sink, alibi_slopes)
-    found = dropin.varlen(q, k, v, causal, softmax_scale, _window(window_size), softcap,
-                          _wants_lse(return_attn_probs, return_lse), optional, max_seqlen_q, max_seqlen_k,
-                          pack_gqa)  # fmt: skip
+    names = dropin.NAMES
+    if block_table is not None:
+        names = names | {"page_table": "block_table"}
+        if cu_seqlens_k is not None and seqused_k is None:
+            names = names | {"seqused_k": "cu_seqlens_k"}  # whose errors they then are
+            seqused_k = cu_seqlens_k.diff() if hasattr(cu_seqlens_k, "diff") else cu_seqlens_k
+        cu_seqlens_k = None
+    found = dropin.varlen(q, k, v, names, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                          max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
+                          seqused_k=seqused_k, causal=causal, softmax_scale=softmax_scale,
+                          window=window_of(window_size), softcap=softcap, sink=learnable_sink,
+                          alibi_slopes=alibi_slopes, return_lse=_wants_lse(return_attn_probs, return_lse),
+                          pack_gqa=pack_gqa, page_table=block_table, num_splits=num_splits)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
 
-def _window(window_size: Any) -> dropin.Pair:
+def window_of(window_size: Any) -> dropin.Pair | None:
+    """Ours of FlashAttention-2's; None where both sides are open."""
+    if window_size is None:
+        return None
     left, right = dropin.sides(window_size)
     return None if left in OPEN else left, None if right in OPEN else right
 

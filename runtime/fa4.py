@@ -57,7 +57,8 @@ def flash_attn_func(
                   mask_mod=mask_mod, aux_tensors=aux_tensors, aux_scalars=aux_scalars,
                   block_sparse_tensors=block_sparse_tensors,
                   block_sparse_tensors_bwd=block_sparse_tensors_bwd)  # fmt: skip
-    dropin.check_options(num_splits, deterministic)
+    dropin.check_options(deterministic)
+    dropin.check_unsplit(num_splits)
     found = dropin.dense(q, k, v, causal, softmax_scale, _window(window_size, causal), _softcap(softcap),
                          learnable_sink, None, return_lse, pack_gqa)  # fmt: skip
     return found if return_lse else (found, None)
@@ -98,19 +99,22 @@ def flash_attn_varlen_func(
 ) -> Result:
     """`runtime.flash_attn_varlen` as FA4 has it; otherwise as `flash_attn_func`.
 
-    min_seqlen_k, page_table, scheduler_metadata, seqlen_k_per_split: must be None, too. disable_scheduler_metadata:
-    there is none to disable. max_seqlen_q, max_seqlen_k: hints. Returns (out, lse); lse is (heads_q, total_q) for a
-    packed q, (batch, heads_q, seqlen_q) for a dense one, or None.
+    min_seqlen_k, scheduler_metadata, seqlen_k_per_split: must be None, too. disable_scheduler_metadata: there is none
+    to disable. max_seqlen_q, max_seqlen_k: hints. page_table: k and v are a cache of pages, whose sequences have
+    seqused_k's lengths. num_splits: more than 1 needs a k that cu_seqlens_k does not place. Returns (out, lse); lse is
+    (heads_q, total_q) for a packed q, (batch, heads_q, seqlen_q) for a dense one, or None.
     """
-    dropin.refuse(qv=qv, min_seqlen_k=min_seqlen_k, gather_kv_indices=gather_kv_indices, page_table=page_table,
-                  score_mod=score_mod, score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
+    dropin.refuse(qv=qv, min_seqlen_k=min_seqlen_k, gather_kv_indices=gather_kv_indices, score_mod=score_mod,
+                  score_mod_bwd=score_mod_bwd, mask_mod=mask_mod,
                   block_sparse_tensors=block_sparse_tensors, aux_tensors=aux_tensors, aux_scalars=aux_scalars,
                   scheduler_metadata=scheduler_metadata, seqlen_k_per_split=seqlen_k_per_split)  # fmt: skip
-    dropin.check_options(num_splits, deterministic)
+    dropin.check_options(deterministic)
     check_flag("disable_scheduler_metadata", disable_scheduler_metadata)
-    optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, learnable_sink, None)
-    found = dropin.varlen(q, k, v, causal, softmax_scale, _window(window_size, causal), _softcap(softcap), return_lse,
-                          optional, max_seqlen_q, max_seqlen_k, pack_gqa)  # fmt: skip
+    found = dropin.varlen(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+                          max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal,
+                          softmax_scale=softmax_scale, window=_window(window_size, causal), softcap=_softcap(softcap),
+                          sink=learnable_sink, return_lse=return_lse, pack_gqa=pack_gqa, page_table=page_table,
+                          num_splits=num_splits)  # fmt: skip
     return found if return_lse else (found, None)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from registry.contract import DTYPES, Artifact, DispatchRow, Index
+from registry.contract import ALL_DTYPES, Artifact, DispatchRow, Index
 from runtime.errors import NoKernelError
 
 NEAR = 6  # rejections that a message shows; the error object carries all
+TABLES = {"fwd": "kernels/fwd_tiles.json", "fwd_paged": "kernels/paged_tiles.json"}  # elsewhere kernels/dispatch.py
 HEAD_DIM_STEP = 32  # of a variant's dims: a panel of shared memory
 
 
@@ -55,7 +56,7 @@ def open_rows(index: Index, op: str, facts: Mapping[str, Any]) -> list[DispatchR
 def candidates(index: Index, op: str, facts: Mapping[str, Any]) -> tuple[list[Artifact], list[str]]:
     """(artifacts, keys of missing variants) of every row that could serve a call of which only `facts` are known."""
     found: dict[str, Artifact | None] = {}
-    for dtype in DTYPES:  # apart, so that a row of one dtype can be known to hold
+    for dtype in ALL_DTYPES:  # apart, so that a row of one dtype can be known to hold
         for row in open_rows(index, op, {"dtype": dtype, **facts}):
             found[row.variant] = index.by_variant.get(row.variant)
     return [a for a in found.values() if a is not None], [key for key, a in found.items() if a is None]
@@ -109,7 +110,8 @@ def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tupl
     if missing:
         todo = f"To build it, {checkout}{command}"
     else:
-        todo = f"No row of the dispatch table serves it; {checkout}add one to kernels/{op}_tiles.json, then {command}"
+        where = TABLES.get(op, "kernels/dispatch.py")
+        todo = f"No row of the dispatch table serves it; {checkout}add one to {where}, then {command}"
     call = ", ".join(f"{name}={value}" for name, value in facts.items())
     lines = [f"no {op} kernel on {index.arch} for {call}", *(f"  {key}: {why}" for key, why in rejections[:shown])]
     if shown is not None and len(rejections) > shown:

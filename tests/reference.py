@@ -19,23 +19,28 @@ Array = np.ndarray[Any, Any]
 Window = tuple[int | None, int | None]  # keys to the left and right of the diagonal; None: no bound
 
 FRACTION_BITS = {"bf16": 7, "fp16": 10}
-_PACK = {"bf16": (formats.f32_to_bf16, formats.bf16_to_f32), "fp16": (formats.f32_to_f16, formats.f16_to_f32)}
+_PACK = {
+    "bf16": (formats.f32_to_bf16, formats.bf16_to_f32),
+    "fp16": (formats.f32_to_f16, formats.f16_to_f32),
+    "e4m3": (formats.f32_to_e4m3, formats.e4m3_to_f32),
+    "fp32": (lambda values: values.view(np.uint32), lambda bits: bits.view(np.float32)),
+}
 LSE_TOLERANCE = 2e-5
 
 
 def encode(values: Array, dtype: str) -> Array:
-    """uint16 bits of `values` in 'bf16' or 'fp16', rounded to nearest even."""
+    """Bits of `values` in 'bf16', 'fp16' (uint16), 'e4m3' (uint8, saturated) or 'fp32', rounded to nearest even."""
     with np.errstate(over="ignore"):
         return _PACK[dtype][0](np.asarray(values, np.float32))
 
 
 def decode(bits: Array, dtype: str) -> Array:
-    """fp32 values of uint16 bits."""
+    """fp32 values of such bits."""
     return _PACK[dtype][1](np.ascontiguousarray(bits))
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """fp32 values rounded to 'bf16' or 'fp16'."""
+    """fp32 values rounded to a dtype that `encode` knows."""
     return decode(encode(values, dtype), dtype)
 
 
@@ -131,6 +136,48 @@ def join(parts: Sequence[Reference]) -> Reference:
         for name in ("lse", "lse_size")
     )
     return Reference(parts[0].dtype, out, lse, lse_size, plain, rounded_p)
+
+
+def gather(pages: Array, table: Array, length: int) -> Array:
+    """(length, heads, dim): the first tokens of an entry. pages: (pages, page_size, heads, dim); table: its row of page
+    numbers, of which no more is looked at than the tokens need."""
+    token = np.arange(length)
+    return pages[table[token // pages.shape[1]], token % pages.shape[1]]
+
+
+def combine(outs: Array, lses: Array) -> tuple[Array, Array]:
+    """(out, lse) in fp64 of softmaxes over parts of the keys. outs: (splits, …, dim), each normalised; lses: (splits,
+    …). A part without keys has LSE −inf and counts nothing; without any the result is 0 and −inf."""
+    highest = lses.astype(np.float64).max(0)
+    weights = np.exp(lses - np.where(np.isneginf(highest), 0, highest))
+    total = weights.sum(0)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + np.where(np.isneginf(highest), 0, highest)
+    return (weights[..., None] * outs).sum(0) / np.where(total == 0, 1, total)[..., None], lse
+
+
+def rotate(x: Array, cos: Array, sin: Array, positions: Array, interleaved: bool) -> tuple[Array, Array]:
+    """(x with rotary embedding in fp64, what its rounding errors are relative to). x: (seqlen, heads, dim).
+
+    cos, sin: (rows, rotary_dim / 2), of which `positions` (seqlen,) choose rows; those behind the end take the last.
+    Element j of the first rotary_dim goes with j + rotary_dim / 2 or, interleaved, 2j with 2j + 1; the others stay.
+    """
+    half = cos.shape[1]
+    rows = np.clip(positions, 0, len(cos) - 1)
+    c, s = (table.astype(np.float64)[rows, None] for table in (cos, sin))
+    first = slice(0, 2 * half, 2) if interleaved else slice(half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    a, b = x[..., first].astype(np.float64), x[..., second].astype(np.float64)
+    out, size = x.astype(np.float64), np.zeros(x.shape)
+    out[..., first], out[..., second] = a * c - b * s, a * s + b * c
+    size[..., first], size[..., second] = np.abs(a * c) + np.abs(b * s), np.abs(a * s) + np.abs(b * c)
+    return out, size
+
+
+def misrounded(got: Array, exact: Array, size: Array, dtype: str, error: float = 2.0**-21) -> int:
+    """How many of `got` (values of `dtype`) are no rounding of anything within error·size of `exact`."""
+    low, high = (rounded(exact + sign * error * size, dtype) for sign in (-1, 1))
+    return int(np.count_nonzero(~((low <= got) & (got <= high))))
 
 
 def yardstick(out: Array, expected: Reference, lse: Array | None = None, rms_rows: int = 0) -> list[str]:

@@ -3,7 +3,22 @@
 import numpy as np
 import pytest
 
-from tests.reference import Scores, attention, join, reference, rounded, ulp, visible, yardstick
+from tests.reference import (
+    Scores,
+    attention,
+    combine,
+    decode,
+    encode,
+    gather,
+    join,
+    misrounded,
+    reference,
+    rotate,
+    rounded,
+    ulp,
+    visible,
+    yardstick,
+)
 
 FAMILIES = {
     "normal": (1, 0),
@@ -203,6 +218,62 @@ def test_an_lse_is_as_exact_as_the_biases_that_scores_cancel():
     for error, problems in ((1e-3, 0), (4e-3, 1)):
         assert len(yardstick(v[:, :1], biased, biased.lse + error)) == problems
     assert yardstick(v[:, :1], plain, plain.lse + 1e-3) != []
+
+
+def test_gathered_pages_are_what_a_contiguous_cache_holds():
+    random = np.random.default_rng(3)
+    tokens = random.standard_normal((11, 2, 8))
+    table = np.array([4, 0, 3, -1, 2**31 - 1])  # no more than three pages are looked at
+    pages = np.full((5, 4, 2, 8), np.nan)
+    for j, token in enumerate(tokens):
+        pages[table[j // 4], j % 4] = token
+    for length in (0, 1, 4, 11):
+        np.testing.assert_array_equal(gather(pages, table, length), tokens[:length])
+
+
+def test_combined_parts_are_the_whole():
+    q, k, v = inputs("normal", "bf16")
+    whole, lse = attention(q, k, v, Scores(0.125, sink=np.arange(4.0)))
+    cuts = ((0, 64), (64, 64), (64, 200), (200, 203))
+    parts = [
+        attention(q, k[:, a:b], v[:, a:b], Scores(0.125, sink=np.arange(4.0) if a == 0 and b else None))
+        for a, b in cuts
+    ]
+    outs, lses = np.stack([out for out, _ in parts]), np.stack([lse.swapaxes(1, 2) for _, lse in parts])
+    assert np.isneginf(lses[1]).all()
+    out, combined = combine(outs, lses)
+    np.testing.assert_allclose(out, whole)
+    np.testing.assert_allclose(combined, lse.swapaxes(1, 2))
+    out, combined = combine(np.zeros((3, 5, 8)), np.full((3, 5), -np.inf))
+    assert not out.any() and np.isneginf(combined).all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_turns_pairs(interleaved):
+    """Pairs as complex numbers: turned by the angle of their position; twice is once by the sum."""
+    random = np.random.default_rng(4)
+    x, angles = random.standard_normal((5, 2, 12)), random.uniform(0, 7, (9, 4))
+    positions = np.array([0, 3, 8, 9, 100])
+    got, _ = rotate(x, np.cos(angles), np.sin(angles), positions, interleaved)
+
+    def pairs(y):
+        return y[..., 0:8:2] + 1j * y[..., 1:8:2] if interleaved else y[..., :4] + 1j * y[..., 4:8]
+
+    np.testing.assert_allclose(pairs(got), pairs(x) * np.exp(1j * angles[[0, 3, 8, 8, 8]])[:, None])
+    np.testing.assert_array_equal(got[..., 8:], x[..., 8:])
+
+
+def test_misrounded_counts_what_is_off_by_one():
+    random = np.random.default_rng(5)
+    exact = random.standard_normal(1000)
+    for dtype in ("bf16", "fp16", "e4m3"):
+        bits = encode(exact, dtype)
+        assert misrounded(decode(bits, dtype), exact, np.abs(exact), dtype) == 0
+        assert misrounded(decode(bits + bits.dtype.type(1), dtype), exact, np.abs(exact), dtype) >= 990
+    assert misrounded(np.array([np.nan]), exact[:1], exact[:1], "bf16") == 1
+    assert misrounded(np.array([1.0, 1.0]), np.array([1.0, 1 + 2**-9]), np.zeros(2), "bf16") == 0
+    assert misrounded(exact.astype(np.float32), exact, np.abs(exact), "fp32") == 0
+    assert misrounded((exact * (1 + 1e-5)).astype(np.float32), exact, np.abs(exact), "fp32") == 1000
 
 
 def test_visible():

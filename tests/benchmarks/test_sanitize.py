@@ -130,6 +130,53 @@ def test_the_small_calls_are_served_rightly():
         assert call.problems(*call(stand)) == []
 
 
+PAGED, PAGED_LOW = "fwd_paged-bf16-d64-dv64-m16-n32-w1-s2-q4", "fwd_paged-fp16-d64-dv32-m64-n64-w4-s2-q4-e4m3kv"
+
+
+@pytest.mark.parametrize("key", [PAGED, PAGED_LOW])
+def test_the_small_calls_over_caches_take_every_path(key):
+    """Each optional input of the ABIs is given at least once, and at least once not."""
+    calls = []
+
+    class Recorder:
+        def kvcache(self, **given):
+            calls.append(given)
+
+        varlen = kvcache
+
+    small_calls.launch(Recorder(), key, device="cpu")
+    optional = {"cu_seqlens_q", "seqused_q", "sink", "alibi_slopes", "softcap", "block_table", "k", "rotary_cos"}
+    optional |= {"k_descale"} if key.endswith("kv") else set()
+    assert all(0 < sum(name in given for given in calls) < len(calls) for name in optional)
+    assert {given.get("num_splits", 0) for given in calls} >= {0, 1, 3}
+    assert {given.get("rotary_interleaved") for given in calls} == {None, True, False}
+    tensors = [x for given in calls for x in given.values() if hasattr(x, "untyped_storage")]
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize("key", [PAGED, "kv_append-fp16-d256-dv256-m4-e4m3kv"])
+def test_the_small_calls_over_caches_are_served_rightly(key):
+    from tests.gpu import paged_small_calls
+    from tests.gpu.paged_stand_in import PagedStand
+
+    stand = PagedStand()
+    stand.force(key, pack=True)
+    for case in paged_small_calls.cases(key):
+        call = case.on("cpu")
+        assert call.problems(*call(stand)) == []
+
+
+def test_the_small_sums_of_partials_take_every_layout():
+    shapes = []
+
+    class Recorder:
+        def combine(self, out, lse, **options):
+            shapes.append((out.dim(), lse.shape == out.shape[:-1], options.get("return_lse", True)))
+
+    small_calls.launch(Recorder(), "fwd_combine-fp32-d256-dv256-m4", device="cpu")
+    assert set(shapes) == {(n, True, lse) for n in (4, 5) for lse in (True, False)}
+
+
 PTX = ".entry cubinery_x()\n{\n\tbar.sync \t0;\n\tmov.u32 %r1, %r2;\n\tbarrier.sync 0;\n\tret;\n}\n"
 
 
@@ -233,3 +280,23 @@ def test_pytest_is_started_again_after_a_lost_context(monkeypatch):
 def test_without_a_gpu_nothing_is_verified(monkeypatch, capsys):
     monkeypatch.setattr(verify, "why_not", lambda: "no CUDA device")
     assert verify.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["fwd_paged-bf16-d64-dv64-m16-n32-w1-s2-q8", "kv_append-bf16-d256-dv256-m4"])
+def test_a_planted_kernel_stands_among_what_its_calls_launch_too(key, tmp_path, monkeypatch):
+    from benchmarks.derived import read_index
+    from tests.runtime import fakes
+    from tests.runtime.cache_kernels import write_cache_registry
+
+    made = fakes.toy_artifact
+    monkeypatch.setattr(fakes, "toy_artifact", lambda v, *a, **more: made(v, *a, symbol=f"cubinery_{v.key}", **more))
+    write_cache_registry(tmp_path / "r.db", "sm_90")
+    monkeypatch.setattr(plant_race.Store, "ptx_text", lambda store, digest: PTX)
+    monkeypatch.setattr(plant_race.nvjitlink, "assemble", lambda ptx, arch: SimpleNamespace(cubin=ptx.encode()))
+    options = ["--registry", str(tmp_path / "r.db"), "--out", str(tmp_path / "planted.db"), "--variant", key]
+    assert plant_race.main(options) == 0
+    assert sanitize.channels(tmp_path / "planted.db") == ["planted0", "planted1"]
+    index = read_index(tmp_path / "planted.db", "sm_90", "planted1")
+    assert {row.op for row in index.rows} == {"fwd_paged", "fwd_combine", "kv_append"}
+    assert index.by_variant[key].ptx_sha256 != read_index(tmp_path / "r.db", "sm_90").by_variant[key].ptx_sha256
+    assert [row.variant for row in index.rows if row.op == key.split("-")[0]] == [key]

@@ -56,6 +56,9 @@ class Case:
     alibi: str = ""
     lengths: Lengths | None = None
 
+    def on(self, device: Any) -> Call:
+        return Call(self, device)
+
 
 def shape_of(
     key: str, batch: int | None, heads: tuple[int, int], seqlen_q: int, seqlen_k: int, dims: Dims | None = None
@@ -172,10 +175,12 @@ class Call:
 
     @cached_property
     def expected(self) -> Expected:
+        return expected(**self.clean, rule=self._rule())
+
+    def _rule(self) -> Rule:
         case = self.case
         used = {} if case.lengths is None else {"lengths_q": self.q.lengths, "lengths_k": self.k.lengths}
-        rule = Rule(self._scale, case.window, case.softcap, self.sink, self.slopes, **used)
-        return expected(**self.clean, rule=rule)
+        return Rule(self._scale, case.window, case.softcap, self.sink, self.slopes, **used)
 
     def problems(self, out: torch.Tensor, lse: torch.Tensor) -> list[str]:
         """What is wrong with an output and its LSE, in words."""

@@ -1,15 +1,16 @@
-"""The forward's conformance checks, by their names in conformance.json.
+"""The conformance checks of every op, by their names in conformance.json.
 
 Each takes a device under test, on which its variant is in force, the variant's key and a scale, and asserts. They run
-on the GPU against `runtime` (test_fwd.py), and on the CPU in small against a stand-in and its planted faults
-(tests/benchmarks/test_gpu_checks.py), so that it is known that they can fail. A check that forces something else puts
-the variant back into force.
+on the GPU against `runtime` (test_fwd.py, test_decode.py), and on the CPU in small against stand-ins and their planted
+faults (tests/benchmarks/test_gpu_checks.py, test_paged_checks.py), so that it is known that they can fail. A check that
+forces something else puts the variant back into force.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from tests.gpu import append_checks, combine_checks, paged_checks, paged_launch_checks
 from tests.gpu.dense_checks import beyond_2g, empty, lse, strided, windows, yardstick
 from tests.gpu.dut import Dut
 from tests.gpu.feature_checks import drawn, head_dims, pack_gqa, score_mods
@@ -17,13 +18,30 @@ from tests.gpu.launch_checks import determinism, graph_capture, streams
 from tests.gpu.report import FULL, TINY, Scale
 from tests.gpu.varlen_checks import varlen, varlen_many
 
-__all__ = ["CHECKS", "FULL", "TINY"]
+__all__ = ["CHECKS", "FULL", "OPS", "TINY"]
 
-CHECKS: dict[str, Callable[[Dut, str, Scale], None]] = {
-    check.__name__: check
-    for check in (
-        *(yardstick, lse, strided, windows, empty, beyond_2g),
-        *(head_dims, score_mods, pack_gqa, varlen, varlen_many, drawn),
-        *(determinism, graph_capture, streams),
-    )
+Check = Callable[[Dut, str, Scale], None]
+
+
+def _named(*checks: Check) -> dict[str, Check]:
+    return {check.__name__: check for check in checks}
+
+
+CHECKS = _named(
+    *(yardstick, lse, strided, windows, empty, beyond_2g),
+    *(head_dims, score_mods, pack_gqa, varlen, varlen_many, drawn),
+    *(determinism, graph_capture, streams),
+)
+OPS: dict[str, dict[str, Check]] = {
+    "fwd": CHECKS,
+    "fwd_paged": _named(
+        *(paged_checks.yardstick, paged_checks.splits, paged_checks.varlen, paged_checks.score_mods),
+        *(paged_checks.pack_gqa, paged_checks.head_dims, paged_checks.strided, paged_checks.empty),
+        *(paged_checks.beyond_2g, paged_checks.append_and_attend, paged_checks.drawn),
+        *(paged_launch_checks.determinism, paged_launch_checks.graph_capture, paged_launch_checks.streams),
+    ),
+    "fwd_combine": _named(combine_checks.combine, combine_checks.into_given, combine_checks.determinism),
+    "kv_append": _named(
+        *(append_checks.append_rows, append_checks.rotary, append_checks.beyond_2g, append_checks.determinism),
+    ),
 }

@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.derived import one_variant_each, read_index
+from benchmarks.derived import add_channel, one_variant_each, read_index
 from registry.contract import Artifact, Condition, DispatchRow, Index, Variant
+
+PACKING = ("fwd", "fwd_paged")  # ops whose rows can pack the heads of a group
 
 
 class Dut(Protocol):
-    """What the checks ask of a device: `runtime.flash_attn` and `runtime.flash_attn_varlen` or, in the self-test,
-    stand-ins for them."""
+    """What the checks ask of a device: `runtime.flash_attn`, `flash_attn_varlen`, `flash_attn_with_kvcache` and
+    `flash_attn_combine` or, in the self-test, stand-ins for them."""
 
     device: str
     artifacts: dict[str, Artifact]
@@ -25,6 +27,8 @@ class Dut(Protocol):
     def force(self, key: str, pack: bool = False) -> None: ...
     def attn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any: ...
     def varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any: ...
+    def kvcache(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> Any: ...
+    def combine(self, out_partial: torch.Tensor, lse_partial: torch.Tensor, **options: Any) -> Any: ...
 
 
 class Gpu:
@@ -47,7 +51,8 @@ class Gpu:
 
         pack: with the query heads of a key/value head in the same tiles, wherever there are several.
         """
-        self._runtime.configure(registry=self._file, channel=packed_channel(key) if pack else key)
+        packs = pack and Variant.parse(key).op in PACKING
+        self._runtime.configure(registry=self._file, channel=packed_channel(key) if packs else key)
 
     def attn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
         with poisoned_allocations():
@@ -56,6 +61,14 @@ class Gpu:
     def varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
         with poisoned_allocations():
             return self._runtime.flash_attn_varlen(q, k, v, **options)
+
+    def kvcache(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> Any:
+        with poisoned_allocations():
+            return self._runtime.flash_attn_with_kvcache(q, k_cache, v_cache, **options)
+
+    def combine(self, out_partial: torch.Tensor, lse_partial: torch.Tensor, **options: Any) -> Any:
+        with poisoned_allocations():
+            return self._runtime.flash_attn_combine(out_partial, lse_partial, **options)
 
 
 def packed_channel(key: str) -> str:
@@ -69,11 +82,11 @@ def add_packed_channels(registry: Path, arch: str, keys: list[str]) -> None:
     try:
         for key, index in indexes.items():
             op = Variant.parse(key).op
-            rows = (DispatchRow(op, (Condition("group", ">=", 2),), key, pack=True), DispatchRow(op, (), key))
+            if op not in PACKING:
+                continue
+            rows = (DispatchRow(op, (Condition("group", ">=", 2),), key, pack=True), *index.rows)
             packed = Index(arch, index.release, index.artifacts, rows, index.abis)
-            file.execute("INSERT OR IGNORE INTO indexes VALUES (?, ?, ?)", (packed.digest, arch, packed.to_bytes()))
-            place = (packed_channel(key), arch, packed.digest)
-            file.execute("INSERT OR REPLACE INTO channels VALUES (?, ?, ?)", place)
+            add_channel(file, packed_channel(key), packed)
         file.commit()
     finally:
         file.close()

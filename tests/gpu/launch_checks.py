@@ -28,8 +28,8 @@ def determinism(dut: Dut, key: str, scale: Scale) -> None:
                 first = [x.clone() for x in call(dut)]
                 for _ in range(4):
                     other(dut)
-                    same = all(_equal(a, b) for a, b in zip(first, call(dut), strict=True))
-                    report.expect(same, f"{case}, heads packed {pack}: two calls differ")
+                    alike = all(same(a, b) for a, b in zip(first, call(dut), strict=True))
+                    report.expect(alike, f"{case}, heads packed {pack}: two calls differ")
     finally:
         dut.force(key)
     report.done()
@@ -90,8 +90,8 @@ def _replays(report: Report, dut: Dut, cases: list[Case]) -> None:
         lse.fill_(float("nan"))
         graph.replay()
         report.note(f"a replay with {case}", call.problems(out, lse))
-        same = all(_equal(a, b) for a, b in zip((out, lse), call(dut), strict=True))
-        report.expect(same, f"a replay differs from a call: {case}")
+        alike = all(same(a, b) for a, b in zip((out, lse), call(dut), strict=True))
+        report.expect(alike, f"a replay differs from a call: {case}")
 
 
 def _inputs(call: Call) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
     if dut.device == "cuda":
         torch.cuda.synchronize()
     faults: list[str] = []
-    threads = [threading.Thread(target=_hammer, args=(dut, *job, scale.calls, faults)) for job in work]
+    threads = [threading.Thread(target=hammer, args=(dut, *job, scale.calls, faults)) for job in work]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -129,14 +129,14 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
     report.done()
 
 
-def _hammer(dut: Dut, calls: list[Call], right: list[Any], times: int, faults: list[str]) -> None:
+def hammer(dut: Dut, calls: list[Call], right: list[Any], times: int, faults: list[str]) -> None:
     """Many calls on a stream of this thread's own, in turn."""
     try:
         with torch.cuda.stream(torch.cuda.Stream()) if dut.device == "cuda" else contextlib.nullcontext():
             got = [calls[i % len(calls)](dut, out=None) for i in range(times)]
             # On this stream too: elsewhere a result could be read before it is written.
             wrong = sum(
-                not all(_equal(a, b) for a, b in zip(results, right[i % len(right)], strict=True))
+                not all(same(a, b) for a, b in zip(results, right[i % len(right)], strict=True))
                 for i, results in enumerate(got)
             )
         if wrong:
@@ -145,6 +145,6 @@ def _hammer(dut: Dut, calls: list[Call], right: list[Any], times: int, faults: l
         faults.append(repr(error))
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bit for bit where neither is NaN, and NaN in the same places: rows that do not count hold NaN in both."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -14,9 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.derived import read_index
+from benchmarks.derived import only_one, read_index
 from builder import nvjitlink
-from registry.contract import Artifact, DispatchRow, Index, Variant, sha256_hex
+from registry.contract import Artifact, sha256_hex
 from registry.frames import compress
 from registry.store import Store
 
@@ -34,13 +34,16 @@ def main(argv: list[str] | None = None) -> int:
     artifact = index.by_variant[options.variant or min(index.by_variant)]
     with Store(options.registry, readonly=True) as store:
         ptx = store.ptx_text(artifact.ptx_sha256)
+        beside = [(a, store.get_frame(a.frame_sha256)) for a in only_one(index, artifact).artifacts if a != artifact]
     options.out.unlink(missing_ok=True)
     with Store(options.out) as store:
+        for a, whole in beside:
+            assert whole is not None, f"{a.variant}: the registry lacks its blob"
+            store.put_artifact(sha256_hex(a.symbol.encode()), a, whole)
         for i in range(len(BARRIER.findall(ptx))):
             planted, frame = plant(artifact, ptx, i)
             store.put_artifact(sha256_hex(planted.symbol.encode()), planted, frame)
-            row = DispatchRow(Variant.parse(planted.variant).op, (), planted.variant)
-            store.put_index(Index(options.arch, "planted", (planted,), (row,), index.abis), f"planted{i}")
+            store.put_index(only_one(index, planted), f"planted{i}")
             print(f"{options.out}: {planted.symbol} for {options.arch}")
     return 0
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.gpu.cases import Call, Case
-
 MASKS: tuple[Any, ...] = ((None, None), (None, 0), (64, 0), (3, 5))
 
 
@@ -34,6 +32,17 @@ class Scale:
     calls: int = 20
     draws: int = 100
     longest: int = 700  # that is drawn
+    # Over a KV cache: page sizes; queries of an entry; splits of the keys, 0 for as many as the runtime likes.
+    pages: tuple[int, ...] = (1, 3, 16, 48, 64, 128, 256, 1024)
+    few_queries: tuple[int, ...] = (1, 2, 5, 17)
+    splits: tuple[int, ...] = (0, 1, 2, 3, 7)
+    many_splits: tuple[int, ...] = (2, 3, 8, 17, 64, 128)
+    long_keys: tuple[int, ...] = (1300, 700, 2049)
+    longest_keys: int = 5000
+    mixed_q: tuple[int, ...] = (1, 113, 1, 0, 40, 1, 17)
+    mixed_k: tuple[int, ...] = (300, 113, 17, 64, 500, 0, 1025)
+    new_tokens: tuple[int, ...] = (1, 2, 17)
+    layers: int = 32
     thin: bool = False  # every pair of factor values instead of the product
 
 
@@ -41,7 +50,9 @@ FULL = Scale()
 TINY = Scale(
     seqlens=(1, 17, 40), near=(21, 24), ragged=(37, 53), ratios=((4, 2), (3, 1), (14, 2)), decode=((1, 30), (21, 40)),
     entries_q=(21, 0, 1, 40), entries_k=(21, 9, 30, 0), short=(12, 3, 20), long=(70, 1), grid_batch=3, beyond=2**14,
-    threads=2, calls=3, draws=16, longest=40, thin=True,
+    threads=2, calls=3, draws=16, longest=40, pages=(1, 3, 16),
+    few_queries=(1, 3), splits=(0, 1, 3), many_splits=(2, 9), long_keys=(70, 33), longest_keys=90,
+    mixed_q=(1, 20, 0, 5), mixed_k=(30, 20, 8, 41), new_tokens=(1, 4), layers=3, thin=True,
 )  # fmt: skip
 
 
@@ -58,9 +69,9 @@ class Report:
         if not holds:
             self.failures.append(otherwise)
 
-    def call(self, dut: Any, case: Case, how: str = "") -> None:
-        """One call on NaN-surrounded inputs into a NaN-poisoned output, held to the yardstick."""
-        call = Call(case, dut.device)
+    def call(self, dut: Any, case: Any, how: str = "") -> None:
+        """One call on NaN-surrounded inputs into a NaN-poisoned output, held to the yardstick. case: of any kind."""
+        call = case.on(dut.device)
         self.note(f"{how}{case}", call.problems(*call(dut)))
 
     def done(self, shown: int = 8) -> None:

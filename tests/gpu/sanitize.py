@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.derived import private_copy, read_index
-from registry.contract import Artifact, Variant
+from registry.contract import Artifact
 from tests.gpu import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _artifacts(options: argparse.Namespace) -> dict[str, Artifact]:
     found = read_index(options.registry, options.arch).by_variant
-    return {key: a for key, a in found.items() if fnmatchcase(key, options.only) and Variant.parse(key).op == "fwd"}
+    return {key: a for key, a in found.items() if fnmatchcase(key, options.only)}
 
 
 # ---- verdicts ----
@@ -252,10 +252,11 @@ def _race(planted: Path, arch: str) -> None:
     from tests.gpu import small_calls
 
     public = SimpleNamespace(attn=runtime.flash_attn, varlen=runtime.flash_attn_varlen)
+    public.kvcache, public.combine = runtime.flash_attn_with_kvcache, runtime.flash_attn_combine
     for name in channels(planted):
         runtime.configure(registry=planted, channel=name)
-        (key,) = read_index(planted, arch, name).by_variant
-        small_calls.launch(public, key)
+        broken = [a for a in read_index(planted, arch, name).artifacts if a.symbol.startswith(PLANTED)]
+        small_calls.launch(public, broken[0].variant)
 
 
 def _write_astray(planted: Path, arch: str) -> None:

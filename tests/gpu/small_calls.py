@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
+from tests.gpu import paged_small_calls
 from tests.gpu.cases import CAUSAL, Call, Case, Lengths, shape_of, varlen
 from tests.gpu.dut import Dut
 from tests.gpu.inputs import DTYPES
+from tests.gpu.paged_small_calls import tight
 
 
 def cases(key: str) -> list[Case]:
@@ -32,18 +34,20 @@ def launch(dut: Dut, key: str, device: str = "cuda") -> None:
 
     Each tensor is an allocation of its own, just as large as it must be: what lies beyond is nobody's.
     """
+    if Variant.parse(key).op == "fwd":
+        _forward(dut, key, device)
+    else:
+        paged_small_calls.launch(dut, key, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _forward(dut: Dut, key: str, device: str) -> None:
     for case in cases(key):
         call = Call(case, "cpu")
         given = {**call.tensors, **call.options}
-        tight = {
-            name: x.clone(memory_format=torch.contiguous_format).to(device)
-            for name, x in given.items()
-            if torch.is_tensor(x)
-        }
-        call(dut, **tight)
+        call(dut, **{name: tight(x, device) for name, x in given.items() if torch.is_tensor(x)})
     dut.varlen(**_astray(key, device), causal=True, return_lse=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _astray(key: str, device: str) -> dict[str, torch.Tensor]:

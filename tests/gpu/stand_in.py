@@ -125,10 +125,7 @@ class Stand:
 
     def _call(self, q: Any, k: Any, v: Any, rooms: Any, options: Options, slopes: Any, lse: Any, by_row: Any, out: Any,
               return_lse: bool) -> Any:  # fmt: skip
-        self.calls += 1
-        if self.recording is not None and self.cold and self.fault != "a cold capture":
-            raise CaptureError("a load during capture")
-        self.cold = False
+        self._warm()
         out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=q.dtype) if out is None else out
 
         def launch() -> None:
@@ -146,6 +143,13 @@ class Stand:
             self.recording.append(launch)
         result = out.clone() if self.fault == "output not returned" else out
         return (result, lse) if return_lse else result
+
+    def _warm(self) -> None:
+        """Count a call, the first of which must not be captured."""
+        self.calls += 1
+        if self.recording is not None and self.cold and self.fault != "a cold capture":
+            raise CaptureError("a load during capture")
+        self.cold = False
 
     def _entry(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options) -> None:
         """One entry: q (seqlen_q, heads_q, d), k and v (seqlen_k, heads_kv, d), lse (seqlen_q, heads_q)."""

@@ -29,7 +29,8 @@ class Rule:
     """What is asked of an attention besides q, k and v.
 
     softcap: 0 for none. sink: (heads_q,). slopes: ALiBi's, (heads_q,) or (batch, heads_q). lengths_q, lengths_k: int
-    (batch,), how many rows of each entry count; None: all.
+    (batch,), how many rows of each entry count; None: all. k_descale, v_descale: (batch, heads_kv), what k and v are to
+    be multiplied by; None: 1.
     """
 
     scale: float
@@ -39,6 +40,8 @@ class Rule:
     slopes: torch.Tensor | None = None
     lengths_q: torch.Tensor | None = None
     lengths_k: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> E
     sizes = _sums(counted.sum(1).double() * (heads_q * v.shape[3]), pool)
     rms = (_sums(squares, pool) / sizes.clamp(min=1)).sqrt()
     rms = rms.masked_fill(sizes < MIN_ROWS * v.shape[3], math.inf)
+    if rule.v_descale is not None and rms.numel():
+        # One more product in fp32: as good a kernel may round one output in 256 to the other side.
+        rms = rms + _ulps(top.amax(), q.dtype) / 32
     return Expected(out, lse, lse_size, empty, counted, 2 * worst + 2 * _ulps(top, q.dtype), pool, sizes, 2 * rms)
 
 
@@ -216,6 +222,10 @@ class _Part:
         heads_kv = k.shape[1]
         self.q, self.k, self.v, self.rule = q.unflatten(1, (heads_kv, -1)), k.unsqueeze(2), v.unsqueeze(2), rule
         self.sink = None if rule.sink is None else rule.sink[heads].view(heads_kv, -1, 1, 1)
+        first = heads.start // self.q.shape[2]
+        groups = (entries, slice(first, first + heads_kv), None, None, None)
+        self.scale = rule.scale if rule.k_descale is None else rule.scale * rule.k_descale[groups]
+        self.gain = 1.0 if rule.v_descale is None else rule.v_descale[groups]
         self.slopes = self.mask = None
         used_q, used_k = (None if x is None else x[entries] for x in (rule.lengths_q, rule.lengths_k))
         if rule.window == (None, None) and rule.slopes is None and used_k is None:
@@ -251,7 +261,7 @@ class _Part:
 
         What it is made of: the mean size of the ALiBi biases behind it, which a score may cancel but for rounding.
         """
-        scores = self._modified((self.q.double() @ self.k.double().mT) * self.rule.scale)
+        scores = self._modified((self.q.double() @ self.k.double().mT) * self.scale)
         lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
         empty = torch.isneginf(lse)
         if self.sink is not None:
@@ -260,16 +270,17 @@ class _Part:
         parts = torch.zeros_like(lse)
         if self.slopes is not None:
             parts = (weights * (self.slopes.double() * self.distance).abs()).sum(-1)
-        return (weights @ self.v.double()).to(self.q.dtype), lse, parts, empty
+        return (weights @ self.v.double() * self.gain).to(self.q.dtype), lse, parts, empty
 
     def plain(self) -> Any:
         """Attention as one would write it in PyTorch, every intermediate in the low precision."""
-        return self._weights(self._modified((self.q * self.rule.scale) @ self.k.mT)) @ self.v
+        scaled = (self.q * self.scale).to(self.q.dtype)
+        return (self._weights(self._modified(scaled @ self.k.mT)) @ self.v * self.gain).to(self.q.dtype)
 
     def model(self) -> Any:
         """A float32 softmax with P rounded to the low precision: the error that is inherent in such a kernel."""
-        weights = self._weights(self._modified((self.q.float() @ self.k.float().mT) * self.rule.scale))
-        return (weights.to(self.q.dtype).float() @ self.v.float()).to(self.q.dtype)
+        weights = self._weights(self._modified((self.q.float() @ self.k.float().mT) * self.scale))
+        return (weights.to(self.q.dtype).float() @ self.v.float() * self.gain).to(self.q.dtype)
 
 
 def _parts(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:

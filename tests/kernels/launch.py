@@ -119,13 +119,20 @@ class Tensor:
     Loading a byte of a buffer that is no part of an entry is a fault, as is an address outside the buffers.
     """
 
-    def __init__(self, device: Device, case: Case, tokens: Tokens, heads: int, dim: int, values: Array | None = None):
-        """values: uint16 bits for an input; an output has none, and loading it before it is stored is a fault."""
-        self.device, self.heads_first, self.tokens = device, case.heads_first, tokens
+    def __init__(
+        self, device: Device, case: Case, tokens: Tokens, heads: int, dim: int, values: Array | None = None,
+        kind: type = np.uint16,
+    ):  # fmt: skip
+        """values: bits for an input; an output has none, and loading it before it is stored is a fault.
+
+        kind: the integers that hold an element's bits.
+        """
+        self.device, self.heads_first, self.tokens, self.kind = device, case.heads_first, tokens, kind
+        self.nothing = np.iinfo(kind).max
         outer = (heads + 1, tokens.seqlen + 1) if case.heads_first else (tokens.seqlen + 1, heads + 1)
         self.buffer_shape = (*outer, dim + PAD)
-        buffer = np.full(self.buffer_shape, 0xFFFF, np.uint16)
-        stride_b = batch_stride(buffer.size, case.far)
+        buffer = np.full(self.buffer_shape, self.nothing, kind)
+        self.array_stride = batch_stride(buffer.size, case.far)
         first = device.next
         self.bases = []
         for array in range(tokens.arrays):
@@ -134,10 +141,10 @@ class Tensor:
                 for part in parts(tokens, array):
                     self.inside(filled)[part] = values[array, part]
                     self.inside(defined)[part] = True
-            self.bases.append(device.put(filled, defined, at=first + 2 * array * stride_b))
-        stride_s, stride_h, _ = (stride // 2 for stride in self.inside(buffer).strides)
-        self.strides = {"b": 0 if tokens.is_packed else stride_b, "s": stride_s, "h": stride_h}
-        self.address = first + sum(buffer.strides[:2]) + 2 * PAD
+            self.bases.append(device.put(filled, defined, at=first + buffer.itemsize * array * self.array_stride))
+        stride_s, stride_h, _ = (stride // buffer.itemsize for stride in self.inside(buffer).strides)
+        self.strides = {"b": 0 if tokens.is_packed else self.array_stride, "s": stride_s, "h": stride_h}
+        self.address = first + sum(buffer.strides[:2]) + buffer.itemsize * PAD
 
     def inside(self, buffer: Array) -> Array:
         """The tensor's own part of a buffer, as (seqlen, heads, dim)."""
@@ -146,25 +153,27 @@ class Tensor:
 
     def result(self) -> tuple[Array, int]:
         """(bits of all entries, (tokens, heads, dim); bytes changed outside them)."""
-        buffers = [self.device.get(base, np.uint16).reshape(self.buffer_shape).copy() for base in self.bases]
+        buffers = [self.device.get(base, self.kind).reshape(self.buffer_shape).copy() for base in self.bases]
         bits = [self.inside(buffers[array])[part].copy() for array, part in self.tokens.entries]
         for array, part in self.tokens.entries:
-            self.inside(buffers[array])[part] = 0xFFFF
+            self.inside(buffers[array])[part] = self.nothing
         return np.concatenate(bits), changed_bytes(buffers)
 
 
 class Statistics:
     """The LSE, (arrays, heads, seqlen_q) in fp32, with room around each row."""
 
-    def __init__(self, device: Device, case: Case):
-        self.device, self.tokens = device, case.queries
+    def __init__(self, device: Device, case: Case, tokens: Tokens | None = None):
+        """tokens: the call's queries by default."""
+        self.device, self.tokens = device, tokens or case.queries
         self.shape = (case.heads_q + 1, case.seqlen_q + 3)
         buffer = np.full(self.shape, 0xFFFFFFFF, np.uint32)
-        stride_b = batch_stride(buffer.size, case.far)
+        self.array_stride = batch_stride(buffer.size, case.far)
         first = device.next
         nothing = np.zeros(self.shape, bool)
-        self.bases = [device.put(buffer, nothing, at=first + 4 * b * stride_b) for b in range(self.tokens.arrays)]
-        self.stride_b, self.stride_h = 0 if self.tokens.is_packed else stride_b, self.shape[1]
+        places = (first + 4 * array * self.array_stride for array in range(self.tokens.arrays))
+        self.bases = [device.put(buffer, nothing, at=place) for place in places]
+        self.stride_b, self.stride_h = 0 if self.tokens.is_packed else self.array_stride, self.shape[1]
         self.address = first + 4
 
     def result(self) -> tuple[Array, int]:

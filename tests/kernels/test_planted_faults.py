@@ -6,74 +6,20 @@ and falsified parameters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from registry.contract import Variant, division
+from tests.kernels import faults
 from tests.kernels.cases import of, skeletons, varlen
+from tests.kernels.faults import Fault
 from tests.kernels.launch import Case, Compiled, expected, run
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import yardstick
 
 SKELETONS = skeletons()
-WIDER = {"lt": "le", "gt": "ge", "le": "lt", "ge": "gt"}  # the last two narrow
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A kernel with one line changed. line: its number in the PTX, from 1."""
-
-    line: int
-    before: str
-    after: str
-    ptx: str
-
-
-def planted(ptx: str, pattern: str, replace: Callable[[re.Match[str]], str]) -> list[Fault]:
-    """One fault for each line that holds `pattern`."""
-    lines = ptx.splitlines()
-    faults = []
-    for j, line in enumerate(lines):
-        if match := re.search(pattern, line):
-            changed = line.replace(match[0], replace(match))
-            faults.append(
-                Fault(j + 1, line.strip(), changed.strip(), "\n".join([*lines[:j], changed, *lines[j + 1 :]]))
-            )
-    return faults
-
-
-def dropped_barriers(ptx: str) -> list[Fault]:
-    return planted(ptx, r"\bbar(?:rier)?\.sync\b[^;]*;", lambda _: "")
-
-
-def weakened_waits(ptx: str) -> list[Fault]:
-    return planted(ptx, r"(cp\.async\.wait_group\s+)(\d+)", lambda match: f"{match[1]}{int(match[2]) + 1}")
-
-
-def unbounded_copies(ptx: str) -> list[Fault]:
-    """Asynchronous copies of up to 16 bytes that always read all 16."""
-    return planted(ptx, r"(cp\.async\.c[ag]\.[^;]*, 16), %r\d+;", lambda match: f"{match[1]}, 16;")
-
-
-def shifted_bounds(ptx: str) -> list[Fault]:
-    """Comparisons of registers. Those with a number are arithmetic of the compiler's, where both often do the same."""
-    return planted(
-        ptx,
-        r"setp\.(lt|le|gt|ge)\.s32(\s+%p\d+, %r\d+, %r)",
-        lambda match: f"setp.{WIDER[match[1]]}.s32{match[2]}",
-    )
-
-
-def trapped_bounds(ptx: str) -> list[Fault]:
-    """Kernels that trap where the two sides of a comparison are equal, the only place where `shifted_bounds` differ."""
-    return planted(
-        ptx,
-        r"setp\.(?:lt|le|gt|ge)\.s32(\s+%p\d+)(, %r\d+, %r\d+;)",
-        lambda match: f"setp.eq.s32{match[1]}{match[2]} @{match[1].strip()} trap; {match[0]}",
-    )
 
 
 def probes(variant: Variant) -> list[Case]:
@@ -116,10 +62,10 @@ def caught(
     return ""
 
 
-def survivors(compiled: Compiled, faults: list[Fault]) -> list[Fault]:
+def survivors(compiled: Compiled, found: list[Fault]) -> list[Fault]:
     """The faults that nothing caught."""
     cases = probes(compiled.variant)
-    return [fault for fault in faults if not caught(compiled, cases, Kernel(fault.ptx))]
+    return faults.survivors(found, lambda kernel: caught(compiled, cases, kernel))
 
 
 @of(SKELETONS)
@@ -131,33 +77,33 @@ def test_the_sound_kernel_passes(variant: Variant, variant_of: Callable[[str], C
 @of(SKELETONS)
 def test_dropped_barriers(variant: Variant, variant_of: Callable[[str], Compiled]):
     compiled = variant_of(variant.key)
-    faults = dropped_barriers(compiled.ptx)
-    assert len(faults) >= 2
-    assert survivors(compiled, faults) == []
+    found = faults.dropped_barriers(compiled.ptx)
+    assert len(found) >= 2
+    assert survivors(compiled, found) == []
 
 
 @of(SKELETONS)
 def test_weakened_waits(variant: Variant, variant_of: Callable[[str], Compiled]):
     compiled = variant_of(variant.key)
-    faults = weakened_waits(compiled.ptx)
-    assert len(faults) >= 2
-    assert survivors(compiled, faults) == []
+    found = faults.weakened_waits(compiled.ptx)
+    assert len(found) >= 2
+    assert survivors(compiled, found) == []
 
 
 @of(SKELETONS)
 def test_unbounded_copies(variant: Variant, variant_of: Callable[[str], Compiled]):
     """Rows past a sequence's end and columns past head_dim are never read, by any thread."""
     compiled = variant_of(variant.key)
-    faults = unbounded_copies(compiled.ptx)
-    assert len(faults) >= 10
-    assert survivors(compiled, faults) == []
+    found = faults.unbounded_copies(compiled.ptx)
+    assert len(found) >= 10
+    assert survivors(compiled, found) == []
 
 
-def wasteful(compiled: Compiled, faults: list[Fault]) -> list[Fault]:
+def wasteful(compiled: Compiled, found: list[Fault]) -> list[Fault]:
     """The faults that only cost time: somewhere they execute more than the sound kernel."""
     cases = probes(compiled.variant)
     sound = [run(compiled, case).steps for case in cases]
-    kernels = [(fault, Kernel(fault.ptx)) for fault in faults]
+    kernels = [(fault, Kernel(fault.ptx)) for fault in found]
     return [
         fault
         for fault, kernel in kernels
@@ -169,14 +115,14 @@ def wasteful(compiled: Compiled, faults: list[Fault]) -> list[Fault]:
 def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
     """Every fault that makes a difference is caught, and hardly any makes none: its two sides are never equal."""
     compiled = variant_of(variant.key)
-    faults = shifted_bounds(compiled.ptx)
-    assert len(faults) >= 40
-    left = survivors(compiled, faults)
-    traps = {trap.line: trap for trap in trapped_bounds(compiled.ptx)}
+    found = faults.shifted_bounds(compiled.ptx)
+    assert len(found) >= 40
+    left = survivors(compiled, found)
+    traps = {trap.line: trap for trap in faults.trapped_bounds(compiled.ptx)}
     inert = [fault for fault in left if survivors(compiled, [traps[fault.line]])]
     slow = wasteful(compiled, [fault for fault in left if fault not in inert])
     assert [fault for fault in left if fault not in inert and fault not in slow] == []
-    assert len(inert) <= len(faults) // 10, "bounds that nothing reaches: remove them, or probe them"
+    assert len(inert) <= len(found) // 10, "bounds that nothing reaches: remove them, or probe them"
     assert len(slow) <= 2, "bounds that only save work: a block without rows, a key block without keys"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.ptx.instructions import BUILDERS
+from tests.ptx import conversions, instructions
 from tests.ptx.machine import CONTROL, Machine, Mask, Step, nothing
 from tests.ptx.matrix import grouped_mma
 from tests.ptx.parser import Instruction, PtxError
+
+BUILDERS = instructions.BUILDERS | conversions.BUILDERS
 
 
 def decode(machine: Machine) -> list[Step]:

@@ -49,6 +49,16 @@ def e4m3_to_f32(bits: Array) -> Array:
     return E4M3[bits]
 
 
+def f32_to_e4m3(values: Array) -> Array:
+    """e4m3 bits (uint8) of fp32 values, rounded to nearest even, at most 448 in size; NaN becomes 0x7F."""
+    values = np.asarray(values, np.float32)
+    size = np.minimum(np.abs(values), np.float32(448))
+    spacing = np.exp2(np.maximum(np.frexp(size)[1] - 4, -9)).astype(np.float32)  # of the numbers around it
+    bits = np.searchsorted(E4M3[:0x7F], np.rint(size / spacing) * spacing).astype(np.uint8)
+    bits = np.where(np.isnan(values), np.uint8(0x7F), bits)
+    return bits | np.where(np.signbit(values), np.uint8(0x80), np.uint8(0))
+
+
 def _e4m3_table() -> Array:
     bits = np.arange(256)
     exponent, fraction = (bits >> 3) & 15, bits & 7

@@ -20,7 +20,7 @@ import math
 import numpy as np
 
 from tests.ptx.decoder import decode
-from tests.ptx.machine import Dim3, Machine
+from tests.ptx.machine import Dim3, Machine, Step
 from tests.ptx.memory import Device
 from tests.ptx.parser import PtxError, parse
 
@@ -60,8 +60,12 @@ class Kernel:
                 executed += machine.run(wave, first, device, packed)
         return executed
 
+    def decoded(self, machine: Machine) -> list[Step]:
+        """The program's instructions as closures; for tests that look into them."""
+        return decode(machine)
+
     def _machine(self, block: Dim3, blocks: int, smem: int, races: bool) -> Machine:
         key = (block, blocks, smem, races)
         if key not in self._machines:
-            self._machines[key] = Machine(self.program, block, blocks, smem, races, decode)
+            self._machines[key] = Machine(self.program, block, blocks, smem, races, self.decoded)
         return self._machines[key]

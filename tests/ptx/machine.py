@@ -1,7 +1,8 @@
 """Runs blocks of a program together, in waves: every thread of every block of the wave is one lane of an array.
 
 Threads that stand at the same instruction run as one; where they part, those at the lowest instruction go first, so
-that they meet again as soon as they can. Threads of one warp are taken to run in step.
+that they meet again as soon as they can. Threads of one warp are taken to run in step; races between them are looked
+for in blocks of one warp.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Machine:
         self.symbols |= local_symbols
         self.local_stride = -(-max(local_bytes, 16) // 16) * 16
         self.local_bytes, self.local = local_bytes, np.zeros(self.lanes * self.local_stride, np.uint8)
-        tracker = RaceTracker(blocks, self.threads // 32, -(-shared_bytes // 16) * 16, granule(program))
+        actors, kind = (32, "thread") if self.threads == 32 else (self.threads // 32, "warp")
+        self.actor_threads = self.threads // actors
+        tracker = RaceTracker(blocks, actors, -(-shared_bytes // 16) * 16, granule(program), kind)
         self.shared = SharedMemory(blocks, self.threads, shared_bytes, tracker if races else None)
         self.special = self._special_registers(block_dim)
         self._allocate_registers()
@@ -190,6 +193,7 @@ class Machine:
         elif instruction.opcode in ("ret", "exit"):
             self.alive &= ~taken
         elif instruction.has("warp"):
+            self._meet_in_warps(taken)
             self._join(pc + 1, taken)
         else:
             self._arrive(instruction, pc, taken)
@@ -208,6 +212,12 @@ class Machine:
         self.expected[lanes] = numbers[1] if len(numbers) > 1 else 0
         self._release(must=False)
 
+    def _meet_in_warps(self, lanes: Array) -> None:
+        """bar.warp.sync: it matters where threads are the actors of races, and holds nobody."""
+        if self.shared.tracker and self.actor_threads == 1:
+            here = lanes.reshape(self.blocks, -1)
+            self.shared.tracker.barrier([(int(j), np.flatnonzero(here[j])) for j in np.flatnonzero(here.any(1))])
+
     def _release(self, must: bool) -> bool:
         """Let go every complete barrier. False: all threads have ended. Raises PtxError for a deadlock if `must`."""
         waiting, expected = self.waiting.reshape(self.blocks, -1), self.expected.reshape(self.blocks, -1)
@@ -222,7 +232,7 @@ class Machine:
                     raise PtxError(f"barrier {barrier}: its threads expect different counts {wanted.tolist()}")
                 if count[block] == (wanted[0] or alive[block]):
                     free[block] |= here[block]
-                    met.append((int(block), np.unique(np.flatnonzero(here[block]) // 32)))
+                    met.append((int(block), np.unique(np.flatnonzero(here[block]) // self.actor_threads)))
         let_go = free.reshape(-1)
         if met:
             if self.shared.tracker:
@@ -294,12 +304,20 @@ class Machine:
 
 
 def place_symbols(symbols: Sequence[Symbol], extern: int, base: int) -> tuple[dict[str, int], int]:
-    """Address of each symbol and the bytes of all. `extern`: bytes of an array that the launch sizes."""
+    """Address of each symbol and the bytes of all. `extern`: bytes of the memory that the launch sizes; every array
+    without a size of its own begins where it does, behind the others."""
     places, end = {}, 0
     for symbol in symbols:
-        start = -(-end // symbol.align) * symbol.align
-        places[symbol.name] = base + start
-        end = start + (extern if symbol.size is None else symbol.size)
+        if symbol.size is not None:
+            start = -(-end // symbol.align) * symbol.align
+            places[symbol.name] = base + start
+            end = start + symbol.size
+    unsized = [symbol for symbol in symbols if symbol.size is None]
+    if unsized:
+        align = max(symbol.align for symbol in unsized)
+        start = -(-end // align) * align
+        places |= {symbol.name: base + start for symbol in unsized}
+        end = start + extern
     return places, end
 
 

@@ -160,7 +160,7 @@ class SharedMemory:
         self.data = np.zeros(blocks * self.stride, np.uint8)
         self.words = {size: self.data.view(kind) for size, kind in WORDS.items()}
         lane = np.arange(blocks * threads)
-        self.warp = lane // 32
+        self.actor = lane if threads == 32 else lane // 32  # as `RaceTracker` counts them
         self.start = lane // threads * self.stride - SHARED_BASE
         self.committed = np.zeros(blocks * threads, np.int64)  # groups that each lane has committed
         self.pending: list[tuple[Array, Array, Array, Array]] = []
@@ -188,13 +188,13 @@ class SharedMemory:
     def load(self, address: Array, lanes: Lanes, size: int) -> Array:
         place = self.position(address, lanes, size)
         if self.tracker:
-            self.tracker.read(place, size, self.warp[lanes])
+            self.tracker.read(place, size, self.actor[lanes])
         return self.words[size][place // size]
 
     def store(self, address: Array, lanes: Lanes, words: Array) -> None:
         place = self.position(address, lanes, words.itemsize)
         if self.tracker:
-            self.tracker.write(place, words.itemsize, self.warp[lanes])
+            self.tracker.write(place, words.itemsize, self.actor[lanes])
         if self.pending and (busy := self.in_flight[_fours(place, words.itemsize)].any(1)).any():
             raise PtxError("store to shared memory that an asynchronous copy is still to fill", int(np.argmax(busy)))
         self.words[words.itemsize][place // words.itemsize] = words
@@ -204,13 +204,13 @@ class SharedMemory:
         size = words.itemsize
         place = self.position(address, lanes, size)
         if self.tracker:
-            self.tracker.copy_starts(place, size, self.warp[lanes])
+            self.tracker.copy_starts(place, size, self.actor[lanes])
         fours = _fours(place, size)
         if self.pending and (busy := self.in_flight[fours].any(1)).any():
             raise PtxError("two asynchronous copies fill the same shared memory", int(np.argmax(busy)))
         self.in_flight[fours] = True
         self.words[1].reshape(-1, size)[place // size] = 0xFF
-        self.pending.append((np.arange(len(self.warp))[lanes], place, words, self.committed[lanes].copy()))
+        self.pending.append((np.arange(len(self.actor))[lanes], place, words, self.committed[lanes].copy()))
 
     def commit(self, lanes: Lanes) -> None:
         self.committed[lanes] += 1
@@ -234,7 +234,7 @@ class SharedMemory:
         for size, copies in landing.items():
             lane, place, words = (np.concatenate(column) for column in zip(*copies, strict=True))
             if self.tracker:
-                self.tracker.copy_lands(place, size, self.warp[lane])
+                self.tracker.copy_lands(place, size, self.actor[lane])
             self.words[size][place // size] = words
             self.in_flight[_fours(place, size)] = False
 

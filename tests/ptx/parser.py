@@ -166,7 +166,7 @@ def _registers(body: str) -> dict[str, str]:
 def _statements(body: str) -> tuple[list[Instruction], dict[str, int]]:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
-    body = re.sub(r"(?<![\w.])\.(reg|shared|local|pragma)\b[^;]*;", "", body)
+    body = re.sub(r"(?<![\w.])\.(reg|extern|shared|local|pragma)\b[^;]*;", "", body)
     for statement in re.sub(r"\s+", " ", body).split(";"):
         rest = statement.strip()
         while rest:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.ptx.formats import bf16_to_f32, e4m3_to_f32, f32_to_bf16
+from tests.ptx.formats import E4M3, bf16_to_f32, e4m3_to_f32, f32_to_bf16, f32_to_e4m3
 from tests.ptx.snippets import evaluate
 
 U16, S16, U32, S32, U64, S64, F16, F32 = (
@@ -120,6 +120,8 @@ CASES = [
     ("cvt.rn.f16x2.f32 y, x0, x1;", (F32(1.5), F32(-2)), U32(0x3E00C000)),
     ("cvt.rn.relu.bf16x2.f32 y, x0, x1;", (F32(1.5), F32(-2)), U32(0x3FC00000)),
     ("cvt.rn.f16x2.e4m3x2 y, x0;", (U16(0x38C0),), U32(0x3C00C000)),
+    ("cvt.rn.satfinite.e4m3x2.f32 y, x0, x1;", (F32(1), F32(-2)), U16(0x38C0)),
+    ("cvt.rn.satfinite.e4m3x2.f32 y, x0, x1;", (F32(-1e9), F32(17)), U16(0xFE58)),
     ("add.rn.f16x2 y, x0, x1;", (U32(0x3C003C00), U32(0x3C004000)), U32(0x40004200)),
     ("fma.rn.bf16x2 y, x0, x1, x2;", (U32(0x40003F80), U32(0x40003F80), U32(0x3F803F80)), U32(0x40A04000)),
     ("neg.bf16x2 y, x0;", (U32(0x3F80BF80),), U32(0xBF803F80)),
@@ -179,3 +181,15 @@ def test_bf16_rounding_is_to_nearest_even():
 def test_e4m3_values():
     codes = np.array([0x00, 0x01, 0x08, 0x38, 0x7E, 0x7F, 0xB8], np.uint8)
     np.testing.assert_array_equal(e4m3_to_f32(codes), np.array([0, 2**-9, 2**-6, 1, 448, NAN, -1], F32))
+
+
+def test_rounding_to_e4m3():
+    codes = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(f32_to_e4m3(E4M3), codes)
+    middle = (E4M3[:0x7E] + E4M3[1:0x7F]) / 2  # ties go to the even code
+    even = codes[:0x7E] + (codes[:0x7E] & 1)
+    for sign, bit in ((1, 0), (-1, 0x80)):
+        np.testing.assert_array_equal(f32_to_e4m3(sign * middle), even | bit)
+        np.testing.assert_array_equal(f32_to_e4m3(sign * np.nextafter(middle, F32(0))), codes[:0x7E] | bit)
+        np.testing.assert_array_equal(f32_to_e4m3(sign * np.nextafter(middle, F32(999))), codes[1:0x7F] | bit)
+    assert f32_to_e4m3(np.array([448.1, 1e9, -np.inf], F32)).tolist() == [0x7E, 0x7E, 0xFE]

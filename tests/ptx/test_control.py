@@ -162,6 +162,28 @@ def test_order_passes_on_through_barriers():
                threads=96, smem=384)  # fmt: skip
 
 
+WARP_BAR = "bar.warp.sync -1;"
+
+
+@pytest.mark.parametrize(("first", "then"), [(WRITE, READ), (COPY, READ), (READ, WRITE), (READ, COPY)])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_threads_of_a_blocks_only_warp_race(first, then, blocks):
+    """Each reads the word of the thread 16 further: a barrier of either kind must lie between."""
+    others, data = OTHERS.replace("32;", "16;", 1), np.arange(32, dtype=np.uint32)
+    with pytest.raises(PtxError, match="race: block 0 of the wave, thread"):
+        launch(f"{MINE} {others} {first} {then} ret;", data, blocks=blocks, smem=128)
+    for between in (WARP_BAR, BAR):
+        launch(f"{MINE} {others} {first} {between} {then} ret;", data, blocks=blocks, smem=128)
+
+
+def test_part_of_a_warp_orders_only_itself():
+    half = "setp.lt.u32 %p1, %r0, 16; @%p1 bar.warp.sync 0xFFFF;"
+    data = np.arange(32, dtype=np.uint32)
+    launch(f"{MINE} {OTHERS.replace('32;', '8;', 1)} {WRITE} {half} @%p1 {READ} ret;", data, smem=128)
+    with pytest.raises(PtxError, match="race: block 0 of the wave, thread"):
+        launch(f"{MINE} {OTHERS.replace('32;', '16;', 1)} {WRITE} {half} @%p1 {READ} ret;", data, smem=128)
+
+
 def test_blocks_that_finish_early_do_not_blur_the_others():
     """Block 0 leaves the loop first; the race of block 2's last round is still seen, and no other is imagined."""
     body = f"""{MINE} {OTHERS} mov.u32 %r10, %ctaid.x; mov.b32 %r11, 0;

@@ -189,7 +189,7 @@ def test_ldmatrix(n, trans):
     data = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
     names = [f"%r{j + 4}" for j in range(n)]
     body = f"""mov.u32 %r1, smem; mad.lo.u32 %r2, %r0, 16, %r1; mul.wide.u32 %d10, %r0, 16; add.s64 %d10, %d10, %d1;
-        cp.async.cg.shared.global [%r2], [%d10], 16; cp.async.wait_all;
+        cp.async.cg.shared.global [%r2], [%d10], 16; cp.async.wait_all; bar.warp.sync -1;
         xor.b32 %r3, %r0, 7; mad.lo.u32 %r3, %r3, 16, %r1;
         ldmatrix.sync.aligned.m8n8.x{n}{".trans" if trans else ""}.shared.b16 {{{", ".join(names)}}}, [%r3];
         {save(names)} ret;"""

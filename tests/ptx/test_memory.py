@@ -67,6 +67,16 @@ def test_shared_memory_is_the_blocks_own():
     np.testing.assert_array_equal(got, 100 * np.arange(20)[:, None] + (np.arange(64) ^ 33))
 
 
+def test_arrays_that_the_launch_sizes_are_one_memory():
+    """They overlap, behind those with a size of their own."""
+    body = """
+        .shared .align 4 .b8 own[4]; .extern .shared .align 8 .b8 other[]; mov.u32 %r1, smem; mov.u32 %r2, other;
+        mov.u32 %r3, own; st.shared.b32 [%r3], 7; st.shared.b32 [%r1+4], 9; bar.sync 0; ld.shared.b32 %r4, [%r2+4];
+        sub.u32 %r5, %r1, %r2; add.u32 %r4, %r4, %r5; ld.shared.b32 %r6, [%r3]; add.u32 %r4, %r4, %r6;
+        st.global.b32 [%d8], %r4; ret;"""
+    assert (launch(body, out=128, smem=8).view(np.uint32) == 16).all()
+
+
 def test_64_bit_shared_addresses():
     body = """
         mov.u64 %d10, smem; cvta.to.shared.u64 %d11, %d10; add.s64 %d11, %d11, %d9; st.shared.b32 [%d11], %r0;
@@ -222,7 +232,7 @@ def test_a_short_source_is_filled_with_zeros():
 
 def test_a_source_that_ends_inside_a_word():
     body = f"""{COPY} and.b32 %r4, %r0, 15; mad.lo.u32 %r2, %r4, 16, %r1; setp.lt.u32 %p1, %r0, 16;
-        @%p1 cp.async.cg.shared.global [%r2], [%d1], 16, 6; cp.async.wait_all;
+        @%p1 cp.async.cg.shared.global [%r2], [%d1], 16, 6; cp.async.wait_all; bar.warp.sync -1;
         ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r2]; st.global.b32 [%d8], %r5; ret;"""
     got = launch(body, np.full(8, 0x11223344, np.uint32), out=128, smem=256).view(np.uint32)
     assert (got == 0x3344).all()

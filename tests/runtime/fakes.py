@@ -27,6 +27,7 @@ from registry.contract import (
 )
 from registry.store import Store, compress
 from runtime.errors import DriverError
+from tests.runtime import cache_kernels
 
 # A table like kernels.dispatch's, but retuning that one changes nothing here.
 TABLE = tuple(
@@ -36,7 +37,8 @@ TABLE = tuple(
     for m, seqlen_q in ((64, 64), (128, None))
 )
 LN2 = 0.6931471805599453
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = cache_kernels.DTYPES
+view = cache_kernels.view
 
 
 def rows() -> tuple[DispatchRow, ...]:
@@ -114,6 +116,7 @@ class FakeDriver:
         self.status: Any = self.success
         self._version = version
         self.refuse_image = False
+        self.resident = (132, 1)
 
     def check(self, status: Any, call: str) -> None:
         if status is not self.success:
@@ -148,6 +151,10 @@ class FakeDriver:
     def allow_dynamic_smem(self, function: Any, nbytes: int) -> None:
         self.calls.append(f"allow_dynamic_smem {nbytes}")
 
+    def resident_blocks(self, device: int, function: Any, threads: int, smem: int) -> tuple[int, int]:
+        self.calls.append("resident_blocks")
+        return self.resident
+
     def launch(self, function: Any, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, smem: int, stream: int,
                params: int, extra: int) -> tuple[Any]:  # fmt: skip
         named = [(name, kind) for name, kind in function["params"]]
@@ -159,17 +166,9 @@ class FakeDriver:
         self.launches.append({"variant": function["symbol"], "grid": (gx, gy, gz), "block": (bx, by, bz), "smem": smem,
                               "stream": stream, "params": values, "extra": extra})  # fmt: skip
         if self.status is self.success:
-            attend(Variant.parse(function["symbol"]), values)
+            variant = Variant.parse(function["symbol"])
+            (attend if variant.op == "fwd" else cache_kernels.KERNELS[variant.op])(variant, values)
         return (self.status,)
-
-
-def _view(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-    """Memory at an address as a tensor."""
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    n = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-    raw = (ctypes.c_byte * (n * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(raw, dtype=dtype).as_strided(shape, strides)
 
 
 def attend(variant: Variant, p: dict[str, Any]) -> None:
@@ -186,10 +185,10 @@ def _rows(p: dict[str, Any], side: str, b: int) -> tuple[int, int]:
     first, n = 0, p[f"seqlen_{side}"]
     if p[f"cu_seqlens_{side}"]:
         assert p[f"{side}_stride_b"] == 0
-        ends = _view(p[f"cu_seqlens_{side}"], torch.int32, (p["batch"] + 1,), (1,)).tolist()
+        ends = view(p[f"cu_seqlens_{side}"], torch.int32, (p["batch"] + 1,), (1,)).tolist()
         first, n = ends[b], ends[b + 1] - ends[b]
     if p[f"seqused_{side}"]:
-        n = min(n, _view(p[f"seqused_{side}"], torch.int32, (p["batch"],), (1,)).tolist()[b])
+        n = min(n, view(p[f"seqused_{side}"], torch.int32, (p["batch"],), (1,)).tolist()[b])
     return first, n
 
 
@@ -202,7 +201,7 @@ def _attend_entry(dtype: torch.dtype, p: dict[str, Any], b: int) -> None:
         start, tokens = first[side]
         steps = p[f"{name}_stride_h"], p[f"{name}_stride_s"], 1
         offset = b * p[f"{name}_stride_b"] + start * p[f"{name}_stride_s"]
-        return _view(p[name] + offset * dtype.itemsize, dtype, (heads, tokens, dim), steps)
+        return view(p[name] + offset * dtype.itemsize, dtype, (heads, tokens, dim), steps)
 
     heads, group = p["heads_q"], p["heads_q"] // p["heads_kv"]
     q, o = tensor("q", "q", heads, p["head_dim"]), tensor("o", "q", heads, p["head_dim_v"])
@@ -215,17 +214,17 @@ def _attend_entry(dtype: torch.dtype, p: dict[str, Any], b: int) -> None:
     i = torch.arange(n[0])[:, None] + n[1] - n[0]
     j = torch.arange(n[1])[None]
     if p["alibi_slopes"]:
-        slopes = _view(p["alibi_slopes"] + 4 * b * p["alibi_stride_b"], torch.float32, (heads,), (1,))
+        slopes = view(p["alibi_slopes"] + 4 * b * p["alibi_stride_b"], torch.float32, (heads,), (1,))
         scores = scores - slopes[:, None, None] * (i - j).abs()
     left, right = (bound if bound < WINDOW_OPEN else 1 << 40 for bound in (p["window_left"], p["window_right"]))
     scores = scores.masked_fill((j < i - left) | (j > i + right), -torch.inf)
     if p["sink"]:
-        sink = _view(p["sink"], dtype if p["sink_low"] else torch.float32, (heads,), (1,)).float()
+        sink = view(p["sink"], dtype if p["sink_low"] else torch.float32, (heads,), (1,)).float()
         scores = torch.cat((scores, sink[:, None, None].expand(-1, n[0], 1)), 2)
     o.copy_(torch.nan_to_num(torch.softmax(scores, -1))[..., : n[1]] @ v.float())
     if p["lse"]:
         start = p["lse"] + 4 * (b * p["lse_stride_b"] + first["q"][0])
-        lse = _view(start, torch.float32, (heads, n[0]), (p["lse_stride_h"], 1))
+        lse = view(start, torch.float32, (heads, n[0]), (p["lse_stride_h"], 1))
         lse.copy_(torch.logsumexp(scores, -1))
 
 

@@ -105,6 +105,17 @@ def test_parameters_are_asked_for_until_there_are_no_more():
         real(cuKernelGetParamInfo=lambda kernel, i: (801, 0, 0)).params("kernel")
 
 
+def test_resident_blocks_are_those_of_each_multiprocessor():
+    asked = []
+    made = real(
+        cuDeviceGet=lambda ordinal: (0, ordinal + 0x10),
+        cuDeviceGetAttribute=lambda name, device: (0, {("count", 0x12): 170}[name, device]),
+        cuOccupancyMaxActiveBlocksPerMultiprocessor=lambda *arguments: asked.append(arguments) or (0, 3),
+    )
+    made._cu.CUdevice_attribute = types.SimpleNamespace(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="count")
+    assert made.resident_blocks(2, "function", 128, 50_000) == (170, 3) and asked == [("function", 128, 50_000)]
+
+
 class Contexts:
     """A thread's stack of current contexts, and how often each device's primary one was retained."""
 
@@ -160,6 +171,7 @@ def test_the_installed_bindings_offer_what_is_used():
         "cuDeviceGetName": 2,
         "cuDeviceGetAttribute": 2,
         "cuDriverGetVersion": 0,
+        "cuOccupancyMaxActiveBlocksPerMultiprocessor": 3,
         "cuGetErrorName": 1,
         "cuGetErrorString": 1,
     }
@@ -172,6 +184,7 @@ def test_the_installed_bindings_offer_what_is_used():
     assert int(cu.CUresult.CUDA_ERROR_INVALID_VALUE) == driver.INVALID_VALUE
     assert cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert int(cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) == 75
+    assert int(cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) == 16
 
 
 def test_without_cuda_bindings(monkeypatch):

@@ -158,7 +158,7 @@ UNSUPPORTED = [
     ("fa2", "return_attn_probs", 3), ("fa2", "page_table", ints(0)), ("fa2", "block_sparse_tensors", SOME),
     ("fa2", "block_sparse_tensors_bwd", SOME), ("fa2", "learnable_sink", torch.zeros(3)), ("fa2", "qv", SOME),
     ("fa2", "k_descale", SOME), ("fa2", "pack_gqa", 7), ("fa2", "return_lse", "yes"), ("fa2", "alibi_slopes", 0.5),
-    ("fa2 varlen", "block_table", ints(0)), ("fa2 varlen", "seqlen_k_per_split", 64), ("fa2 varlen", "dropout_p", 0.5),
+    ("fa2 varlen", "page_table", SOME), ("fa2 varlen", "seqlen_k_per_split", 64), ("fa2 varlen", "dropout_p", 0.5),
     ("fa2 varlen", "scheduler_metadata", SOME), ("fa2 varlen", "seqused_k", ints(1)), ("fa2 varlen", "mask_mod", SOME),
     ("fa2 varlen", "learnable_sink", 3.0), ("fa2 varlen", "max_seqlen_q", torch.tensor(3)),
     ("fa2 varlen", "disable_scheduler_metadata", SOME), ("fa2 varlen", "num_splits", 8),

@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as fwAD
 
 import runtime
 from registry.contract import WINDOW_OPEN, division
-from runtime import arguments, attention, launch, session
+from runtime import arguments, attention, checks, launch, session
 from runtime.errors import ArgumentError, CaptureError, NoKernelError
 from tests.runtime.fakes import FakeBackend, write_registry
 from tests.runtime.test_attention import BF16, reference
@@ -412,7 +412,7 @@ def test_bad_input(backend: FakeBackend, registry: Path, name):
 
 
 def test_slopes_lie_at_most_2_to_the_31_apart(backend: FakeBackend, registry: Path, monkeypatch):
-    monkeypatch.setattr(arguments, "MAX_I32", 200)
+    monkeypatch.setattr(checks, "MAX_I32", 200)
     check(**packed(), alibi_slopes=torch.rand(4, 200)[:, :4])
     with pytest.raises(ArgumentError, match="batch stride 201") as error:
         runtime.flash_attn_varlen(**packed(), alibi_slopes=torch.rand(4, 201)[:, :4])

@@ -1,0 +1,117 @@
+"""`fwd_combine`: the weighted sum of partial outputs whose key sets are disjoint.
+
+With lse_i = log Σ exp(s) over part i, the whole has lse = log Σ exp(lse_i) and o = Σ exp(lse_i − lse) · o_i
+(FlashDecoding, Dao et al. 2023). A warp takes a row: one query head of one token.
+"""
+
+from types import SimpleNamespace
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+
+from kernels.abi import FWD_COMBINE
+from kernels.compile import to_ptx
+from kernels.flash_fwd import DTYPES, LOG2E, named
+from kernels.generate import Generated
+from kernels.place import element
+from kernels.softmax import LN2
+from kernels.validity import combine_invalid
+from registry.contract import ContractError, Grid, Variant
+
+LANE = 4  # columns a lane takes at once: 16 bytes of fp32
+
+
+class Combine:
+    """One variant: the dtype of its output."""
+
+    def __init__(self, variant: Variant):
+        reason = combine_invalid(variant)
+        if reason:
+            raise ContractError(f"{variant.key}: {reason}")
+        self.dtype = cutlass.Float32 if variant.dtype == "fp32" else DTYPES[variant.dtype]
+        self.chunks = variant.head_dim_v // (32 * LANE)
+        self.rows = variant.size("m")
+        self.threads = 32 * self.rows
+
+    @cute.jit
+    def __call__(self, *parameters):
+        self.kernel(parameters).launch(grid=(1, 1, 1), block=(self.threads, 1, 1))
+
+    @cute.kernel
+    def kernel(self, parameters: tuple):
+        call = named(parameters, FWD_COMBINE)
+        tid, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        row = block * self.rows + tid // 32
+        if row < call.rows:
+            self.row(call, row, tid % 32)
+
+    @cute.jit
+    def row(self, call: SimpleNamespace, row: Int32, lane: Int32):
+        token = row // call.heads
+        head = row - token * call.heads
+        entry = token // call.seqlen
+        token = token - entry * call.seqlen
+        start = entry * call.lse_partial_stride_b + token * call.lse_partial_stride_s
+        start = start + head * call.lse_partial_stride_h
+        highest = self.highest(call, start, lane)
+        base = Float32(0.0) if highest == -Float32.inf else highest * LOG2E
+        acc = cute.make_rmem_tensor((LANE, self.chunks), Float32)
+        acc.fill(0.0)
+        total = Float32(0.0)
+        o_row = Int64(row) * call.head_dim_v
+        for split in cutlass.range(call.num_splits, unroll=4):
+            lse = element(call.lse_partial, start + split * call.lse_partial_stride_split)
+            weight = cute.math.exp2(lse * LOG2E - base, fastmath=True)
+            total = total + weight
+            # What has no weight is not read: nobody need have written it.
+            self.add(call, acc, o_row + split * call.o_partial_stride_split, lane, weight)
+        factor = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
+        o_start = entry * call.o_stride_b + token * call.o_stride_s + head * call.o_stride_h
+        self.store(call, acc, o_start, lane, factor)
+        if (call.lse.toint() != 0) & (lane == 0):
+            lse = -Float32.inf if total == 0.0 else (base + cute.math.log2(total, fastmath=True)) * LN2
+            there = entry * call.lse_stride_b + token * call.lse_stride_s + head * call.lse_stride_h
+            cute.make_tensor(call.lse + there, cute.make_layout(1))[0] = lse
+
+    @cute.jit
+    def highest(self, call: SimpleNamespace, start: Int64, lane: Int32) -> Float32:
+        """The largest LSE of a row's parts, in all lanes."""
+        highest = -Float32.inf
+        split = lane
+        while split < call.num_splits:
+            highest = cute.arch.fmax(highest, element(call.lse_partial, start + split * call.lse_partial_stride_split))
+            split = split + 32
+        for step in cutlass.range_constexpr(5):
+            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << step))
+        return highest
+
+    @cute.jit
+    def add(self, call: SimpleNamespace, acc: cute.Tensor, start: Int64, lane: Int32, weight: Float32):
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
+        part = cute.make_rmem_tensor(LANE, Float32)
+        for chunk in cutlass.range_constexpr(self.chunks):
+            column = (chunk * 32 + lane) * LANE
+            if (column < call.head_dim_v) & (weight != 0.0):
+                there = call.o_partial + cute.assume(start + column, divby=LANE)
+                cute.copy(copy, cute.make_tensor(there, cute.make_layout(LANE)), part)
+                acc[None, chunk].store(acc[None, chunk].load() + part.load() * weight)
+
+    @cute.jit
+    def store(self, call: SimpleNamespace, acc: cute.Tensor, start: Int64, lane: Int32, factor: Float32):
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=LANE * self.dtype.width)
+        rO = cute.make_rmem_tensor(LANE, self.dtype)
+        for chunk in cutlass.range_constexpr(self.chunks):
+            column = (chunk * 32 + lane) * LANE
+            if column < call.head_dim_v:
+                rO.store((acc[None, chunk].load() * factor).to(self.dtype))
+                there = call.o + cute.assume(start + column, divby=LANE)
+                cute.copy(copy, rO, cute.make_tensor(there, cute.make_layout(LANE)))
+
+
+def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
+    """Compile one variant to PTX (see `kernels.generate`)."""
+    op = Combine(variant)
+    ptx, entry = to_ptx(op, FWD_COMBINE, {"o": op.dtype}, symbol, dump_dir, vectors=("o_partial", "o"))
+    return Generated(ptx, entry, op.threads, 0, Grid("rows", op.rows))

@@ -1,0 +1,76 @@
+"""Checks of appending to a cache with one variant of kv_append in force; the attention behind it is the table's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from registry.contract import Variant
+from tests.gpu.append_cases import append
+from tests.gpu.dut import Dut
+from tests.gpu.inputs import FAMILIES, Shape, values
+from tests.gpu.paged_checks import FAR_PAGE, append_cases, around_pages
+from tests.gpu.paged_inputs import E4M3, Cache, cache_dtype, canaries, quantised, raw
+from tests.gpu.paged_launch_checks import repeated_append
+from tests.gpu.report import Report, Scale
+
+DIMS = ((128, 128), (64, 64), (192, 128), (256, 256), (48, 32))
+
+
+def append_rows(dut: Dut, key: str, scale: Scale) -> None:
+    """Page sizes × lengths × orders × layouts × rotary × head dims: new rows right, no other byte touched."""
+    report = Report()
+    for case in append_cases(key, scale, _dims(key, scale)):
+        report.call(dut, case)
+    report.done()
+
+
+def rotary(dut: Dut, key: str, scale: Scale) -> None:
+    """Every rotary dim, interleaved and not, and tables that end before the positions do."""
+    report = Report()
+    for seed, dims in enumerate(_dims(key, scale)):
+        for turn, rotary_dim in enumerate(range(16, dims[0] + 1, 48 if scale.thin else 16)):
+            how, rows = ("halves", "interleaved")[turn % 2], (None, 20)[turn // 2 % 2]
+            asked: dict[str, Any] = {"rotary": how, "rotary_dim": rotary_dim, "rows": rows, "seed": seed, "dims": dims}
+            asked["window"] = ((None, None), (None, 0))[turn // 4 % 2]
+            before = around_pages(16, scale)["edges"]
+            report.call(dut, append(key, (4, 2), 3, before, 3, Cache(16), family=FAMILIES[turn % 3], **asked))
+    report.done()
+
+
+def beyond_2g(dut: Dut, key: str, scale: Scale) -> None:
+    """New rows in pages beyond 2³¹ elements: addresses need 64 bits."""
+    report = Report()
+    dims, tokens, heads = _dims(key, scale)[0], 20, 2
+    shape = Shape(2, 2 * heads, heads, tokens, tokens, *dims, Variant.parse(key).dtype)
+    fresh, low = values(shape, "normal", dut.device, 3), cache_dtype(key)
+    row = 2 * heads * max(dims)
+    pages = scale.beyond * 9 // 8 // (FAR_PAGE * row) + 4
+    rows = canaries((pages, FAR_PAGE, row), low, dut.device)
+    table = (pages - 1 - torch.arange(4, device=dut.device)).view(2, 2)
+    token = torch.arange(tokens, device=dut.device)
+    halves = (half.unflatten(-1, (heads, -1)) for half in rows.split(row // 2, -1))
+    k, v = (half[..., :dim] for half, dim in zip(halves, dims, strict=True))
+    dut.kvcache(
+        fresh["q"], k, v, k=fresh["k"], v=fresh["v"], cache_seqlens=torch.zeros_like(table[:, 0]).int(),
+        block_table=table.int(),
+    )  # fmt: skip
+    at = table[:, token // FAR_PAGE], token % FAR_PAGE
+    for name, view in (("k", k), ("v", v)):
+        stored = quantised(fresh[name]) if low == E4M3 else fresh[name]
+        report.expect(torch.equal(raw(view)[at], raw(stored)), f"{name}: not in pages beyond 2^31 elements")
+    report.done()
+
+
+def determinism(dut: Dut, key: str, scale: Scale) -> None:
+    """The same tokens appended again to the same cache leave the same bits."""
+    report = Report()
+    report.note("appending", repeated_append(dut, key, scale, _dims(key, scale)[0]))
+    report.done()
+
+
+def _dims(key: str, scale: Scale) -> tuple[tuple[int, int], ...]:
+    variant = Variant.parse(key)
+    fitting = tuple(dims for dims in DIMS if dims[0] <= variant.head_dim and dims[1] <= variant.head_dim_v)
+    return fitting[-1:] if scale.thin else fitting

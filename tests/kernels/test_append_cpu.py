@@ -1,0 +1,308 @@
+"""The PTX of `kv_append` against fp64: what it writes into the cache, and that it writes and reads nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernels import dispatch
+from kernels.abi import KV_APPEND
+from registry.contract import Variant, division
+from tests.kernels.arrays import Strided
+from tests.kernels.cases import of
+from tests.kernels.faults import Switchable, shifted
+from tests.kernels.launch import Compiled, put_exact
+from tests.kernels.paged import UNUSED, kv_dtype
+from tests.ptx.interpreter import Device, Kernel, PtxError
+from tests.reference import Array, decode, encode, misrounded, rotate
+
+VARIANTS = [variant for variant in dispatch.variants() if variant.op == "kv_append"]
+SKELETONS = [variant for variant in VARIANTS if variant.dtype == "bf16"]
+PAGES = 7
+
+
+@dataclass(frozen=True)
+class Append:
+    """One call. had: lengths before it, () for none; room: tokens of an entry's row of pages; page_size: 0 for one page
+    an entry. new, queries: tokens of k_new and v_new and of q, 0 for no such input. halves: K and V are halves of one
+    array; heads_first: all arrays are (…, heads, tokens, dim) in memory; descale: '', 'heads' or 'entries', for e4m3.
+    """
+
+    had: tuple[int, ...] = (0, 5, 17)
+    new: int = 3
+    queries: int = 0
+    room: int = 32
+    page_size: int = 16
+    batch: int = 3
+    heads_q: int = 4
+    heads_kv: int = 2
+    head_dim: int = 64
+    head_dim_v: int = 64
+    rotary_dim: int = 0
+    rotary_rows: int = 64
+    interleaved: bool = False
+    still: bool = False
+    halves: bool = False
+    heads_first: bool = False
+    descale: str = ""
+    factor: float = 1.0
+
+    def positions(self, entry: int) -> Array:
+        """Of the new tokens in the cache."""
+        return (self.had[entry] if self.had else 0) + np.arange(self.new)
+
+    def query_positions(self, entry: int) -> Array:
+        return (self.had[entry] if self.had else 0) + np.arange(self.queries) * (not self.still)
+
+
+CASES = {
+    "plain": Append(),
+    "one-token-rotated": Append(new=1, queries=1, rotary_dim=64, had=(0, 15, 16)),
+    "interleaved": Append(new=5, queries=5, rotary_dim=32, interleaved=True, heads_first=True, page_size=3, room=33),
+    "still": Append(new=2, queries=7, rotary_dim=48, still=True, head_dim=72, head_dim_v=40, page_size=1, room=29),
+    "halves": Append(halves=True, page_size=48, room=48, rotary_dim=64, head_dim=128, head_dim_v=128, queries=2),
+    "no-table": Append(page_size=0, room=24, rotary_dim=16, heads_first=True, head_dim=192, head_dim_v=128, queries=1),
+    "full": Append(had=(30, 32, 40), new=4, rotary_dim=16, queries=2),
+    "garbage-lengths": Append(had=(-3, -(2**31), 2**31 - 9), rotary_dim=16, rotary_rows=9, queries=3),
+    "empty-cache": Append(had=(), new=6, head_dim=256, head_dim_v=256, rotary_dim=256, queries=6),
+    "queries-alone": Append(new=0, queries=9, rotary_dim=64, heads_q=7),
+    "last-angle": Append(rotary_dim=32, rotary_rows=10, interleaved=True, queries=3),
+    "scaled": Append(descale="heads", factor=300.0, rotary_dim=64, halves=True),
+    "scaled-entries": Append(descale="entries", factor=0.01, page_size=3, room=24, heads_first=True),
+}
+
+
+def cases(variant: Variant) -> dict[str, Append]:
+    """Head dims as the cache's dtype wants them."""
+    if kv_dtype(variant) != "e4m3":
+        return {name: replace(case, descale="") for name, case in CASES.items()}
+    return {
+        name: replace(case, head_dim=case.head_dim // 16 * 16, head_dim_v=case.head_dim_v // 16 * 16)
+        for name, case in CASES.items()
+    }
+
+
+class Call:
+    """A call's inputs, the memory that they lie in, and what its outputs should be."""
+
+    def __init__(self, case: Append, variant: Variant):
+        self.case, self.dtype, self.cache = case, variant.dtype, kv_dtype(variant)
+        self.device, self.random = Device(), np.random.default_rng(0)
+        self.values: dict[str, Any] = dict.fromkeys((p.name for p in KV_APPEND.params), 0)
+        magic, shift = division(case.page_size or case.room)
+        self.values |= {"page_magic": magic, "page_shift": shift, "page_size": case.page_size or case.room}
+        self.values |= {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv}
+        self.values |= {"seqlen_new": case.new, "seqlen_q": case.queries, "seqlen_k": case.room}
+        self.values |= {"head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "rotary_dim": case.rotary_dim}
+        self.values |= {"interleaved": int(case.interleaved), "q_still": int(case.still)}
+        self.places()
+        self.angles()
+        self.tensors()
+
+    def places(self) -> None:
+        """The page table and the lengths; page and row of each new token, and which have a place at all."""
+        case = self.case
+        if case.had:
+            self.values["seqused_k"] = put_exact(self.device, np.array([case.had], np.int64).astype(np.int32))
+        position = np.array([case.positions(b) for b in range(case.batch)]).reshape(case.batch, case.new)
+        self.kept = (position >= 0) & (position < case.room)
+        size = case.page_size or case.room
+        number, self.row = np.where(self.kept, position // size, 0), np.where(self.kept, position % size, 0)
+        self.page = np.broadcast_to(np.arange(case.batch)[:, None], number.shape)
+        self.pages = case.batch
+        if case.page_size:
+            columns = case.room // case.page_size
+            used = np.zeros((case.batch, columns), bool)
+            used[np.nonzero(self.kept)[0], number[self.kept]] = True
+            self.pages = int(used.sum()) + 2
+            table = np.resize(np.array(UNUSED, np.int64), used.shape)
+            table[used] = self.random.permutation(self.pages)[: used.sum()]
+            placed = Strided(self.device, table.astype(np.int32).view(np.uint32), used, pad=3)
+            self.values |= {"page_table": placed.address, "page_table_stride": placed.strides[0]}
+            self.page = np.where(self.kept, np.take_along_axis(table, number, 1), 0)
+
+    def angles(self) -> None:
+        """Cosines and sines, with nothing around them that may be read."""
+        case, half = self.case, self.case.rotary_dim // 2
+        angles = self.random.uniform(0, 7, (case.rotary_rows, half))
+        self.cos, self.sin = (decode(encode(f(angles), self.dtype), self.dtype) for f in (np.cos, np.sin))
+        if half:
+            for name, table in (("rotary_cos", self.cos), ("rotary_sin", self.sin)):
+                placed = Strided(self.device, encode(table, self.dtype))
+                self.values |= {name: placed.address, "rotary_stride": placed.strides[0]}
+            self.values["rotary_rows"] = case.rotary_rows
+
+    def tensors(self) -> None:
+        """k_new, v_new, q and the memory of k, v and q_out."""
+        case, order = self.case, (0, 2, 1) if self.case.heads_first else (0, 1, 2)
+        self.inputs: dict[str, Array] = {}
+        shapes = {
+            "k_new": (case.batch, case.new, case.heads_kv, case.head_dim),
+            "v_new": (case.batch, case.new, case.heads_kv, case.head_dim_v),
+            "q": (case.batch, case.queries, case.heads_q, case.head_dim),
+        }
+        for name, shape in shapes.items():
+            bits = encode(case.factor * self.random.standard_normal(shape), self.dtype)
+            self.inputs[name] = decode(bits, self.dtype)
+            if shape[1]:
+                self.values |= Strided(self.device, bits, order=order).named(name, "bsh")
+        kind = np.uint8 if self.cache == "e4m3" else np.uint16
+        rows = (self.pages, case.page_size or case.room, case.heads_kv)
+        if case.halves:
+            both = np.full((rows[0], 2, *rows[1:], max(case.head_dim, case.head_dim_v)), 0x55, kind)
+            self.both = Strided(self.device, both, False)
+            _, stride_half, stride_s, stride_h, _ = self.both.strides
+            strides = {"b": self.both.strides[0], "s": stride_s, "h": stride_h}
+            for name, half in (("k", 0), ("v", 1)):
+                self.values |= {f"{name}_stride_{axis}": stride for axis, stride in strides.items()}
+                self.values[name] = self.both.address + half * stride_half * both.itemsize
+        else:
+            self.apart = [
+                Strided(self.device, np.full((*rows, dim), 0x55, kind), False, order)
+                for dim in (case.head_dim, case.head_dim_v)
+            ]
+            self.values |= self.apart[0].named("k", "bsh") | self.apart[1].named("v", "bsh")
+        nothing = np.full(shapes["q"], 0xFFFF, np.uint16)
+        self.q_out = Strided(self.device, nothing, False, order) if case.queries else None
+        self.values |= self.q_out.named("q_out", "bsh") if self.q_out else {}
+        self.descales = np.ones((2, 1, case.heads_kv), np.float32)
+        if case.descale:
+            self.descales = self.random.uniform(0.5, 2, (2, case.batch, case.heads_kv)).astype(np.float32)
+            self.descales = self.descales[:, : 1 if case.descale == "heads" else None]
+            for name, rows_of in zip(("k_descale", "v_descale"), self.descales, strict=True):
+                stride = case.heads_kv + 1 if case.descale == "entries" else 0
+                self.values |= {name: put_exact(self.device, rows_of), f"{name}_stride_b": stride}
+
+    def caches(self) -> tuple[Array, Array]:
+        """k and v as the launch left them, in bits."""
+        if self.case.halves:
+            both = self.both.result()
+            return both[:, 0, ..., : self.case.head_dim], both[:, 1, ..., : self.case.head_dim_v]
+        return self.apart[0].result(), self.apart[1].result()
+
+    def stray(self) -> int:
+        """Elements that changed though none of the new tokens belongs there."""
+        mine = np.zeros((self.pages, self.case.page_size or self.case.room, 1, 1), bool)
+        mine[self.page[self.kept], self.row[self.kept]] = True
+        if self.case.halves:
+            dims = np.array([self.case.head_dim, self.case.head_dim_v])[:, None, None, None]
+            return self.both.stray(mine[:, None] & (np.arange(dims.max()) < dims))
+        return sum(cache.stray(mine) for cache in self.apart)
+
+    def problems(self) -> str:
+        """What is wrong with what the launch left behind; '' if nothing is."""
+        case, wrong = self.case, {"stray": self.stray() + (self.q_out.stray() if self.q_out else 0)}
+        for which, (name, bits) in enumerate(zip(("k_new", "v_new"), self.caches(), strict=True)):
+            got = decode(bits[self.page, self.row], self.cache)
+            descales = self.descales[which][:, None, :, None]
+            values = [
+                self.turned(self.inputs[name][b], case.positions(b)) if name == "k_new" else
+                (self.inputs[name][b].astype(np.float64), np.zeros(self.inputs[name][b].shape))
+                for b in range(case.batch)
+            ]  # fmt: skip
+            exact, size = (np.stack(column) / descales for column in zip(*values, strict=True))
+            size = size + np.abs(exact) * bool(case.descale)
+            wrong[name] = misrounded(got[self.kept], exact[self.kept], size[self.kept], self.cache)
+        if self.q_out:
+            turned = [self.turned(self.inputs["q"][b], case.query_positions(b)) for b in range(case.batch)]
+            exact, size = (np.stack(column) for column in zip(*turned, strict=True))
+            wrong["q"] = misrounded(decode(self.q_out.result(), self.dtype), exact, size, self.dtype)
+        return ", ".join(f"{count} wrong of {name}" for name, count in wrong.items() if count)
+
+    def turned(self, x: Array, positions: Array) -> tuple[Array, Array]:
+        return rotate(x, self.cos, self.sin, positions, self.case.interleaved)
+
+
+def problems(
+    compiled: Compiled, case: Append, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
+) -> str:
+    """What is wrong with the result; '' if nothing is."""
+    call, artifact = Call(case, compiled.variant), compiled.artifact
+    rows = 2 * case.batch * case.new * case.heads_kv + case.batch * case.queries * case.heads_q
+    try:
+        (kernel or compiled.kernel).run(
+            call.device, grid=(artifact.grid.blocks({"rows": rows}), 1, 1), block=(artifact.threads, 1, 1),
+            params=KV_APPEND.pack(call.values | dict(changed or {})), smem=artifact.smem,
+        )  # fmt: skip
+    except PtxError as error:
+        return str(error)
+    return call.problems()
+
+
+@pytest.mark.parametrize("name", CASES)
+@of(VARIANTS)
+def test_append(variant: Variant, name: str, variant_of: Callable[[str], Compiled]):
+    assert problems(variant_of(variant.key), cases(variant)[name]) == ""
+
+
+@of(SKELETONS)
+def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Every comparison of registers is met with equal sides, and then a shift of it is caught."""
+    compiled = variant_of(variant.key)
+    kernel, equal = Switchable(compiled.ptx, shifted), {}
+    for case in cases(variant).values():
+        assert problems(compiled, case, kernel) == ""
+        equal[case] = set(kernel.equal)
+    assert len(set().union(*equal.values())) == len(kernel.places) >= 5
+    left = kernel.survivors(equal, lambda case: problems(compiled, case, kernel))
+    assert [kernel.text(number) for number in left] == []
+
+
+FALSE_PARAMETERS: list[tuple[str, str, dict[str, int]]] = [
+    ("room-missing", "full", {"seqlen_k": 31}),
+    ("room-beyond", "full", {"seqlen_k": 33}),
+    ("tokens", "interleaved", {"seqlen_new": 4}),
+    ("queries", "interleaved", {"seqlen_q": 4}),
+    ("heads", "interleaved", {"heads_kv": 1}),
+    ("heads-of-queries", "interleaved", {"heads_q": 3}),
+    ("entries", "plain", {"batch": 2}),
+    ("columns", "plain", {"head_dim": 48}),
+    ("columns-of-v", "plain", {"head_dim_v": 48}),
+    ("columns-beyond", "plain", {"head_dim": 80}),
+    ("rotated-columns", "interleaved", {"rotary_dim": 48}),
+    ("rows-of-angles", "last-angle", {"rotary_rows": 11}),
+    ("rows-of-angles-missing", "last-angle", {"rotary_rows": 9}),
+    ("interleaved", "interleaved", {"interleaved": 0}),
+    ("still", "interleaved", {"q_still": 1}),
+    ("page-size", "interleaved", {"page_size": 4}),
+    ("page-division", "interleaved", {"page_magic": division(4)[0]}),
+    ("page-shift", "interleaved", {"page_shift": division(3)[1] + 1}),
+    ("lengths", "plain", {"seqused_k": 0}),
+    ("table", "plain", {"page_table": 0}),
+    ("no-new", "plain", {"k_new": 0}),
+    ("no-queries", "interleaved", {"q": 0}),
+    *[
+        (name, "interleaved", {name: 48})
+        for name in (p.name for p in KV_APPEND.params)
+        if "stride" in name and "descale" not in name
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
+)
+def test_false_parameters(name: str, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
+    variant = SKELETONS[0]
+    assert problems(variant_of(variant.key), cases(variant)[name], changed=changed) != ""
+
+
+@pytest.mark.parametrize("changed", [{"k_descale": 0}, {"v_descale": 0}, {"k_descale_stride_b": 0},
+                                     {"v_descale_stride_b": 0}], ids=str)  # fmt: skip
+def test_false_descales(changed: dict[str, int], variant_of: Callable[[str], Compiled]):
+    variant = next(v for v in SKELETONS if kv_dtype(v) == "e4m3")
+    assert problems(variant_of(variant.key), cases(variant)["scaled-entries"], changed=changed) != ""
+
+
+@of(VARIANTS)
+def test_parameters_follow_the_abi(variant: Variant, variant_of: Callable[[str], Compiled]):
+    program = variant_of(variant.key).kernel.program
+    assert tuple(program.params.values()) == KV_APPEND.layout
+
+
+def test_caches_of_both_kinds():
+    assert [kv_dtype(v) for v in VARIANTS] == ["bf16", "e4m3", "fp16", "e4m3"]

@@ -1,0 +1,189 @@
+"""As test_planted_faults, for the paged forward: would its checks notice?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import pytest
+
+from kernels.abi import FWD_PAGED
+from registry.contract import Variant, division
+from tests.kernels import faults
+from tests.kernels.cases import of, packed
+from tests.kernels.faults import Fault
+from tests.kernels.launch import Compiled
+from tests.kernels.paged import PagedCase, expected, kv_dtype, run
+from tests.kernels.test_paged_cpu import SKELETONS
+from tests.ptx.interpreter import Kernel, PtxError
+from tests.reference import yardstick
+
+# For what is not about stages.
+SMALLEST = list({v.features: v for v in sorted(SKELETONS, key=lambda v: (-v.size("m"), -v.head_dim))}.values())
+
+
+def probes(variant: Variant) -> list[PagedCase]:
+    """Small calls that between them bring every thread to the edge of its rows, keys, pages, columns and entries."""
+    m, n = variant.size("m"), variant.size("n")
+    one = PagedCase("", 1, 6 * n, 1, 1)
+    unit = 16 if kv_dtype(variant) == "e4m3" else 8
+    # A key's row among those that a thread copies, at both ends of a window that begins in the last block or before it.
+    lengths = tuple(range(2 * n, 3 * n))
+    ends = [replace(one, batch=n, seqused_k=lengths, window=(left, 0), pages="shared") for left in (n - 1, 3)]
+    ragged = [
+        replace(one, seqlen_q=16 * j + 5, batch=4, page_size=size, seqused_k=used, window=window, head_dim=16)
+        for j in range(m // 16)
+        for size, used, window in (
+            (1, (2 * n + 3, n, n + 1, 1), (None, None)),
+            (0, (3 * n - 3, n - 1, 0, 2 * n), (None, 0)),
+            (16, (3 * n + 9, n + 8, 2 * n + 7, 5), (n // 2 + 3, 9)),
+        )
+    ]
+    shifts = [start + by for start in range(0, n, m) for by in (0, 8)]
+    edges = [replace(one, seqlen_q=m, seqused_k=(m + 2 * n,), window=(n + 1 + by, 5 + by - n)) for by in shifts]
+    # Two blocks at the right edge, and at the left one, with others between them; pages that blocks do not divide.
+    between = [
+        replace(one, seqlen_q=max(m, n), seqused_k=(5 * n + 8,), window=window, page_size=48)
+        for window in ((None, 0), (2 * n + 8, 5))
+    ]
+    splits = [
+        replace(one, seqlen_q=q, heads_q=2, batch=3, pack=True, splits=splits, seqused_k=(6 * n, n + 1, 0), page_size=n,
+                sink="fp32", window=(None, right))
+        for splits, q, right in ((3, m + 1, None), (7, 2, 0))
+    ]  # fmt: skip
+    most = max(variant.head_dim, variant.head_dim_v)
+    columns = [
+        replace(one, seqlen_q=m, seqused_k=(2 * n + 9,), splits=splits,
+                head_dim=min(dim, variant.head_dim), head_dim_v=min(dim, variant.head_dim_v))
+        for splits, step in ((1, 32), (2, unit))  # one in each panel, and every end of a partial output
+        for dim in range(unit, most, step)
+    ]  # fmt: skip
+    entries = [packed_queries((m, 0, 9), (n + 9, 5, 3)), packed_queries((1, 0, 2, 5) * 10, (3, 9, 0, 8) * 10)]
+    behind = replace(packed_queries((m + 9, 0), (60, 0)), cu_seqlens_q=(0, m + 9, 0))  # a tile behind an entry's last
+    no_keys = replace(one, seqlen_q=5, seqused_k=(0,))
+    return [*ends, *ragged, *edges, *between, *splits, *columns, *entries, behind, no_keys]
+
+
+def packed_queries(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> PagedCase:
+    seqlen_q, cu_seqlens_q = packed(lengths_q)
+    return PagedCase("", seqlen_q, 64, 1, 1, batch=len(lengths_q), cu_seqlens_q=cu_seqlens_q, seqused_k=lengths_k)
+
+
+def caught(
+    compiled: Compiled, cases: Iterable[PagedCase], kernel: Kernel | None = None, changed: dict[str, int] | None = None
+) -> str:
+    """What gave the fault away, or '' if nothing did."""
+    for case in cases:
+        try:
+            outcome = run(compiled, case, kernel, changed)
+        except PtxError as error:
+            return str(error)
+        out, lse = outcome.combined(compiled.variant.dtype)
+        problems = yardstick(out, expected(case, compiled.variant), lse)
+        if problems or outcome.stray:
+            return "; ".join(problems) or f"{outcome.stray} stray bytes"
+    return ""
+
+
+def survivors(compiled: Compiled, found: list[Fault]) -> list[Fault]:
+    """The faults that nothing caught."""
+    cases = probes(compiled.variant)
+    return faults.survivors(found, lambda kernel: caught(compiled, cases, kernel))
+
+
+@of(SKELETONS)
+def test_the_sound_kernel_passes(variant: Variant, variant_of: Callable[[str], Compiled]):
+    assert caught(variant_of(variant.key), probes(variant)) == ""
+
+
+@of(SKELETONS)
+def test_dropped_barriers(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Of blocks of one warp too, in which they order the warp's own threads."""
+    compiled = variant_of(variant.key)
+    found = faults.dropped_barriers(compiled.ptx)
+    assert len(found) >= 2
+    assert survivors(compiled, found) == []
+
+
+@of(SKELETONS)
+def test_weakened_waits(variant: Variant, variant_of: Callable[[str], Compiled]):
+    compiled = variant_of(variant.key)
+    found = faults.weakened_waits(compiled.ptx)
+    assert len(found) >= 2
+    assert survivors(compiled, found) == []
+
+
+@of(SMALLEST)
+def test_unbounded_copies(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Nothing of a page behind an entry's last key is read, and no column past head_dim, by any thread."""
+    compiled = variant_of(variant.key)
+    kernel = faults.Switchable(compiled.ptx, faults.unbounded)
+    assert len(kernel.places) >= 10
+    every = dict.fromkeys(probes(variant), range(len(kernel.places)))
+    left = kernel.survivors(every, lambda case: caught(compiled, [case], kernel))
+    assert [kernel.text(number) for number in left] == []
+
+
+@of(SMALLEST)
+def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Whatever can make a difference in these calls, because its two sides are equal at times, is caught."""
+    compiled, kernel = variant_of(variant.key), faults.Switchable(variant_of(variant.key).ptx, faults.shifted)
+    steps, equal = {}, {}
+    for case in probes(variant):
+        steps[case], equal[case] = run(compiled, case, kernel).steps, set(kernel.equal)
+    slow, wrong = [], []
+    for number in kernel.survivors(equal, lambda case: caught(compiled, [case], kernel)):
+        kernel.on = number
+        wasteful = any(run(compiled, case, kernel).steps > steps[case] for case in steps if number in equal[case])
+        (slow if wasteful else wrong).append(kernel.text(number))
+    assert wrong == []
+    assert len(slow) <= 2, "bounds that only save work"
+    # Never equal: odd columns and head dims, and the last key with rows of a block that is not the last.
+    reached = set().union(*equal.values())
+    assert len(reached) > 0.6 * len(kernel.places), "bounds that nothing reaches: remove them, or probe them"
+
+
+CALL = PagedCase("", 3, 80, 4, 2, batch=2, seqused_k=(75, 37), window=(None, 0))
+FALSE_PARAMETERS: list[tuple[str, PagedCase, dict[str, int]]] = [
+    ("table", CALL, {"page_table": 0}),
+    ("table-stride", CALL, {"page_table_stride": 0}),
+    ("page-size", CALL, {"page_size": 15}),
+    ("page-division", CALL, {"page_magic": division(15)[0]}),
+    ("page-shift", CALL, {"page_shift": division(16)[1] + 1}),
+    ("used", CALL, {"seqused_k": 0}),
+    ("new-missing", replace(CALL, new=2), {"seqlen_k_new": 1}),
+    ("new-beyond", CALL, {"seqlen_k_new": 1}),
+    ("room-missing", replace(CALL, seqused_k=()), {"seqlen_k": 79}),
+    ("room-beyond", replace(CALL, seqused_k=()), {"seqlen_k": 81}),
+    ("fewer-splits", replace(CALL, splits=3), {"num_splits": 2}),
+    ("more-splits", replace(CALL, splits=2), {"num_splits": 3}),
+    ("group", CALL, {"heads_kv": 1}),
+    ("column-beyond", replace(CALL, head_dim=32), {"head_dim": 48}),
+    ("column-missing", replace(CALL, head_dim=32), {"head_dim": 16}),
+    ("column-beyond-of-v", replace(CALL, head_dim_v=32), {"head_dim_v": 48}),
+    ("column-missing-of-v", replace(CALL, head_dim_v=32), {"head_dim_v": 16}),
+    ("window", CALL, {"window_right": 1}),
+    ("packed-group", replace(CALL, pack=True), {"pack": 1}),
+    ("softcap", replace(CALL, softcap=5.0), {"softcap_scale": 0}),
+    ("sink", replace(CALL, sink="fp32"), {"sink": 0}),
+    ("sink-of-splits", replace(CALL, sink="fp32", splits=3), {"sink": 0}),
+    ("alibi", replace(CALL, alibi="heads"), {"alibi_slopes": 0}),
+    ("alibi-of-each-entry", replace(CALL, alibi="entries"), {"alibi_stride_b": 0}),
+    ("k-descale", replace(CALL, descale="heads"), {"k_descale": 0}),
+    ("v-descale", replace(CALL, descale="heads"), {"v_descale": 0}),
+    ("k-descale-of-each-entry", replace(CALL, descale="entries"), {"k_descale_stride_b": 0}),
+    ("v-descale-of-each-entry", replace(CALL, descale="entries"), {"v_descale_stride_b": 0}),
+    *[(name, CALL, {name: 16}) for name in (p.name for p in FWD_PAGED.params)
+      if "_stride_" in name and "descale" not in name and "alibi" not in name and "split" not in name],
+    *[(name, replace(CALL, splits=3), {name: 16}) for name in ("o_stride_split", "lse_stride_split")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
+)
+def test_false_parameters(case: PagedCase, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
+    """On an e4m3 cache, which has every parameter."""
+    compiled = variant_of(next(v for v in SKELETONS if kv_dtype(v) == "e4m3").key)
+    assert caught(compiled, [case]) == ""
+    assert caught(compiled, [case], changed=changed) != ""

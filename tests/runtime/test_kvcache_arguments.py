@@ -1,0 +1,146 @@
+"""`flash_attn_with_kvcache`: FlashAttention-2's signature, and what is refused under its names."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+
+import runtime
+from runtime import launch
+from runtime.errors import ArgumentError
+from tests.runtime.cache_kernels import write_cache_registry
+from tests.runtime.fakes import FakeBackend
+from tests.runtime.test_attention import BF16
+from tests.runtime.test_varlen import ints, tensor_at
+
+FA2 = (
+    "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad block_table softmax_scale "
+    "causal window_size softcap rotary_interleaved alibi_slopes num_splits return_softmax_lse"
+)
+E4M3 = torch.float8_e4m3fn
+SOME = object()
+
+
+def t(*shape, dtype=BF16, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def call(**changes):
+    """A call that appends with rotary embedding, changed."""
+    new, angle = t(2, 1, 2, 64), t(9, 16)
+    given = {"q": t(2, 1, 4, 64), "k_cache": t(6, 4, 2, 64), "v_cache": t(6, 4, 2, 64), "k": new, "v": new.clone(),
+             "rotary_cos": angle, "rotary_sin": angle, "cache_seqlens": ints(3, 5),
+             "block_table": ints(0, 1, 2, 3).view(2, 2)}  # fmt: skip
+    return given | changes
+
+
+def fp8(**changes):
+    return call(k_cache=t(6, 4, 2, 64, dtype=E4M3), v_cache=t(6, 4, 2, 64, dtype=E4M3), **changes)
+
+
+def test_positional_order_is_upstream_s(backend: FakeBackend, tmp_path: Path):
+    """Flash-attention 0251105a, flash_attn_interface.py."""
+    parameters = inspect.signature(runtime.flash_attn_with_kvcache).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == FA2.split()
+    defaults = {p.name: p.default for p in parameters}
+    assert (defaults["window_size"], defaults["rotary_interleaved"], defaults["num_splits"]) == ((-1, -1), True, 0)
+
+
+CASES = {
+    "leftpad": (call(cache_leftpad=ints(0, 0)), "cache_leftpad", "unsupported"),
+    "q kind": (call(q=[[1.0]]), "q", "type"),
+    "q kind and an int": (call(q=None, cache_seqlens=3), "q", "type"),
+    "q packed": (call(q=t(2, 4, 64)), "q", "rank"),
+    "cache kind": (call(k_cache=None), "k_cache", "type"),
+    "cache rank": (call(v_cache=t(6, 4, 64)), "v_cache", "rank"),
+    "cache dtype": (call(k_cache=t(6, 4, 2, 64, dtype=torch.float16)), "k_cache", "dtype"),
+    "caches of two dtypes": (call(v_cache=t(6, 4, 2, 64, dtype=E4M3)), "v_cache", "dtype"),
+    "caches of two shapes": (call(v_cache=t(5, 4, 2, 64)), "v_cache", "shape"),
+    "cache head_dim": (call(k_cache=t(6, 4, 2, 32)), "k_cache", "shape"),
+    "cache heads": (call(q=t(2, 1, 5, 64)), "q", "heads"),
+    "cache stride": (call(k_cache=t(6, 4, 2, 68)[..., :64]), "k_cache", "stride"),
+    "fp8 cache stride": (fp8() | {"k_cache": t(6, 4, 2, 72, dtype=E4M3)[..., :64]}, "k_cache", "stride"),
+    "fp8 head_dim": (fp8() | {"q": t(2, 1, 4, 72), "k_cache": t(6, 4, 2, 72, dtype=E4M3)}, "q", "head_dim"),
+    "expanded cache": (call(v_cache=t(1, 4, 2, 64).expand(6, 4, 2, 64)), "v_cache", "overlap"),
+    "entries": (call(block_table=None, k_cache=t(1, 4, 2, 64), v_cache=t(1, 4, 2, 64)), "k_cache", "shape"),
+    "k alone": (call(v=None), "v", "value"),
+    "v alone": (call(k=None), "k", "value"),
+    "k shape": (call(k=t(2, 1, 4, 64)), "k", "shape"),
+    "k batch": (call(k=t(1, 1, 2, 64)), "k", "shape"),
+    "v length": (call(v=t(2, 2, 2, 64)), "v", "shape"),
+    "k dtype": (call(k=t(2, 1, 2, 64, dtype=torch.float16)), "k", "dtype"),
+    "v stride": (call(v=t(2, 1, 2, 68)[..., :64]), "v", "stride"),
+    "no lengths": (call(cache_seqlens=None), "cache_seqlens", "value"),
+    "lengths dtype": (call(cache_seqlens=torch.tensor([3, 5])), "cache_seqlens", "dtype"),
+    "lengths shape": (call(cache_seqlens=ints(3)), "cache_seqlens", "shape"),
+    "negative length": (call(cache_seqlens=-1), "cache_seqlens", "value"),
+    "lengths kind": (call(cache_seqlens=[3, 5]), "cache_seqlens", "type"),
+    "cos alone": (call(rotary_sin=None), "rotary_sin", "value"),
+    "sin alone": (call(rotary_cos=None), "rotary_cos", "value"),
+    "rotary alone": (call(k=None, v=None), "rotary_cos", "value"),
+    "rotary_dim": (call(rotary_cos=t(9, 12), rotary_sin=t(9, 12)), "rotary_cos", "shape"),
+    "rotary_dim beyond": (call(rotary_cos=t(9, 40), rotary_sin=t(9, 40)), "rotary_cos", "shape"),
+    "no positions": (call(rotary_cos=t(0, 16), rotary_sin=t(0, 16)), "rotary_cos", "shape"),
+    "sin shape": (call(rotary_sin=t(8, 16)), "rotary_sin", "shape"),
+    "sin stride": (call(rotary_sin=t(9, 32)[:, :16]), "rotary_sin", "stride"),
+    "cos dtype": (call(rotary_cos=t(9, 16, dtype=torch.float32)), "rotary_cos", "dtype"),
+    "interleaved": (call(rotary_interleaved="yes"), "rotary_interleaved", "type"),
+    "table rank": (call(block_table=ints(0, 1)), "block_table", "rank"),
+    "table dtype": (call(block_table=torch.zeros(2, 2, dtype=torch.int64)), "block_table", "dtype"),
+    "table batch": (call(block_table=ints(0, 1).view(1, 2)), "block_table", "shape"),
+    "table and index": (call(cache_batch_idx=ints(0, 1)), "cache_batch_idx", "value"),
+    "index kind": (call(block_table=None, cache_batch_idx=[0, 1]), "cache_batch_idx", "type"),
+    "index dtype": (call(block_table=None, cache_batch_idx=torch.tensor([0, 1])), "cache_batch_idx", "dtype"),
+    "index shape": (call(block_table=None, cache_batch_idx=ints(0)), "cache_batch_idx", "shape"),
+    "descale of bf16": (call(v_descale=torch.ones(2)), "v_descale", "unsupported"),
+    "descale shape": (fp8(v_descale=torch.ones(4)), "v_descale", "shape"),
+    "descale dtype": (fp8(k_descale=torch.ones(2, dtype=BF16)), "k_descale", "dtype"),
+    "window": (call(window_size=3), "window_size", "type"),
+    "window below": (call(window_size=(-2, 0)), "window_size", "value"),
+    "splits": (call(num_splits=1000), "num_splits", "value"),
+    "lse": (call(return_softmax_lse="yes"), "return_softmax_lse", "type"),
+    "out": (call(out=t(2, 1, 4, 32)), "out", "shape"),
+    "sink": (call(sink=t(3)), "sink", "shape"),
+    "cache requires grad": (call(k_cache=t(6, 4, 2, 64).requires_grad_()), "q, k_cache, v_cache", "requires_grad"),
+    "k requires grad": (call(k=t(2, 1, 2, 64).requires_grad_()), "k", "requires_grad"),
+    "cos requires grad": (call(rotary_cos=t(9, 16).requires_grad_()), "rotary_cos", "requires_grad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "argument", "reason"), CASES.values(), ids=CASES)
+def test_refusals(backend: FakeBackend, given, argument, reason):
+    with pytest.raises(ArgumentError) as error:
+        runtime.flash_attn_with_kvcache(**given)
+    assert (error.value.argument, error.value.reason) == (argument, reason), error.value
+    assert str(error.value).startswith(f"{argument}: ")
+    assert not backend.driver.calls and not launch.plans.by_call
+
+
+def test_what_a_key_leaves_open_is_refused_warm(backend: FakeBackend, tmp_path: Path):
+    write_cache_registry(tmp_path / "r.db")
+    runtime.configure(registry=tmp_path / "r.db")
+    runtime.flash_attn_with_kvcache(**call())
+    launches = len(backend.driver.launches)
+    crooked, bare = t(6 * 4 * 2 * 64 + 8)[4:-4], t(2, 1, 2, 64)
+    bare.untyped_storage().resize_(0)
+    bytes_ = torch.zeros(64, dtype=torch.uint8)
+    for changes, argument, reason in (
+        ({"k_cache": crooked.view(6, 4, 2, 64)}, "k_cache", "alignment"),
+        ({"k": crooked[: 2 * 2 * 64].view(2, 1, 2, 64)}, "k", "alignment"),
+        ({"v": bare}, "v", "storage"),
+        ({"cache_seqlens": tensor_at(bytes_[2:10], torch.int32)}, "cache_seqlens", "alignment"),
+        ({"v": t(2, 1, 2, 64).requires_grad_()}, "v", "requires_grad"),
+        ({"v_cache": t(6, 4, 2, 64).requires_grad_()}, "q, k_cache, v_cache", "requires_grad"),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            runtime.flash_attn_with_kvcache(**call(**changes))
+        assert (error.value.argument, error.value.reason) == (argument, reason), error.value
+    with fwAD.dual_level(), pytest.raises(ArgumentError, match="tangent") as error:
+        runtime.flash_attn_with_kvcache(**call(k=fwAD.make_dual(t(2, 1, 2, 64), t(2, 1, 2, 64))))
+    assert error.value.argument == "k" and len(backend.driver.launches) == launches
+    with torch.no_grad():
+        runtime.flash_attn_with_kvcache(**call(v=t(2, 1, 2, 64).requires_grad_()))
