@@ -20,6 +20,7 @@ from kernels.validity import combine_invalid
 from registry.contract import ContractError, Grid, Variant
 
 LANE = 4  # columns a lane takes at once: 16 bytes of fp32
+AHEAD = 16  # loads in flight; divides 32
 
 
 class Combine:
@@ -57,16 +58,12 @@ class Combine:
         start = start + head * call.lse_partial_stride_h
         highest = self.highest(call, start, lane)
         base = Float32(0.0) if highest == -Float32.inf else highest * LOG2E
+        total = Float32(0.0)
         acc = cute.make_rmem_tensor((LANE, self.chunks), Float32)
         acc.fill(0.0)
-        total = Float32(0.0)
-        o_row = Int64(row) * call.head_dim_v
-        for split in cutlass.range(call.num_splits, unroll=4):
-            lse = element(call.lse_partial, start + split * call.lse_partial_stride_split)
-            weight = cute.math.exp2(lse * LOG2E - base, fastmath=True)
-            total = total + weight
-            # What has no weight is not read: nobody need have written it.
-            self.add(call, acc, o_row + split * call.o_partial_stride_split, lane, weight)
+        for chunk in cutlass.range_constexpr(self.chunks):
+            if chunk * 32 * LANE < call.head_dim_v:
+                total = self.sum_up(call, acc[None, chunk], chunk, row, start, base, lane)
         factor = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
         o_start = entry * call.o_stride_b + token * call.o_stride_s + head * call.o_stride_h
         self.store(call, acc, o_start, lane, factor)
@@ -88,15 +85,39 @@ class Combine:
         return highest
 
     @cute.jit
-    def add(self, call: SimpleNamespace, acc: cute.Tensor, start: Int64, lane: Int32, weight: Float32):
+    def sum_up(
+        self, call: SimpleNamespace, acc: cute.Tensor, chunk: cutlass.Constexpr, row: Int32, start: Int64, base: Float32,
+        lane: Int32,
+    ) -> Float32:  # fmt: skip
+        """Add this lane's columns of all parts to acc; the sum of the weights.
+
+        Each lane knows the weight of one part of 32. AHEAD loads are in flight at a time, whatever their weights: what
+        has none is read, and left out.
+        """
+        total = Float32(0.0)
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
-        part = cute.make_rmem_tensor(LANE, Float32)
-        for chunk in cutlass.range_constexpr(self.chunks):
-            column = (chunk * 32 + lane) * LANE
-            if (column < call.head_dim_v) & (weight != 0.0):
-                there = call.o_partial + cute.assume(start + column, divby=LANE)
-                cute.copy(copy, cute.make_tensor(there, cute.make_layout(LANE)), part)
-                acc[None, chunk].store(acc[None, chunk].load() + part.load() * weight)
+        parts = cute.make_rmem_tensor((LANE, AHEAD), Float32)
+        column = cutlass.min((chunk * 32 + lane) * LANE, call.head_dim_v - LANE)
+        o_start = Int64(row) * call.head_dim_v + column
+        first = Int32(0)
+        while first < call.num_splits:
+            own = Float32(0.0)
+            if first + lane < call.num_splits:
+                split = first + lane
+                lse = element(call.lse_partial, start + split * call.lse_partial_stride_split)
+                own = cute.math.exp2(lse * LOG2E - base, fastmath=True)
+            for step in cutlass.range(0, cutlass.min(32, call.num_splits - first), AHEAD, unroll=1):
+                for i in cutlass.range_constexpr(AHEAD):
+                    split = cutlass.min(first + step + i, call.num_splits - 1)
+                    there = call.o_partial + cute.assume(o_start + split * call.o_partial_stride_split, divby=LANE)
+                    cute.copy(copy, cute.make_tensor(there, cute.make_layout(LANE)), parts[None, i])
+                for i in cutlass.range_constexpr(AHEAD):
+                    weight = cute.arch.shuffle_sync(own, step + i)
+                    total = total + weight
+                    for c in cutlass.range_constexpr(LANE):
+                        acc[c] = acc[c] + (parts[c, i] * weight if weight != 0.0 else Float32(0.0))
+            first = first + 32
+        return total
 
     @cute.jit
     def store(self, call: SimpleNamespace, acc: cute.Tensor, start: Int64, lane: Int32, factor: Float32):

@@ -345,7 +345,8 @@ class PagedForward(FlashForward):
         rO = cute.make_fragment_like(state.acc_O, self.dtype)
         rO.store(state.acc_O.load().to(self.dtype))
         if cutlass.const_expr(self.q_steps == 0):
-            cute.arch.cp_async_wait_group(0)  # Q's loads may still be in flight where no key block was visited
+            # Q's loads may still be in flight where no key block was visited.
+            cute.arch.cp_async_wait_group(max(self.stages - 1, 1))
         if cutlass.const_expr(self.stages > 1 or self.head_dim_v * self.tile_m > self.k_columns * self.tile_n):
             cute.arch.barrier()  # other warps may still read what lay there; of one stage's K they do not
         if cutlass.const_expr(self.e4m3):

@@ -21,6 +21,7 @@ DTYPES = ("bf16", "fp16")  # of queries
 ALL_DTYPES = (*DTYPES, "fp32")  # of a variant: fp32 is for outputs alone
 PARAM_FORMATS = {"ptr": "Q", "i32": "i", "i64": "q", "f32": "f"}
 GRID_RULES = ("tiles_heads_batch", "rows")
+MAX_CONTENT = 64 << 20  # bytes of one cubin or PTX text, and of the frame that holds it
 MAX_SMEM = 101_376  # bytes of shared memory a block may use on SM120
 WINDOW_OPEN = 2**30  # window_left / window_right of a side that is open; real bounds are below it
 ELF_MACHINE_CUDA = 190
@@ -314,19 +315,21 @@ class Artifact:
         fields = dict(value)
         _keys(fields["grid"], "grid", {"rule": str, "tile_m": int})
         fields["grid"] = Grid(**fields["grid"])
-        if not all(isinstance(n, int) for n in fields["hot_loop"].values()):
+        if not all(type(n) is int for n in fields["hot_loop"].values()):
             raise ContractError("artifact: hot_loop counts must be integers")
         fields["hot_loop"] = tuple(sorted(fields["hot_loop"].items()))
         for name in ("abi", "cubin_sha256", "frame_sha256", "ptx_sha256"):
             check_digest(fields[name], f"artifact {name}")
-        for name in ("cubin_size", "frame_size", "threads"):
-            if fields[name] < 1:
-                raise ContractError(f"artifact: {name} {fields[name]} is not positive")
+        for name, kind in cls.__annotations__.items():
+            if kind == "int" and not _LEAST.get(name, 0) <= fields[name] <= _MOST.get(name, 2**31 - 1):
+                raise ContractError(f"artifact: {name} {fields[name]!r:.50} is out of range")
         check_arch(fields["arch"])
         Variant.parse(fields["variant"])
         return cls(**fields)
 
 
+_LEAST = dict.fromkeys(("cubin_size", "frame_size", "threads"), 1)
+_MOST = dict.fromkeys(("cubin_size", "frame_size"), MAX_CONTENT)
 _FIELD_TYPES: dict[str, type] = {"str": str, "int": int, "Grid": dict, "tuple[tuple[str, int], ...]": dict}
 
 _CONDITIONS: dict[str, Any] = {

@@ -89,7 +89,7 @@ def _shape_parser() -> argparse.ArgumentParser:
     shapes.add_argument("--head-dim", type=_count)
     shapes.add_argument("--head-dim-v", type=_count, help="default: head-dim")
     shapes.add_argument("--dtype", choices=DTYPES)
-    shapes.add_argument("--op", help="a kernel role (default: fwd)")
+    shapes.add_argument("--op", help="a kernel role, such as fwd or fwd_paged (default: all)")
     return shapes
 
 
@@ -238,7 +238,11 @@ def _wanted(index: Index, shapes: list[dict[str, Any]] | None, missing: list[dic
         shapes = [{}]
     for shape in shapes:
         facts = {name: value for name, value in shape.items() if name != "op"}
-        found, lacking = select.candidates(index, shape.get("op", "fwd"), facts)
+        ops = [shape["op"]] if "op" in shape else dict.fromkeys(row.op for row in index.rows)
+        found, lacking = [], []
+        for op in ops:
+            more = select.candidates(index, op, facts)
+            found, lacking = found + more[0], lacking + more[1]
         missing += [{"key": f"{index.arch} {key}", "reason": "a dispatch row names it, the index lacks it"}
                     for key in lacking]  # fmt: skip
         if not found and not lacking:

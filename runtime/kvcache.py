@@ -52,8 +52,8 @@ def flash_attn_with_kvcache(
     q: (batch, seqlen_q, heads_q, head_dim), bf16 or fp16, as in `flash_attn`.
     k_cache, v_cache: (pages, page_size, heads_kv, head_dim) and (…, head_dim_v) with block_table, any page_size; else
         (entries, capacity, heads_kv, …) with at least `batch` entries. Of q's dtype or both float8_e4m3fn, then with
-        head dims and strides that are multiples of 16, and the byte of NaN, 0x7f, counting as 480. They may be two
-        parts of one array. The last dimension contiguous, other strides multiples of 16 bytes.
+        head dims and strides that are multiples of 16. They may be two parts of one array. The last dimension
+        contiguous, other strides multiples of 16 bytes.
     k, v: (batch, seqlen_new, heads_kv, head_dim) and (…, head_dim_v) of q's dtype, memory apart from the cache: go into
         the cache, in place, at positions cache_seqlens and on; what lies behind its capacity is dropped. Both or none;
         they need cache_seqlens. In a float8 cache: value / descale, rounded to nearest even, saturated at ±448.

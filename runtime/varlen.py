@@ -58,8 +58,7 @@ def flash_attn_varlen(
         no seqused_q; partial outputs take num_splits · (head_dim_v + 1) · 4 bytes for each head of each query, from
         torch's allocator, and rows of `out` that belong to no sequence are written, too. Without page_table 0 is 1.
     k_descale, v_descale: (heads_kv,) or (batch, heads_kv), fp32: factors of a k and v that are float8_e4m3fn (head dims
-        and strides multiples of 16; the byte of NaN, 0x7f, counts as 480); None is 1. A float8 k and v need page_table
-        or one of these.
+        and strides multiples of 16); None is 1. A float8 k and v need page_table or one of these.
     Everything else: as in `flash_attn`, whose errors this function raises as well.
 
     Totals and hints may differ in every call; a batch size is prepared for once, like any other shape.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from registry.contract import ELF_MACHINE_CUDA, Artifact, ContractError, Index, elf_machine, sha256_hex
+from registry.errors import StoreError
 from runtime.errors import InstallError, IntegrityError
 
 
@@ -49,28 +48,12 @@ def _check(data: bytes, size: int, digest: str, what: str) -> None:
 
 
 def _decode(frame: bytes, size: int, what: str) -> bytes:
-    """Exactly one zstd frame of at most `size` bytes; nothing beyond one byte more is ever produced."""
-    zstd = _zstd()
-    decoder = zstd.ZstdDecompressor()
+    """Exactly one zstd frame that declares and holds `size` bytes."""
     try:
-        content = decoder.decompress(frame, max_length=size + 1)
-    except zstd.ZstdError as error:
-        raise IntegrityError(f"{what}: not a zstd frame: {error}", reason="zstd") from None
-    if len(content) > size:
-        raise IntegrityError(f"{what}: the zstd frame holds more than {size} bytes", reason="zstd")
-    if not decoder.eof:
-        raise IntegrityError(f"{what}: the zstd frame is cut off", reason="zstd")
-    if decoder.unused_data:
-        raise IntegrityError(f"{what}: {len(decoder.unused_data)} bytes follow the zstd frame", reason="zstd")
-    return content
-
-
-def _zstd():  # the module: in the standard library from 3.14 on
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise InstallError("backports.zstd is missing; pip install cubinery installs it") from None
-    return zstd
+        from registry.frames import decompress
+    except ImportError:
+        raise InstallError("backports.zstd is missing; pip install cubinery installs it") from None
+    try:
+        return decompress(frame, size)
+    except StoreError as error:
+        raise IntegrityError(f"{what}: {error}", reason="zstd") from None

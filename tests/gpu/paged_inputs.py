@@ -13,7 +13,7 @@ from tests.gpu.inputs import DTYPES, around
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-NAN_BYTE = 0x7F  # of e4m3; a kernel may read it as 480, which is far from any value here
+NAN_BYTE = 0x7F  # of e4m3
 GARBAGE = (-1, 2**31 - 1, -(2**31), 2**30)  # in a table where nothing is to be looked up
 CANARIES = 3  # pages at least that nobody owns
 

@@ -29,7 +29,10 @@ def probes(variant: Variant) -> list[PagedCase]:
     unit = 16 if kv_dtype(variant) == "e4m3" else 8
     # A key's row among those that a thread copies, at both ends of a window that begins in the last block or before it.
     lengths = tuple(range(2 * n, 3 * n))
-    ends = [replace(one, batch=n, seqused_k=lengths, window=(left, 0), pages="shared") for left in (n - 1, 3)]
+    ends = [
+        replace(one, batch=n, seqused_k=lengths, window=(left, 0), pages="shared", page_size=size)
+        for left, size in ((n - 1, 0), (3, 0), (3, 24))
+    ]
     ragged = [
         replace(one, seqlen_q=16 * j + 5, batch=4, page_size=size, seqused_k=used, window=window, head_dim=16)
         for j in range(m // 16)
@@ -39,6 +42,12 @@ def probes(variant: Variant) -> list[PagedCase]:
             (16, (3 * n + 9, n + 8, 2 * n + 7, 5), (n // 2 + 3, 9)),
         )
     ]
+    # Pages that no group of keys fits into: the other way to find a row's place.
+    ungrouped = [
+        replace(one, seqlen_q=5, batch=3, page_size=24, seqused_k=(3 * n + 3, n - 1, n + 1), window=window,
+                head_dim=unit, head_dim_v=unit)
+        for window in ((None, None), (None, 0), (n + 3, 0))
+    ]  # fmt: skip
     shifts = [start + by for start in range(0, n, m) for by in (0, 8)]
     edges = [replace(one, seqlen_q=m, seqused_k=(m + 2 * n,), window=(n + 1 + by, 5 + by - n)) for by in shifts]
     # Two blocks at the right edge, and at the left one, with others between them; pages that blocks do not divide.
@@ -61,7 +70,7 @@ def probes(variant: Variant) -> list[PagedCase]:
     entries = [packed_queries((m, 0, 9), (n + 9, 5, 3)), packed_queries((1, 0, 2, 5) * 10, (3, 9, 0, 8) * 10)]
     behind = replace(packed_queries((m + 9, 0), (60, 0)), cu_seqlens_q=(0, m + 9, 0))  # a tile behind an entry's last
     no_keys = replace(one, seqlen_q=5, seqused_k=(0,))
-    return [*ends, *ragged, *edges, *between, *splits, *columns, *entries, behind, no_keys]
+    return [*ends, *ungrouped, *ragged, *edges, *between, *splits, *columns, *entries, behind, no_keys]
 
 
 def packed_queries(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> PagedCase:
@@ -148,7 +157,7 @@ FALSE_PARAMETERS: list[tuple[str, PagedCase, dict[str, int]]] = [
     ("table", CALL, {"page_table": 0}),
     ("table-stride", CALL, {"page_table_stride": 0}),
     ("page-size", CALL, {"page_size": 15}),
-    ("page-division", CALL, {"page_magic": division(15)[0]}),
+    ("page-division", CALL, {"page_magic": division(11)[0]}),
     ("page-shift", CALL, {"page_shift": division(16)[1] + 1}),
     ("used", CALL, {"seqused_k": 0}),
     ("new-missing", replace(CALL, new=2), {"seqlen_k_new": 1}),

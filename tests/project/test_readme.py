@@ -1,4 +1,8 @@
-"""Every command and every line of Python in the pages for people is one that works."""
+"""Every command and every line of Python in the pages for people is one that works.
+
+Those of docs/decode.md, settings.md, trust.md and care.md are run, by tests/runtime/test_kvcache_docs.py and
+test_settings.py, tests/trust/test_document.py and tests/registry/test_care_page.py; here their names and links count.
+"""
 
 import ast
 import inspect
@@ -10,11 +14,13 @@ import tomllib
 
 import pytest
 
+from runtime.config import _READERS as READERS
 from tests.project.shell import ROOT, run
 
-PAGES = (ROOT / "README.md", ROOT / "docs/operations.md")
+CHECKED = (ROOT / "README.md", ROOT / "docs/operations.md")
+PAGES = (*CHECKED, *(ROOT / f"docs/{name}.md" for name in ("settings", "decode", "trust", "care")))
 TEXT = {page: page.read_text() for page in PAGES}
-README = TEXT[PAGES[0]]
+README = TEXT[CHECKED[0]]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODULES = ("builder", "registry", "server", "runtime")
 
@@ -31,8 +37,8 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(block_lines + inline))
 
 
-COMMANDS = sorted({command for text in TEXT.values() for command in commands(text)})
-PYTHON = [block for text in TEXT.values() for block in blocks(text, "python")]
+COMMANDS = sorted({command for page in CHECKED for command in commands(TEXT[page])})
+PYTHON = [block for page in CHECKED for block in blocks(TEXT[page], "python")]
 
 
 def words_of(command: str) -> list[str]:
@@ -101,12 +107,14 @@ def test_python_binds_to_the_signatures(block):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT[page])
-    assert all((page.parent / target).exists() for target in targets)
+    """So do the pages that are named without a link."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)|`([\w-]+\.md)`", TEXT[page])
+    assert [target for found in targets for target in found if not (page.parent / target).exists()] == []
 
 
 def test_environment_variables_are_read_somewhere():
     named = {name for text in TEXT.values() for name in re.findall(r"\bCUBINERY_[A-Z_]+\b", text)}
+    named -= {f"CUBINERY_{name.upper()}" for name in READERS}  # names that runtime.config puts together
     tracked = [path for name in (*MODULES, "tests/gpu") for path in (ROOT / name).rglob("*.py")]
     sources = "".join(path.read_text() for path in [*tracked, ROOT / "compose.yaml"])
     assert named and not [name for name in named if name not in sources]

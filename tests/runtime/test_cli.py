@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from registry.contract import Condition, DispatchRow
 from runtime import __main__ as cli
 from runtime import source
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
@@ -270,3 +272,14 @@ def test_several_architectures(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(source, "MAX_INDEX", 1 << 20)
     code, report = run(capsys, "prefetch", "--registry", tmp_path / "r.db", "--head-dim", 64, "--dtype", "bf16")
     assert code == 0 and report["indexes"] == digests and report["verified"] == 4
+
+
+def test_a_model_s_kernels_are_those_of_every_op():
+    other = DispatchRow("fwd_paged", (Condition("head_dim", "<=", 128),), "fwd_paged-bf16-d128-dv128-m16-n32-w1-s2")
+    index, _ = toy_index()
+    index = replace(index, rows=(*index.rows, other))
+    for shape, lacking in (({}, [other.variant]), ({"op": "fwd"}, []), ({"op": "fwd_paged"}, [other.variant])):
+        missing: list[dict[str, str]] = []
+        found = list(cli._wanted(index, [shape | {"dtype": "bf16", "head_dim": 64, "head_dim_v": 64}], missing))
+        assert [m["key"].split()[-1] for m in missing] == lacking
+        assert bool(found) == (shape.get("op") != "fwd_paged")
