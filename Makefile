@@ -32,7 +32,7 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test lint format build serve gpu-verify bench clean
+.PHONY: help demo test soak lint format build serve gpu-verify bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ demo: $(VENV)/.demo ## set up, then build, serve, prefetch and (with a GPU) run 
 
 test: lint ## set up, then lint and run every test that needs no GPU
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --ignore tests/gpu
+
+soak: $(VENV)/.test ## run the bars of trust at their full size, some 20 minutes, into benchmarks/results/soak.json
+	$(VENV)/bin/python -m tests.soak --full --out benchmarks/results/soak.json
 
 lint: $(VENV)/.test ## ruff, mypy and import-linter
 	$(VENV)/bin/ruff check .

@@ -86,8 +86,8 @@ class Combine:
 
     @cute.jit
     def sum_up(
-        self, call: SimpleNamespace, acc: cute.Tensor, chunk: cutlass.Constexpr, row: Int32, start: Int64, base: Float32,
-        lane: Int32,
+        self, call: SimpleNamespace, acc: cute.Tensor, chunk: cutlass.Constexpr, row: Int32, start: Int64,
+        base: Float32, lane: Int32,
     ) -> Float32:  # fmt: skip
         """Add this lane's columns of all parts to acc; the sum of the weights.
 

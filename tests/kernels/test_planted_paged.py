@@ -147,9 +147,9 @@ def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled])
         (slow if wasteful else wrong).append(kernel.text(number))
     assert wrong == []
     assert len(slow) <= 2, "bounds that only save work"
-    # Never equal: odd columns and head dims, and the last key with rows of a block that is not the last.
+    # Never equal: odd columns and head dims, and either end of the keys with rows of a block that has whole ones only.
     reached = set().union(*equal.values())
-    assert len(reached) > 0.6 * len(kernel.places), "bounds that nothing reaches: remove them, or probe them"
+    assert len(reached) > 0.5 * len(kernel.places), "bounds that nothing reaches: remove them, or probe them"
 
 
 CALL = PagedCase("", 3, 80, 4, 2, batch=2, seqused_k=(75, 37), window=(None, 0))

@@ -61,7 +61,12 @@ BARS: dict[str, Bar] = {
         "every case that applies",
         "the same",
     ),
-    "parsers": Bar(5, ("tests/fuzz/test_parsers.py",), "20,000 cases", "200,000 cases of each engine"),
-    "bombs": Bar(5, ("tests/fuzz/test_bombs.py",), "every kind, up to 64 MiB", "every kind, up to 1 GiB"),
+    "parsers": Bar(
+        5,
+        ("tests/fuzz/test_parsers.py",),
+        "5,000 cases of each of 4 parsers and 2 engines; 150 examples of hypothesis's",
+        "200,000 cases of each of 4 parsers and 2 engines; 5,000 examples of hypothesis's",
+    ),
+    "bombs": Bar(5, ("tests/fuzz/test_bombs.py",), "every kind, up to 1 GiB", "the same"),
     "warm_load": Bar(6, ("tests/benchmarks/test_warm_load.py",), "300 loads", "5000 loads", alone=True),
 }
