@@ -254,5 +254,7 @@ def test_all_benchmarks_run_even_if_one_fails(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(every.subprocess, "run", lambda command, **_: Done(command))
     assert every.main(["--registry", str(path), "--out", str(tmp_path)]) == 1
-    assert ran == [f"benchmarks.{name}" for name in ("forward", "shapes", "decode", "host_overhead", "cold_start")]
+    assert ran == [
+        f"benchmarks.{name}" for name in ("forward", "shapes", "decode", "prefill", "host_overhead", "cold_start")
+    ]
     assert "failed: forward" in capsys.readouterr().out

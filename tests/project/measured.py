@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks/results"
 README = ROOT / "README.md"
 MODES = ("free", "sm120")
 FILES = (
-    *(f"{name}.{mode}" for name in ("forward", "shapes") for mode in MODES),
+    *(f"{name}.{mode}" for name in ("forward", "shapes", "decode") for mode in MODES),
     *("build", "host_overhead.free", "cold_start.free"),
 )
 Rows = list[list[str]]
@@ -108,6 +108,19 @@ def packing() -> Rows:
     ]
 
 
+def decode() -> Rows:
+    """A size a row: bf16 pages of 16, and what an e4m3 cache of the same pages makes of it."""
+    found = {mode: by_case(result(f"decode.{mode}")["rows"]) for mode in MODES}
+    rows = []
+    for size in dict.fromkeys(case.split("/")[0] for case in found["free"]):
+        low, narrow = ([found[mode][f"{size}/page16/{kv}"] for mode in MODES] for kv in ("bf16", "e4m3"))
+        shares = [f"{100 * row['share']:.1f} %" for row in low]
+        peers = [f"{low[0]['ratio']:.2f}", f"{low[1]['ratio']:.2f}", f"{low[0]['ratio_cudnn']:.2f}"]
+        more = [f"{low[0]['over_contiguous']:.3f}", *(f"{row['over_bf16']:.2f}" for row in narrow)]
+        rows.append([size.replace("x", " × "), *shares, *peers, *more])
+    return rows
+
+
 def build() -> Rows:
     rows = []
     for row in result("build")["rows"]:
@@ -137,7 +150,7 @@ def cold_start() -> Rows:
 
 
 TABLES: tuple[Callable[[], Rows], ...] = (
-    *(forward, models, factors, asymmetric, packing),
+    *(forward, models, factors, asymmetric, packing, decode),
     *(build, host_time, cold_start),
 )
 
