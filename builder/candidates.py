@@ -95,7 +95,8 @@ def chosen(options: argparse.Namespace, table: Table) -> tuple[list[Variant], di
             known = " ".join(f"{d},{dv}" for d, dv in sorted(served))
             raise UsageError(f"--dims {dims[0]},{dims[1]}: the table has {known}")
         kept, out = space(dims, options.dtype)
-        incumbents = [v for v in table.variants if (v.dtype, v.head_dim, v.head_dim_v) == (options.dtype, *dims)]
+        own = (options.op, options.dtype, *dims)
+        incumbents = [v for v in table.variants if (v.op, v.dtype, v.head_dim, v.head_dim_v) == own]
         found += incumbents + [v for v in kept if fnmatchcase(v.key, options.only)]
         left_out |= {key: why for key, why in out.items() if fnmatchcase(key, options.only)}
     keys = {v.key for v in found}

@@ -28,7 +28,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY = "fwd-bf16-d64-*"  # both tiles of one head_dim: a few seconds on a laptop
-MODEL = ("--dtype", "bf16", "--head-dim", "64", "--heads", "8/2")  # what is fetched: one model's attention
+# What is fetched: one model's attention.
+MODEL = ("--op", "fwd", "--dtype", "bf16", "--head-dim", "64", "--heads", "8/2")
 READY_S = 30  # how long the server may take to start
 
 

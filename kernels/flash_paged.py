@@ -78,7 +78,7 @@ class PagedForward(FlashForward):
         state = self.state(tid)
         state.call = call
         lowest = cutlass.max(token_first + rows.offset - call.window_left, 0)
-        state.pages = self.pages(call, state.notes, entry, head_kv)
+        state.pages = self.pages(call, state, entry, head_kv)
         note(state.notes, tid, rows.count, rows.head, rows.q_first, rows.seqlen_k, rows.offset, entry, rows.start,
              lowest, rows.seqlen_k)  # fmt: skip
         cute.arch.barrier()
@@ -132,20 +132,22 @@ class PagedForward(FlashForward):
         call.softcap_scale = call.softcap_scale * factor
         call.scale_log2 = call.scale_log2 if capped else call.scale_log2 * factor
 
-    def pages(self, call: SimpleNamespace, notes: cute.Tensor, entry: Int32, head_kv: Int32) -> SimpleNamespace:
+    def pages(self, call: SimpleNamespace, state: SimpleNamespace, entry: Int32, head_kv: Int32) -> SimpleNamespace:
         """What `kernels.pages` needs; everything of K and V in units of two bytes."""
         half = 1 if self.e4m3 else 0
+        rows = rows_of(state.copy, state.sK[None, None, 0], state.tid)
 
         def of(pointer: cute.Pointer, page_stride: Int64, row_stride: Int64, head_stride: Int64, columns: Int32):
+            row_stride = Int64(Int32(row_stride >> half))  # the runtime refuses more: one multiplication then, not four
             return SimpleNamespace(
                 start=aligned(pointer, head_kv * head_stride >> half), columns=columns >> half,
-                page_stride=page_stride >> half, row_stride=row_stride >> half,
+                page_stride=page_stride >> half, row_stride=row_stride,
+                lane=rows.lane() * row_stride + rows.coordinates[0, 0, 0][1],
             )  # fmt: skip
 
         return SimpleNamespace(
-            table=call.page_table, table_row=Int64(entry) * call.page_table_stride, entry=entry,
+            table=call.page_table, table_row=Int64(entry) * call.page_table_stride, entry=entry, notes=state.notes,
             magic=call.page_magic, shift=call.page_shift, size=call.page_size, grouped=call.page_size % GROUP == 0,
-            notes=notes,
             of_k=of(call.k, call.k_stride_b, call.k_stride_s, call.k_stride_h, call.head_dim),
             of_v=of(call.v, call.v_stride_b, call.v_stride_s, call.v_stride_h, call.head_dim_v),
         )  # fmt: skip
@@ -161,9 +163,9 @@ class PagedForward(FlashForward):
             if i < count:
                 n_block = self.visit(i, edges, inner_first, inner_end, end)
                 self.find_pages(state, n_block, state.numbers)
-                self.load_k(state, n_block, i)
+                self.load_k(state, n_block, i, bounded=True)
                 if cutlass.const_expr(self.stages > 1):
-                    self.load_v(state, n_block, i)
+                    self.load_v(state, n_block, i, bounded=True)
             cute.arch.cp_async_commit_group()
         self.look_ahead(state, self.visit(self.ahead, edges, inner_first, inner_end, end), count - self.ahead)
 
@@ -186,14 +188,14 @@ class PagedForward(FlashForward):
         row_max.fill(-Float32.inf)
         row_sum.fill(0.0)
         copy = tile_copy(self.product, self.k_columns, self.threads, True, self.panel)
-        tXcX, _, _ = rows_of(copy, sK[None, None, 0], tid)
+        steps = cute.size(rows_of(copy, sK[None, None, 0], tid).coordinates, mode=[1])
         return SimpleNamespace(
             tid=tid, sQ=sQ, sO=sO, sK=sK, sV=sV, mma=mma,
             notes=cute.make_tensor(end, cute.make_layout(PAGED_NOTES // 4)),
             acc_O=acc_O, row_max=row_max, row_sum=row_sum, copy=copy,
             copy_q=tile_copy(self.dtype, self.head_dim, self.threads, True),
-            numbers=cute.make_rmem_tensor(cute.size(tXcX, mode=[1]), Int32),
-            numbers_next=cute.make_rmem_tensor(cute.size(tXcX, mode=[1]), Int32),
+            numbers=cute.make_rmem_tensor(steps, Int32),
+            numbers_next=cute.make_rmem_tensor(steps, Int32),
         )  # fmt: skip
 
     def staged(self, memory: cute.Pointer, columns: int) -> cute.Tensor:
@@ -206,14 +208,14 @@ class PagedForward(FlashForward):
         return turn + 1 if turn + 1 < self.stages else Int32(0)
 
     @cute.jit
-    def load_k(self, state: SimpleNamespace, n_block: Int32, stage: Int32):
+    def load_k(self, state: SimpleNamespace, n_block: Int32, stage: Int32, bounded: cutlass.Constexpr):
         pages, start, sK = state.pages, n_block * self.tile_n, state.sK[None, None, stage]
-        load_pages(pages, state.copy, state.numbers, start, state.tid, pages.of_k, sK)
+        load_pages(pages, state.copy, state.numbers, start, state.tid, pages.of_k, sK, bounded)
 
     @cute.jit
-    def load_v(self, state: SimpleNamespace, n_block: Int32, stage: Int32):
+    def load_v(self, state: SimpleNamespace, n_block: Int32, stage: Int32, bounded: cutlass.Constexpr):
         pages, start, sV = state.pages, n_block * self.tile_n, state.sV[None, None, stage]
-        load_pages(pages, state.copy, state.numbers, start, state.tid, pages.of_v, sV)
+        load_pages(pages, state.copy, state.numbers, start, state.tid, pages.of_v, sV, bounded)
 
     @cute.jit
     def look_ahead(self, state: SimpleNamespace, n_block: Int32, left: Int32):
@@ -246,8 +248,9 @@ class PagedForward(FlashForward):
             state.numbers.store(state.numbers_next.load())
             if left > self.ahead:
                 free = stage - 1 if stage > 0 else Int32(self.stages - 1)
-                self.load_k(state, n_next, free)
-                self.load_v(state, n_next, free)
+                # Of an interior block the next is one too: all its rows have keys.
+                self.load_k(state, n_next, free, masked)
+                self.load_v(state, n_next, free, masked)
             cute.arch.cp_async_commit_group()
             self.look_ahead(state, n_then, left - self.ahead - 1)
             self.multiply_keys(state, acc_S, state.sK[None, None, stage], range(self.head_dim // 16))
@@ -255,14 +258,14 @@ class PagedForward(FlashForward):
             # V arrives while S is computed, the next K during softmax and P·V.
             first = 0 if self.e4m3 else FIRST
             self.multiply_keys(state, acc_S, state.sK[None, None, 0], range(first))
-            self.load_v(state, n_block, 0)
+            self.load_v(state, n_block, 0, masked)
             cute.arch.cp_async_commit_group()
             self.multiply_keys(state, acc_S, state.sK[None, None, 0], range(first, self.head_dim // 16))
             cute.arch.cp_async_wait_group(0)
             cute.arch.barrier()
             state.numbers.store(state.numbers_next.load())
             if left > 1:
-                self.load_k(state, n_next, 0)
+                self.load_k(state, n_next, 0, masked)
             cute.arch.cp_async_commit_group()
             self.look_ahead(state, n_then, left - 2)
         self.modify(state, acc_S, n_block * self.tile_n, masked)

@@ -19,7 +19,17 @@ import platformdirs
 from sqlite_utils.db import Database
 
 from registry.connection import Connection, sqlite3
-from registry.contract import CHANNEL, SCHEMA, TUF_PATH, Artifact, Index, Variant, canonical_json, sha256_hex
+from registry.contract import (
+    CHANNEL,
+    MAX_CONTENT,
+    SCHEMA,
+    TUF_PATH,
+    Artifact,
+    Index,
+    Variant,
+    canonical_json,
+    sha256_hex,
+)
 from registry.errors import ConflictError, StoreError
 from registry.frames import compress, declared_size, decompress
 from registry.schema import APPLICATION_ID, MIGRATIONS
@@ -41,8 +51,6 @@ __all__ = [
     "decompress",
     "default_path",
 ]
-
-MAX_CONTENT = 64 << 20  # bytes of one cubin or PTX text
 
 
 @dataclass(frozen=True)

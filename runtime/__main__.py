@@ -239,7 +239,8 @@ def _wanted(index: Index, shapes: list[dict[str, Any]] | None, missing: list[dic
     for shape in shapes:
         facts = {name: value for name, value in shape.items() if name != "op"}
         ops = [shape["op"]] if "op" in shape else dict.fromkeys(row.op for row in index.rows)
-        found, lacking = [], []
+        found: list[Artifact] = []
+        lacking: list[str] = []
         for op in ops:
             more = select.candidates(index, op, facts)
             found, lacking = found + more[0], lacking + more[1]

@@ -132,7 +132,8 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
         return call
     check_flag("rotary_interleaved", given.rotary_interleaved)
     kv_dtype = dtype if given.k.dtype == q.dtype else "e4m3"
-    of_cache = cached.check(given.k, optional, batch, given.num_splits, window, bool(given.rotary_interleaved))
+    interleaved = bool(given.rotary_interleaved)
+    of_cache = cached.check(given.k, given.v, optional, batch, given.num_splits, window, interleaved)
     return call._replace(facts=call.facts | {"kv_dtype": kv_dtype}, cached=of_cache)
 
 

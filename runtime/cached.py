@@ -108,9 +108,13 @@ def _check_rotary(optional: dict[str, Any], head_dim: int) -> None:
         raise ArgumentError("rotary_sin", message, reason="stride")
 
 
-def check(k: Any, optional: dict[str, Any], batch: int, num_splits: Any, window: tuple[int, int],
+def check(k: Any, v: Any, optional: dict[str, Any], batch: int, num_splits: Any, window: tuple[int, int],
           interleaved: bool) -> Cached:  # fmt: skip
     """What `check_shapes` has found to fit, as numbers. window: with causal in it. Raises ArgumentError."""
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[1] > 1 and tensor.stride(1) > checks.MAX_I32:
+            message = f"stride {tensor.stride(1)} from token to token, must be below 2**31 elements"
+            raise ArgumentError(name, message, reason="stride")
     table, new, cos = optional["page_table"], optional.get("k_new"), optional.get("rotary_cos")
     if table is not None and table.stride(0) > checks.MAX_I32:
         raise ArgumentError("page_table", f"row stride {table.stride(0)}, must be below 2**31", reason="stride")

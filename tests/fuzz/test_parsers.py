@@ -60,6 +60,14 @@ def test_a_finding_is_reported_with_its_input(monkeypatch):
     assert len(Path(str(error.value).split(" from ")[1]).read_bytes()) > 100
 
 
+def test_without_atheris_only_its_engine_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(program, "has_atheris", lambda: False)
+    with pytest.raises(SystemExit):
+        program.main(["elf", "--engine", "atheris"])
+    assert "pip install atheris" in capsys.readouterr().err
+    assert program.main(["elf", "--cases", "10"]) == 0
+
+
 def test_the_mutator_repeats_itself_and_changes_almost_everything():
     corpus = program.corpus("frame")
     one, again, other = (mutate.Mutator(corpus, seed) for seed in ("1", "1", "2"))

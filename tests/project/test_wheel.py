@@ -26,7 +26,7 @@ def test_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     head = HeaderParser().parsestr(archive.read("cubinery-0.1.0.dist-info/METADATA").decode())
     assert head["Requires-Python"] == ">=3.11" and head["License-Expression"] == "Apache-2.0"
-    assert set(head.get_all("Provides-Extra") or ()) == {"torch", "remote", "serve", "build"}
+    assert set(head.get_all("Provides-Extra") or ()) == {"torch", "remote", "serve", "release", "build"}
     base = {re.match(r"[\w-]+", line)[0] for line in head.get_all("Requires-Dist") or () if "extra ==" not in line}
     assert base == {"cuda-bindings", "platformdirs", "backports-zstd"}
     assert b"Apache License" in archive.read("cubinery-0.1.0.dist-info/licenses/LICENSE")

@@ -144,3 +144,14 @@ def test_what_a_key_leaves_open_is_refused_warm(backend: FakeBackend, tmp_path: 
     assert error.value.argument == "k" and len(backend.driver.launches) == launches
     with torch.no_grad():
         runtime.flash_attn_with_kvcache(**call(v=t(2, 1, 2, 64).requires_grad_()))
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_tokens_too_far_apart_are_refused(backend: FakeBackend, tmp_path: Path, name: str):
+    write_cache_registry(tmp_path / "r.db")
+    runtime.configure(registry=tmp_path / "r.db")
+    far = torch.empty(2**31 + 2 * 64, dtype=BF16).as_strided((1, 2, 2, 64), (2**32, 2**31, 64, 1))  # never touched
+    given = {"k_cache": t(1, 2, 2, 64), "v_cache": t(1, 2, 2, 64)} | {name: far}
+    with pytest.raises(ArgumentError, match=r"below 2\*\*31") as error:
+        runtime.flash_attn_with_kvcache(t(1, 1, 4, 64), **given)
+    assert (error.value.argument, error.value.reason) == (name, "stride")

@@ -31,6 +31,7 @@ from tests.soak.bars import BARS
 def run(name: str, full: bool) -> dict[str, Any]:
     """One bar's row. What pytest said of a failure is printed."""
     bar, start = BARS[name], time.monotonic()
+    tree = {**stamp(), "dirty": dirty()}  # as it is loaded: a commit may come meanwhile
     command = ["python", "-m", "pytest", "-q", *bar.tests]
     with tempfile.TemporaryDirectory(prefix=f"soak-{name}-") as folder:
         report = Path(folder) / "report.xml"
@@ -59,8 +60,7 @@ def run(name: str, full: bool) -> dict[str, Any]:
         "passed": passed,
         **found,
         "seconds": round(time.monotonic() - start, 1),
-        **stamp(),
-        "dirty": dirty(),
+        **tree,
     }
 
 
