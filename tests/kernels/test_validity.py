@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 
 from kernels import dispatch
-from kernels.validity import fwd_invalid, fwd_smem
+from kernels.validity import append_invalid, combine_invalid, fwd_invalid, fwd_smem, paged_invalid, paged_smem
 from registry.contract import MAX_SMEM, Variant
+
+INVALID = {"fwd": fwd_invalid, "fwd_paged": paged_invalid, "fwd_combine": combine_invalid, "kv_append": append_invalid}
+SMEM = {"fwd": fwd_smem, "fwd_paged": paged_smem}
 
 
 @pytest.mark.parametrize("variant", dispatch.variants(), ids=lambda v: v.key)
 def test_the_table_is_valid(variant):
-    assert fwd_invalid(variant) is None
-    assert fwd_smem(variant) <= MAX_SMEM
+    assert INVALID[variant.op](variant) is None
+    assert variant.op not in SMEM or SMEM[variant.op](variant) <= MAX_SMEM
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,15 @@ def test_the_table_is_valid(variant):
         ("fwd-bf16-d72-dv72-m64-n64-w4-s1", "multiple of 32"),
         ("fwd-bf16-d128-dv128-m64-n32-w8-s1", "each of 8 warps"),
         ("fwd-bf16-d64-dv64-m64-n64-w4-s3", "stages"),
+        ("fwd_paged-bf16-d128-dv128-m16-n32-w1-s2-q4", "none of Q stays in registers or all of it"),
+        ("fwd_paged-bf16-d128-dv128-m16-n32-w1-s2-e4m3kv", "needs Q in registers"),
+        ("fwd_paged-bf16-d96-dv96-m16-n32-w1-s2-q6-e4m3kv", "multiple of 64"),
+        ("fwd_paged-bf16-d256-dv256-m64-n64-w4-s2", "bytes of shared memory"),
+        ("fwd_paged-bf16-d128-dv128-m64-n16-w8-s2", "copy 32 rows of Q and 32 of K"),
+        ("fwd_combine-bf16-d96-dv96-m4", "multiple of 128"),
+        ("kv_append-bf16-d128-dv128-m4", "are 256"),
     ],
 )
 def test_what_cannot_be_built_says_why(key, reason):
-    assert reason in (fwd_invalid(Variant.parse(key)) or "")
+    variant = Variant.parse(key)
+    assert reason in (INVALID[variant.op](variant) or "")

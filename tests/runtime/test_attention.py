@@ -11,7 +11,7 @@ import torch
 import runtime
 from kernels.abi import FWD
 from registry.contract import WINDOW_OPEN, Index, division
-from runtime import attention, launch, select, session
+from runtime import attention, launch, select, session, stages
 from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError, SourceError
 from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubin, write_registry
 
@@ -457,15 +457,16 @@ def test_variants_of_one_cubin_keep_their_own_launch_facts(backend: FakeBackend,
 def test_the_ledger_tells_each_stage(backend: FakeBackend, tmp_path: Path):
     write_registry(tmp_path / "r.db", only="bf16-d64")
     runtime.configure(registry=tmp_path / "r.db")
+    stages._records.clear()  # other tests may have filled it
     before = len(runtime.ledger())
     q, k, v = inputs()
     runtime.flash_attn(q, k, v)
-    stages = [record["stage"] for record in runtime.ledger()[before:]]
-    assert stages == ["resolve", "index", "select", "fetch", "verify", "load", "plan", "first launch"]
+    names = [record["stage"] for record in runtime.ledger()[before:]]
+    assert names == ["resolve", "index", "select", "fetch", "verify", "load", "plan", "first launch"]
     assert all(record["ms"] >= 0 for record in runtime.ledger())
     runtime.flash_attn(q, k, v)
     runtime.flash_attn(q, k[:, :3], v[:, :3])
-    assert len(runtime.ledger()) == before + len(stages)
+    assert len(runtime.ledger()) == before + len(names)
 
 
 def test_an_abi_from_the_future_is_refused(backend: FakeBackend, tmp_path: Path):
