@@ -1,8 +1,8 @@
 """Attention over a cache of pages, with split-KV: the forward of serving.
 
 What `flash_fwd` computes, but for three things. Keys and values are found through a page table, row by row. The key
-blocks of a query tile may be shared out among `num_splits` blocks, whose partial outputs `fwd_combine` adds up. Loads
-run one or more whole blocks ahead: short queries leave nothing else to hide memory's latency behind.
+blocks of a query tile may be shared out among `num_splits` blocks, whose partial outputs `fwd_combine` adds up. With
+several stages, loads run whole blocks ahead: short queries leave nothing else to hide memory's latency behind.
 """
 
 from types import SimpleNamespace

@@ -8,12 +8,14 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.benchmarks.test_gpu_checks import graphs, one_thread  # noqa: F401
+from tests.benchmarks.test_gpu_checks import graphs, one_thread
 from tests.gpu import checks, ledger
 from tests.gpu.append_cases import misrounded, rotated
 from tests.gpu.paged_inputs import E4M3, Cache, Pages
 from tests.gpu.paged_stand_in import PagedStand
 from tests.gpu.sanitize import TOOLS
+
+__all__ = ["graphs", "one_thread"]  # fixtures
 
 PAGED = "fwd_paged-bf16-d64-dv64-m16-n32-w1-s2-q4"
 LOW = "fwd_paged-fp16-d64-dv32-m16-n32-w1-s2-q4-e4m3kv"

@@ -8,11 +8,13 @@ pytest.importorskip("torch")
 
 import runtime
 from runtime import session
-from tests.benchmarks.test_gpu_checks import one_thread  # noqa: F401
+from tests.benchmarks.test_gpu_checks import one_thread
 from tests.gpu import checks, small_calls
 from tests.gpu.dut import Gpu
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
+
+__all__ = ["one_thread"]  # fixtures
 
 KEYS = {
     "fwd_paged": ("fwd_paged-bf16-d64-dv64-m16-n32-w1-s2-q8", "fwd_paged-fp16-d64-dv64-m16-n32-w1-s2-q8-e4m3kv"),
