@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import measure
 
-NAMES = ("forward", "shapes", "decode", "prefill", "host_overhead", "cold_start")
+NAMES = ("forward", "backward", "shapes", "decode", "prefill", "training", "host_overhead", "cold_start")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,8 @@ MODELS = {
 }
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 TOKENS = 8192
+SPINE = ("llama3-8b", "llama2-7b", "qwen2.5-7b", "hd64", "hd64-gqa"), (1024, 2048, 4096, 8192)
+WORK = {"fwd": 1.0, "bwd": 2.5}  # an op's floating-point operations over the forward's: five products to two
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Case:
             else:
                 yield length * keys / (2 if self.causal else 1)
 
-    def tflops(self, ms: float) -> float:
-        return self.flops / ms / 1e9
+    def tflops(self, ms: float, op: str = "fwd") -> float:
+        return WORK[op] * self.flops / ms / 1e9
 
     def facts(self, dtype: str = "bf16") -> dict[str, Any]:
         """The call as dispatch rows see it (docs/design.md)."""
@@ -122,3 +124,9 @@ def grid(models: dict[str, tuple[int, int, int]] = MODELS, seqlens: tuple[int, .
         for seqlen in seqlens
         for causal in (False, True)
     ]
+
+
+def spine() -> frozenset[str]:
+    """Names of the 40 calls over which the backward's bars are."""
+    models, seqlens = SPINE
+    return frozenset(case.name for case in grid({model: MODELS[model] for model in models}, seqlens))

@@ -13,7 +13,10 @@ from benchmarks.cubins import BenchmarkError
 from registry.contract import Artifact, DispatchRow, Index, Variant
 
 CHANNEL = "stable"
-TOGETHER = frozenset({"fwd_paged", "fwd_combine", "kv_append"})  # ops that one call over a KV cache may launch
+CACHED = frozenset({"fwd_paged", "fwd_combine", "kv_append"})  # ops that one call over a KV cache may launch
+BACKWARD = frozenset({"bwd_preprocess", "bwd", "bwd_postprocess"})
+# op -> the ops that a call which launches it may launch beside it
+TOGETHER = {**dict.fromkeys(CACHED, CACHED), **dict.fromkeys(BACKWARD, BACKWARD | {"fwd"})}
 
 
 def read_index(registry: Path, arch: str, channel: str = CHANNEL) -> Index:
@@ -66,7 +69,7 @@ def one_variant_each(registry: Path, target: Path, arch: str) -> dict[str, Artif
 def only_one(index: Index, artifact: Artifact) -> Index:
     """An index in which `artifact` serves every call of its op; the ops launched beside it stay as in `index`."""
     op = Variant.parse(artifact.variant).op
-    beside = TOGETHER - {op} if op in TOGETHER else frozenset()
+    beside = TOGETHER.get(op, frozenset()) - {op}
     rows = (DispatchRow(op, (), artifact.variant), *(row for row in index.rows if row.op in beside))
     artifacts = (artifact, *(a for a in index.artifacts if Variant.parse(a.variant).op in beside))
     return Index(index.arch, index.release, artifacts, rows, index.abis)

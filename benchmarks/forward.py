@@ -50,10 +50,11 @@ def _mode(mode: str, options: argparse.Namespace) -> int:
         except CubineryError as error:  # one case without a kernel must not cost the others
             failures += 1
             print(f"  {case.name:<26} FAILED {error.reason}: {error}", flush=True)
-    value = measure.result(mode, rows, occupancy=ours.occupancy, against_fa4=published.against_fa4(rows))
+    fa4 = published.against_fa4(rows, published.FA2_FA4, "forward")
+    value = measure.result(mode, rows, occupancy=ours.occupancy, against_fa4=fa4)
     value["bars"] = published.verdicts(mode, value)
     path = measure.write(options.out, f"forward.{mode}", value)
-    _report(value["against_fa4"]["cells"])
+    report(fa4["cells"])
     print("\n".join(map(published.line, value["bars"])))
     print(f"{path}: geomean {value['geomean']} over {len(rows)} cases, {mode}; blocks per SM {ours.occupancy}")
     return failures
@@ -88,7 +89,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def _report(cells: Sequence[dict[str, Any]]) -> None:
+def report(cells: Sequence[dict[str, Any]]) -> None:
     for cell in cells:
         print(
             f"  {cell['case']:<26} ours/FA2 {cell['ours_over_fa2']:.3f}   FA4/FA2 as published "

@@ -48,11 +48,14 @@ class Ours:
             raise BenchmarkError(f"{artifact.variant}: the index and the artifacts table of the registry disagree")
         return candidate
 
-    def choice(self, case: Case | DecodeCase, dtype: str = "bf16") -> Any:
-        """What the dispatch rows choose for the case: `runtime.select.Choice`, with .artifact and .pack."""
+    def choice(self, case: Case | DecodeCase, dtype: str = "bf16", op: str | None = None) -> Any:
+        """What the dispatch rows choose for the case: `runtime.select.Choice`, with .artifact and .pack.
+
+        op: by default the case's own.
+        """
         from runtime.select import select
 
-        chosen = select(self.index, case.op, case.facts(dtype))
+        chosen = select(self.index, op or case.op, case.facts(dtype))
         if chosen.artifact.variant not in self.occupancy:
             self.occupancy[chosen.artifact.variant] = self._occupancy(chosen.artifact)
         return chosen
@@ -69,24 +72,29 @@ class Ours:
             )
         return f"{blocks} of {wanted}"
 
-    def calls(self, case: Case, inputs: list[tuple[Any, Any, Any]]) -> list[Any]:
-        """A call of the public API for each input set of the case."""
+    def calls(self, case: Case, inputs: list[tuple[Any, Any, Any]], **options: Any) -> list[Any]:
+        """A call of the public API for each input set of the case. options: arguments beside those of the case."""
         if case.lengths is None:
             window = None if case.window is None else (case.window, 0)
             attn = self.runtime.flash_attn
-            return [partial(attn, *qkv, causal=case.causal, window=window) for qkv in inputs]
+            return [partial(attn, *qkv, causal=case.causal, window=window, **options) for qkv in inputs]
         cu, longest = measure.cu_seqlens(case.lengths), max(case.lengths)
-        given = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        attn = self.runtime.flash_attn_varlen
-        return [partial(attn, *qkv, causal=case.causal, **given) for qkv in inputs]
+        given: dict[str, Any] = {
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu,
+            "max_seqlen_q": longest,
+            "max_seqlen_k": longest,
+        }
+        given |= {"causal": case.causal, **options}
+        return [partial(self.runtime.flash_attn_varlen, *qkv, **given) for qkv in inputs]
 
-    def facts(self, case: Case, ms: float, dtype: str = "bf16") -> dict[str, Any]:
+    def facts(self, case: Case, ms: float, dtype: str = "bf16", op: str = "fwd") -> dict[str, Any]:
         """What a result row states of our side."""
-        chosen = self.choice(case, dtype)
+        chosen = self.choice(case, dtype, op)
         return {
             "case": case.name,
             "ours": round(ms, 5),
-            "tflops": round(case.tflops(ms), 1),
+            "tflops": round(case.tflops(ms, op), 1),
             "variant": chosen.artifact.variant,
             "pack": chosen.pack,
             "ptx_sha256": chosen.artifact.ptx_sha256,

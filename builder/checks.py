@@ -11,7 +11,7 @@ from typing import Any
 
 from builder.inspect import Elf, Usage
 from builder.sass import Loops
-from builder.toolchain import DSL_ARCH, FP8_ARCH
+from builder.toolchain import DSL_ARCH, FP8_ARCH, RED_ARCH
 from registry.contract import ELF_MACHINE_CUDA, GRID_RULES, MAX_SMEM, PARAM_FORMATS, Abi
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
@@ -45,9 +45,12 @@ def usage_reasons(usage: Usage, loops: Loops, facts: Facts, arch: str) -> list[s
 def target(code: str) -> str | None:
     """Every architecture's cubin comes from PTX for one generic target; an 'a' target would not assemble elsewhere."""
     found = re.findall(r"^\s*\.target\s+([^\n]+)", code, re.M)
-    if [f.strip() for f in found] in ([DSL_ARCH], [FP8_ARCH]):
+    if [f.strip() for f in found] in ([DSL_ARCH], [FP8_ARCH], [RED_ARCH]):
         return None
-    return f"target: the PTX names .target {found}, expected {DSL_ARCH}, or {FP8_ARCH} for e4m3, once"
+    return (
+        f"target: the PTX names .target {found}, expected {DSL_ARCH}, {FP8_ARCH} for e4m3, or {RED_ARCH} for the "
+        "backward's additions, once"
+    )
 
 
 def paths(ptx: str) -> str | None:

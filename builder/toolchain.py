@@ -17,6 +17,7 @@ from registry.frames import ZSTD_VERSION
 
 DSL_ARCH = "sm_80"  # PTX is generated once, for this target, and assembled for every architecture
 FP8_ARCH = "sm_89"  # the same where e4m3 is converted: `kernels.fp8` asks for it
+RED_ARCH = "sm_90"  # and where four floats are added at once: `kernels.accumulate`
 DSL_DISTRIBUTIONS = tuple(
     "nvidia-cutlass-dsl" + part for part in ("", "-libs-base", "-libs-core", "-libs-cu12", "-libs-cu13")
 )

@@ -98,4 +98,59 @@ KV_APPEND = Abi(
     ),
 )
 
-ABIS = {abi.op: abi for abi in (FWD, FWD_PAGED, FWD_COMBINE, KV_APPEND)}
+ROWS = 128
+
+# The backward's workspaces hold rows of queries in tiles of ROWS: entry b of a dense q begins at row
+# b · ⌈seqlen_q / ROWS⌉ · ROWS, and of a packed one that begins at token t at row (⌊t / ROWS⌋ + b) · ROWS. rows: of all
+# entries. lse_log2 and delta are (heads_q, rows). dq_accum is (heads_q, rows / 16, head_dim / 8, 32, 4): lane l of a
+# unit of 16 rows × 8 columns holds rows l // 4 and l // 4 + 8 of columns 2·(l % 4) and the next, as an mma leaves them.
+# semaphores: (heads_q, rows / 16), int32.
+BWD_PREPROCESS = Abi(
+    op="bwd_preprocess",
+    version=1,
+    params=(
+        *_params("ptr", "o dout lse dlse lse_log2 delta dq_accum semaphores"),
+        *_params("ptr", "cu_seqlens_q seqused_q"),
+        *_params("i64", "o_stride_b o_stride_s o_stride_h dout_stride_b dout_stride_s dout_stride_h"),
+        # Of lse and dlse any numbers; rows: a multiple of ROWS.
+        *_params("i64", "lse_stride_b lse_stride_h dlse_stride_b dlse_stride_s dlse_stride_h rows"),
+        # seqlen_q as in FWD. head_dim_accum: that of dq_accum, a multiple of 32.
+        *_params("i32", "batch heads_q seqlen_q head_dim_v head_dim_accum"),
+    ),
+)
+
+BWD = Abi(
+    op="bwd",
+    version=1,
+    params=(
+        *_params("ptr", "q k v dout lse_log2 delta dq_accum dk dv"),
+        # dk_partial, dv_partial: fp32 (splits, [batch,] seqlen_k, heads_kv, ·), contiguous but for the first stride,
+        # written in place of dk and dv where they are given. semaphores: given, additions to dq_accum are in order.
+        # dalibi: (tiles of keys of all entries, heads_q), written where a tile has keys.
+        *_params("ptr", "dk_partial dv_partial cu_seqlens_q cu_seqlens_k seqused_q seqused_k alibi_slopes dalibi"),
+        *_params("ptr", "semaphores"),
+        *_params("i64", "q_stride_b q_stride_s q_stride_h k_stride_b k_stride_s k_stride_h"),
+        *_params("i64", "v_stride_b v_stride_s v_stride_h dout_stride_b dout_stride_s dout_stride_h"),
+        *_params("i64", "dk_stride_b dk_stride_s dk_stride_h dv_stride_b dv_stride_s dv_stride_h"),
+        *_params("i64", "dk_partial_stride_split dv_partial_stride_split rows"),
+        # splits: blocks that share the query heads of a key/value head; divides heads_q / heads_kv.
+        *_params("i32", "batch heads_q heads_kv seqlen_q seqlen_k head_dim head_dim_v window_left window_right"),
+        *_params("i32", "splits alibi_stride_b"),
+        # As in FWD; slope_scale is log2(e) / scale_log2; dk is softmax_scale times the sum of its products.
+        *_params("f32", "scale_log2 softcap_scale slope_scale softmax_scale"),
+    ),
+)
+
+BWD_POSTPROCESS = Abi(
+    op="bwd_postprocess",
+    version=1,
+    params=(
+        *_params("ptr", "dq_accum dq cu_seqlens_q seqused_q"),
+        *_params("i64", "dq_stride_b dq_stride_s dq_stride_h rows"),
+        *_params("i32", "batch heads_q seqlen_q head_dim head_dim_accum"),
+        # dq is softmax_scale · dq_accum.
+        *_params("f32", "softmax_scale"),
+    ),
+)
+
+ABIS = {abi.op: abi for abi in (FWD, FWD_PAGED, FWD_COMBINE, KV_APPEND, BWD_PREPROCESS, BWD, BWD_POSTPROCESS)}

@@ -3,7 +3,7 @@
 The builder compiles `variants()`, the index carries `rows()`, the runtime evaluates what the index carries.
 `fwd_tiles.json` is what tuning writes (`python -m builder accept`): classes of calls, first match first, and for each
 pair of head dims the tiles of the classes that have one of their own, cheapest dims first. `paged_tiles.json` is the
-same for the paged forward, twice over: for caches of the query's dtype, and of e4m3.
+same for the paged forward, twice over: for caches of the query's dtype, and of e4m3; `bwd_tiles.json` for the backward.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.validity import E4M3, fwd_invalid, paged_invalid
+from kernels.abi import ROWS
+from kernels.validity import E4M3, bwd_invalid, fwd_invalid, paged_invalid
 from registry.contract import ALL_DTYPES, DTYPES, Condition, ContractError, DispatchRow, Variant
 
 FWD_TILES = Path(__file__).with_name("fwd_tiles.json")
 PAGED_TILES = Path(__file__).with_name("paged_tiles.json")
-INVALID = {"fwd": fwd_invalid, "fwd_paged": paged_invalid}
+BWD_TILES = Path(__file__).with_name("bwd_tiles.json")
+INVALID = {"fwd": fwd_invalid, "fwd_paged": paged_invalid, "bwd": bwd_invalid}
+LETTERS = {  # how a tile of each op is written
+    "fwd": r"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?(-a1)?",
+    "fwd_paged": rf"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?(-{E4M3})?",
+    "bwd": r"m\d+-n\d+-w\d+-s\d+(-o2)?(-c[2-9])?(-x[2-9])?(-r[1-9]\d*)?(-t1)?",
+}
 # What conditions of a class may be about: call facts that are numbers, head dims apart (docs/design.md).
 FACTS = (
     *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "total_q", "packed_rows"),
@@ -103,10 +110,9 @@ class Tiles:
             return f"no class of that name, there are {', '.join(self.classes)}"
         if type(tile.pack) is not bool:
             return f"pack {tile.pack!r} is neither true nor false"
-        if tile.pack and not groups(when):
-            return "pack needs a class with the condition group >= 2"
-        pattern = r"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?" + (rf"(-{E4M3})?" if self.op == "fwd_paged" else "(-a1)?")
-        if not re.fullmatch(pattern, tile.tile):
+        if tile.pack and (self.op == "bwd" or not groups(when)):
+            return "pack needs a forward, and a class with the condition group >= 2"
+        if not re.fullmatch(LETTERS[self.op], tile.tile):
             return "a tile is like 'm128-n32-w4-s1' or 'm64-n32-w4-s1-q14-a1'"
         try:
             return INVALID[self.op](tile.variant(DTYPES[0]))
@@ -143,9 +149,10 @@ def groups(when: tuple[Condition, ...]) -> bool:
     return any(c.fact == "group" and c.op in (">=", "==") and c.value >= 2 for c in when)
 
 
-def rows(path: Path = FWD_TILES, paged_path: Path = PAGED_TILES) -> tuple[DispatchRow, ...]:
+def rows(path: Path = FWD_TILES, paged_path: Path = PAGED_TILES, bwd_path: Path = BWD_TILES) -> tuple[DispatchRow, ...]:
     """All dispatch rows, in order: the first of an op whose conditions hold serves the call."""
-    return (*_tile_rows(Tiles.read(path)), *_tile_rows(Tiles.read(paged_path)), *_combine_rows(), *_append_rows())
+    tables = [row for p in (path, paged_path, bwd_path) for row in _tile_rows(Tiles.read(p))]
+    return (*tables, *_combine_rows(), *_append_rows(), *_around_bwd_rows())
 
 
 def _tile_rows(table: Tiles) -> list[DispatchRow]:
@@ -180,6 +187,16 @@ def _append_rows() -> list[DispatchRow]:
     return found
 
 
-def variants(path: Path = FWD_TILES, paged_path: Path = PAGED_TILES) -> tuple[Variant, ...]:
+def _around_bwd_rows() -> list[DispatchRow]:
+    """What goes before and behind the backward: a kernel for each dtype, whatever head dims there are."""
+    dims = (Condition("head_dim", "<=", 256), Condition("head_dim_v", "<=", 256))
+    return [
+        DispatchRow(op, (Condition("dtype", "==", dtype), *dims), f"{op}-{dtype}-d256-dv256-m{ROWS}")
+        for op in ("bwd_preprocess", "bwd_postprocess")
+        for dtype in DTYPES
+    ]
+
+
+def variants(path: Path = FWD_TILES, paged_path: Path = PAGED_TILES, bwd_path: Path = BWD_TILES) -> tuple[Variant, ...]:
     """Every variant that a row names, once, sorted by key."""
-    return tuple(Variant.parse(key) for key in sorted({row.variant for row in rows(path, paged_path)}))
+    return tuple(Variant.parse(key) for key in sorted({row.variant for row in rows(path, paged_path, bwd_path)}))

@@ -13,6 +13,9 @@ MODULES = {
     "fwd_paged": "kernels.flash_paged",
     "fwd_combine": "kernels.combine",
     "kv_append": "kernels.append",
+    "bwd": "kernels.flash_bwd",
+    "bwd_preprocess": "kernels.bwd_rows",
+    "bwd_postprocess": "kernels.bwd_rows",
 }
 
 

@@ -58,3 +58,61 @@ def apply(
             column = coordinate[0, c][1]
             hidden = (column < low) | (column > high)
             scores[r, c] = -cutlass.Float32.inf if hidden else scores[r, c]
+
+
+@cute.jit
+def query_ranges(
+    key_first: cutlass.Int32,
+    key_last: cutlass.Int32,
+    tile_m: cutlass.Constexpr,
+    offset: cutlass.Int32,
+    seqlen_q: cutlass.Int32,
+    left: cutlass.Int32,
+    right: cutlass.Int32,
+) -> tuple[cutlass.Int32, cutlass.Int32, cutlass.Int32, cutlass.Int32]:
+    """(first, inner_first, inner_end, end) query tiles that see a key of key_first … key_last.
+
+    Every row of tiles [inner_first, inner_end) sees all these keys; rows behind the last may count among them. A tile
+    is in [first, end) exactly where `block_ranges` has a block of these keys for it.
+    """
+    lowest = cutlass.max(key_first - right - offset, 0)
+    highest_end = cutlass.min(key_last + left - offset + 1, seqlen_q)
+    first = lowest // tile_m
+    end = first
+    if lowest < highest_end:
+        end = cute.ceil_div(highest_end, tile_m)
+    inner_first = cute.ceil_div(cutlass.max(key_last - right - offset, 0), tile_m)
+    inner_end = cutlass.max(key_first + left - offset + 1, 0) // tile_m
+    return first, inner_first, inner_end, end
+
+
+@cute.jit
+def apply_transposed(
+    acc_S: cute.Tensor,
+    tScS: cute.Tensor,
+    diagonal: cutlass.Int32,
+    keys_left: cutlass.Int32,
+    left: cutlass.Int32,
+    right: cutlass.Int32,
+):
+    """`apply` where keys lie along the rows. diagonal: the row of the first column's, keys_left: the first without a
+    key; both may lie outside the tile."""
+    scores, coordinate = rows_columns(acc_S), rows_columns(tScS)
+    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+        for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            hidden = is_hidden(coordinate, r, c, diagonal, keys_left, left, right)
+            scores[r, c] = -cutlass.Float32.inf if hidden else scores[r, c]
+
+
+@cute.jit
+def is_hidden(
+    coordinate: cute.Tensor,
+    r: cutlass.Constexpr,
+    c: cutlass.Constexpr,
+    diagonal: cutlass.Int32,
+    keys_left: cutlass.Int32,
+    left: cutlass.Int32,
+    right: cutlass.Int32,
+) -> cutlass.Boolean:
+    row, on_diagonal = coordinate[r, 0][0], coordinate[0, c][1] + diagonal
+    return (row < on_diagonal - left) | (row > on_diagonal + right) | (row >= keys_left)

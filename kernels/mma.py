@@ -5,10 +5,13 @@ import cutlass.cute as cute
 from cutlass.cute.nvgpu import warp
 
 
-def tiled_mma(dtype: type[cutlass.Numeric], warps: int) -> cute.TiledMma:
-    """Warps stacked along the rows: each owns 16 of every 16·warps rows, and B fragments come in pairs (n = 16)."""
+def tiled_mma(dtype: type[cutlass.Numeric], warps: int, across: int = 1) -> cute.TiledMma:
+    """Warps stacked along the rows: each owns 16 of every 16·warps rows, and B fragments come in pairs (n = 16).
+
+    across: warps side by side, too. Their columns then interleave, 8 at a time.
+    """
     op = warp.MmaF16BF16Op(dtype, cutlass.Float32, (16, 8, 16))
-    return cute.make_tiled_mma(op, (warps, 1, 1), permutation_mnk=(16 * warps, 16, 16))
+    return cute.make_tiled_mma(op, (warps, across, 1), permutation_mnk=(16 * warps, 16 * across, 16))
 
 
 def ldmatrix(dtype: type[cutlass.Numeric], transpose: bool = False) -> cute.CopyAtom:
@@ -95,5 +98,37 @@ def gemm_rs(
     rB = thread.make_fragment_B(thread.partition_B(sBt))
     tBsB, rB_view = copy_b.partition_S(sBt), copy_b.retile(rB)
     for k in cutlass.range_constexpr(cute.size(rA, mode=[2])):
+        cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
+        cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)
+
+
+def transposed(sX: cute.Tensor) -> cute.Tensor:
+    """(columns, rows) of a tile (rows, columns) in shared memory."""
+    rows, columns = cute.size(sX, mode=[0]), cute.size(sX, mode=[1])
+    return cute.composition(sX, cute.make_layout((columns, rows), stride=(rows, 1)))
+
+
+@cute.jit
+def gemm_st(
+    mma: cute.TiledMma,
+    tid: cutlass.Int32,
+    acc: cute.Tensor,
+    sA: cute.Tensor,
+    sB: cute.Tensor,
+    dtype: cutlass.Constexpr,
+    a_transposed: cutlass.Constexpr,
+):
+    """acc += A·B, both in shared memory: B (k, n) with n contiguous, A (m, k), or (k, m) if it is transposed."""
+    if cutlass.const_expr(a_transposed):
+        sA = transposed(sA)
+    sBt = transposed(sB)
+    copy_a = cute.make_tiled_copy_A(ldmatrix(dtype, transpose=a_transposed), mma).get_slice(tid)
+    copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=True), mma).get_slice(tid)
+    thread = mma.get_slice(tid)
+    rA, rB = thread.make_fragment_A(thread.partition_A(sA)), thread.make_fragment_B(thread.partition_B(sBt))
+    tAsA, tBsB = copy_a.partition_S(sA), copy_b.partition_S(sBt)
+    rA_view, rB_view = copy_a.retile(rA), copy_b.retile(rB)
+    for k in cutlass.range_constexpr(cute.size(rB, mode=[2])):
+        cute.copy(copy_a, tAsA[None, None, k], rA_view[None, None, k])
         cute.copy(copy_b, tBsB[None, None, k], rB_view[None, None, k])
         cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)

@@ -147,5 +147,23 @@ def store_rows(
                 cute.copy(copy, rX[None, row, panel], vector_at(pointer, offsets[row] + column))
 
 
+@cute.jit
+def store_tile(
+    copy: cute.TiledCopy, sX: cute.Tensor, pointer: cute.Pointer, row_stride: cutlass.Int64, rows: cutlass.Int32,
+    columns: cutlass.Int32, tid: cutlass.Int32,
+):  # fmt: skip
+    """Write the first `rows` rows and `columns` columns of sX, 16 bytes a thread. pointer: where row 0 goes."""
+    thread = copy.get_slice(tid)
+    tXsX = thread.partition_S(sX)
+    tXcX = thread.partition_D(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
+    rX = cute.make_fragment_like(tXsX)
+    cute.copy(copy, tXsX, rX)
+    for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+        for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+            at, column = tXcX[0, row, panel]
+            if (at < rows) & (column < columns):
+                cute.copy(copy, rX[None, row, panel], vector_at(pointer, at * row_stride + column))
+
+
 def vector_at(pointer: cute.Pointer, offset: cutlass.Int64) -> cute.Tensor:
     return cute.make_tensor(pointer + cute.assume(offset, divby=VECTOR), cute.make_layout(((VECTOR, 1),)))

@@ -6,12 +6,14 @@ columns of Q that stay in registers, a 1 for addresses of K and V that are carri
 Apart from the table: a change of the table is then no change of a kernel's sources.
 """
 
+from kernels.abi import ROWS
 from registry.contract import MAX_SMEM, Variant
 
 E4M3 = "e4m3kv"  # the feature of a cache in float8_e4m3fn
 
 NOTES = 32  # bytes of shared memory in which a block keeps what it needs again after its loops
 PAGED_NOTES = 48  # the same of the paged forward
+BWD_NOTES = 80  # and of the backward
 
 
 def fwd_smem(variant: Variant) -> int:
@@ -119,4 +121,84 @@ def append_invalid(variant: Variant) -> str | None:
         return f"head_dim and head_dim_v are 256, 8 columns a lane; the only feature is {E4M3}"
     if not 1 <= variant.size("m") <= 32:
         return f"m{variant.size('m')}: a block has 1 to 32 rows, a warp each"
+    return None
+
+
+def rows_invalid(variant: Variant) -> str | None:
+    """Why `bwd_preprocess` or `bwd_postprocess` cannot be built so; None if it can. m: rows of a block."""
+    if variant.head_dim != 256 or variant.head_dim_v != 256 or variant.features:
+        return "head_dim and head_dim_v are 256, the most that a call may have; no features"
+    if variant.size("m") != ROWS:
+        return f"m{variant.size('m')}: a block has the {ROWS} rows in which workspaces are laid out"
+    return None
+
+
+def v_lent(variant: Variant) -> int:
+    """Columns of V, in whole panels, that are needed in registers alone: their memory is lent to queries and scores."""
+    panel = 64 if variant.head_dim_v % 64 == 0 else 32
+    return variant.size("r") * 16 // panel * panel
+
+
+def bwd_smem(variant: Variant) -> int:
+    """Dynamic shared memory of a backward variant in bytes: K, V but for what is in registers, `s` tiles of Q and `o`
+    of dO, dS, P where it is needed, LSE and delta of each query tile, a float for each warp, notes."""
+    m, n, dim = variant.size("m"), variant.size("n"), variant.head_dim
+    keys = n * dim + n * (variant.head_dim_v - v_lent(variant))
+    stats = m * (variant.size("s") + max(variant.size("o"), 1))
+    return 2 * (keys + _queries_and_scores(variant)) + 4 * (stats + variant.size("w")) + BWD_NOTES
+
+
+def _queries_and_scores(variant: Variant) -> int:
+    """Elements of Q, dO, dS and P in shared memory."""
+    m, n = variant.size("m"), variant.size("n")
+    queries = m * (variant.size("s") * variant.head_dim + max(variant.size("o"), 1) * variant.head_dim_v)
+    return queries + n * m * (2 if variant.size("x") > 1 else 1)
+
+
+def dq_warps(variant: Variant) -> tuple[int, int] | None:
+    """(warps along the rows, warps along the columns) of dQ's product: 32 rows a warp where they fit; None: no way."""
+    warps = variant.size("w")
+    for down in (variant.size("m") // 32, variant.size("m") // 16):
+        if down and warps % down == 0 and variant.head_dim % (16 * (warps // down)) == 0:
+            return down, warps // down
+    return None
+
+
+def bwd_invalid(variant: Variant) -> str | None:
+    """Why the backward kernel cannot be built so; None if it can.
+
+    Letters: m query rows, n keys, w warps, s tiles of Q, o of dO (1 if it is not written); c chunks of query rows that
+    are taken one after the other; r steps of 16 columns of V that stay in registers; x warps side by side, which share
+    rows (1 if not written); t, a 1 for addresses that are computed anew in each part of a query tile.
+    """
+    m, n, warps, steps = (variant.size(letter) for letter in "mnwr")
+    chunks, across = max(variant.size("c"), 1), max(variant.size("x"), 1)
+    if variant.features:
+        return f"features {variant.features}: there are none"
+    for dim in (variant.head_dim, variant.head_dim_v):
+        if dim % 32 or dim % (16 * across):
+            return f"head_dim {dim} is no multiple of 32 and of 16 columns for each of {across} warps"
+        rows_at_once = 32 * warps // (8 if dim % 64 == 0 else 4)
+        if m % rows_at_once or n % rows_at_once:
+            return (
+                f"{32 * warps} threads copy {rows_at_once} rows of head_dim {dim} at once: no divisor of m{m} and n{n}"
+            )
+    if warps % across or n % (16 * warps // across):
+        return f"n{n} is no multiple of 16 rows for each of {warps} / {across} warps"
+    if m not in (32, 64, 128):
+        return f"m{m}: a query tile has 32, 64 or 128 rows, so that {ROWS} are whole tiles"
+    if m % chunks or m // chunks % (16 * across):
+        return f"c{chunks}: chunks of m{m} are no multiple of 16 columns for each of {across} warps"
+    if variant.size("s") not in (1, 2) or variant.size("o") > 2:
+        return f"s{variant.size('s')} and o{variant.size('o')}: one or two stages are implemented"
+    if variant.size("t") not in (0, 1):
+        return f"t{variant.size('t')}: addresses are computed anew (t1) or not (no t)"
+    if steps > variant.head_dim_v // 16:
+        return f"r{steps}: head_dim_v {variant.head_dim_v} has {variant.head_dim_v // 16} steps"
+    if n * v_lent(variant) > _queries_and_scores(variant):
+        return f"r{steps}: what V lends does not fit into the memory of queries and scores at first"
+    if dq_warps(variant) is None:
+        return f"{warps} warps do not divide the {m} x {variant.head_dim} of dQ"
+    if bwd_smem(variant) > MAX_SMEM:
+        return f"{bwd_smem(variant)} bytes of shared memory, a block has {MAX_SMEM}"
     return None

@@ -20,7 +20,7 @@ SCHEMA = 2  # of the registry file, the user_version in its header: the number o
 DTYPES = ("bf16", "fp16")  # of queries
 ALL_DTYPES = (*DTYPES, "fp32")  # of a variant: fp32 is for outputs alone
 PARAM_FORMATS = {"ptr": "Q", "i32": "i", "i64": "q", "f32": "f"}
-GRID_RULES = ("tiles_heads_batch", "rows")
+GRID_RULES = ("tiles_heads_batch", "key_tiles_heads_batch", "rows")
 MAX_CONTENT = 64 << 20  # bytes of one cubin or PTX text, and of the frame that holds it
 MAX_SMEM = 101_376  # bytes of shared memory a block may use on SM120
 WINDOW_OPEN = 2**30  # window_left / window_right of a side that is open; real bounds are below it
@@ -239,6 +239,7 @@ class Grid:
     rule 'tiles_heads_batch': a block for each query tile, tile head and batch entry, in one dimension. `pack` query
     heads share a tile head. Entries of a packed (varlen) array lie anywhere: the device gives the one that starts at
     token c, number b, the tiles from c·pack // tile_m + b on, which is always enough.
+    rule 'key_tiles_heads_batch': the same for tiles of tile_m keys and heads of keys.
     rule 'rows': a block for each tile_m of the rows that the call counts itself.
     """
 
@@ -255,12 +256,19 @@ class Grid:
         """Blocks of a call with these facts. pack: 1, or heads_q / heads_kv."""
         if self.rule == "rows":
             return -(-facts["rows"] // self.tile_m)
-        heads, batch = facts["heads_q"] // pack, facts["batch"]
-        if facts.get("varlen"):
-            tiles = facts["total_q"] * pack // self.tile_m + batch if facts["total_q"] and batch else 0
+        batch: int = facts["batch"]
+        if self.rule == "key_tiles_heads_batch":
+            heads, total, seqlen = facts["heads_kv"], facts["total_k"] if facts["varlen_k"] else None, facts["seqlen_k"]
         else:
-            tiles = -(-facts["seqlen_q"] * pack // self.tile_m) * batch
-        return tiles * heads
+            heads = facts["heads_q"] // pack
+            total = facts["total_q"] * pack if facts.get("varlen") else None
+            seqlen = facts["seqlen_q"] * pack
+        if total is None:
+            tiles = -(-seqlen // self.tile_m) * batch
+        else:
+            tiles = total // self.tile_m + batch if total and batch else 0
+        blocks: int = tiles * heads
+        return blocks
 
 
 def division(divisor: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Cubinery's runtime: fetches, verifies and launches attention kernels that were compiled ahead of time. No compiler.
 
     out = runtime.flash_attn(q, k, v, causal=True)
+    out.backward(dout)
 
 `flash_attn_varlen` takes sequences of different lengths and paged KV caches, `flash_attn_with_kvcache` is
 FlashAttention-2's function for decode, `flash_attn_combine` joins attention over parts of the keys. `flash_attn_func`

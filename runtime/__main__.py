@@ -19,6 +19,7 @@ DOWNLOADS = 8  # at a time
 COUNTS = ("head_dim", "head_dim_v", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k", "total_q")
 FLAGS = ("causal", "varlen", "window")
 LARGEST = arguments.MAX_TOKENS
+EXPLAINED = ("fwd", "bwd", "bwd_preprocess", "bwd_postprocess")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,13 +96,16 @@ def _shape_parser() -> argparse.ArgumentParser:
 
 def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--arch", required=True, type=_arch)
+    explain.add_argument("--op", choices=EXPLAINED, default=EXPLAINED[0])
     explain.add_argument("--dtype", choices=DTYPES, default="bf16")
     for name, default in (("head-dim", 128), ("batch", 1), ("seqlen-q", 1024), ("heads-q", 32)):
         explain.add_argument(f"--{name}", type=_count, default=default)
     explain.add_argument("--head-dim-v", type=_count, help="default: head-dim")
     explain.add_argument("--seqlen-k", type=_count, help="default: seqlen-q")
     explain.add_argument("--heads-kv", type=_count, help="default: heads-q")
-    explain.add_argument("--varlen", action="store_true", help="packed q: seqlen-q is then the longest sequence's")
+    explain.add_argument(
+        "--varlen", action="store_true", help="packed q (and k, of a backward): seqlen-q is the longest's"
+    )
     explain.add_argument("--total-q", type=_count, help="tokens of a packed q (default: batch times seqlen-q)")
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--window", type=_window, help="left,right; an empty side is open: '128,' or ',0' or '128,0'")
@@ -365,7 +369,7 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     facts = _described(args)
     report: dict[str, Any] = {"arch": args.arch, "index": digests[args.arch], "facts": facts}
     try:
-        artifact, pack = select.select(index, "fwd", facts, shown=None)
+        artifact, pack = select.select(index, args.op, facts, shown=None)
     except NoKernelError as error:
         rejections = [{"key": key, "why": why} for key, why in error.rejections]
         return report | {"variant": None, "rejections": rejections, "message": str(error)}, 1
@@ -384,7 +388,7 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
     if args.total_q is not None and not args.varlen:
         raise ArgumentError("--total-q", "is a packed q's; add --varlen", reason="value")
     total_q = (args.total_q or args.batch * args.seqlen_q) if args.varlen else None
-    return arguments.facts(
+    facts = arguments.facts(
         dtype=args.dtype,
         head_dim=args.head_dim,
         head_dim_v=args.head_dim_v or args.head_dim,
@@ -396,6 +400,9 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         window=arguments.window_bounds(args.causal, args.window),
         total_q=total_q,
     )
+    if args.op == EXPLAINED[0]:
+        return facts
+    return arguments.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
 
 
 def _show_explain(report: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
     _check_shapes(given, optional, batch)
     _check_lengths(given)
     _check_memory(tensors, others)
-    if torch.is_grad_enabled():
+    if given.is_cached and torch.is_grad_enabled():
         checks.check_no_grad(tensors, others)
     checks.check_tangents(torch.autograd.forward_ad, *tensors, *others)
     check_flag("causal", given.causal)
@@ -126,7 +126,7 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
         seqlen_q=q.shape[-3],
         seqlen_k=given.seqlen_k,
         sink_low=int(sink is not None and sink.dtype != torch.float32),
-        alibi_stride_b=slopes.stride(0) if slopes is not None and slopes.dim() == 2 and batch > 1 else 0,
+        alibi_stride_b=alibi_stride_b(slopes, batch),
     )
     if not given.is_cached:
         return call
@@ -135,6 +135,11 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
     interleaved = bool(given.rotary_interleaved)
     of_cache = cached.check(given.k, given.v, optional, batch, given.num_splits, window, interleaved)
     return call._replace(facts=call.facts | {"kv_dtype": kv_dtype}, cached=of_cache)
+
+
+def alibi_stride_b(slopes: Any, batch: int) -> int:
+    """Elements from one entry's slopes to the next one's."""
+    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 and batch > 1 else 0
 
 
 def resized(call: Call, given: Arguments) -> Call:
@@ -338,6 +343,12 @@ def facts(*, dtype: str, head_dim: int, head_dim_v: int, batch: int, heads_q: in
         "packed_rows": seqlen_q * group,
         "window": int(window[0] != WINDOW_OPEN),
     }
+
+
+def backward_facts(forward: dict[str, Any], total_k: int | None = None) -> dict[str, Any]:
+    """All call facts of the backward's ops, from those of `fwd`. total_k: tokens of a packed k, None if dense."""
+    tokens = forward["batch"] * forward["seqlen_k"] if total_k is None else total_k
+    return forward | {"varlen_k": int(total_k is not None), "total_k": tokens}
 
 
 def _facts_of(given: Arguments, batch: int, window: tuple[int, int], dtype: str) -> dict[str, Any]:

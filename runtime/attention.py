@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.contract import DispatchRow
 from runtime import arguments, cached, checks, launch, memory, params, planning, select, session
-from runtime.arguments import Arguments, Call
+from runtime.arguments import Arguments, Call, check_flag
 from runtime.chain import Chain, choose_splits
 from runtime.errors import ArgumentError
 from runtime.load import Kernel
@@ -37,8 +37,8 @@ class _Ready:
     # Where out is given: bytes from the first to past the last element of q, k, v and the optional tensors, and of out.
     spans: tuple[int, ...]
     out_span: int
+    call: Call  # with these lengths, too
     # What `_resize` needs.
-    call: Call
     forward: launch.Plan | None  # None: there are no queries
     splits: int  # blocks that share a tile's keys
     rows: list[DispatchRow] | None  # that such calls can get, with the conditions that lengths decide; None: not asked
@@ -58,6 +58,7 @@ def flash_attn(
     alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(q·kᵀ · softmax_scale + mask) · v, on torch's current stream, without synchronising.
 
@@ -77,16 +78,30 @@ def flash_attn(
     return_lse: True or False (or 1 or 0): also return the log-sum-exp of the scores, natural log, fp32,
         (batch, heads_q, seqlen_q).
     out: written and returned in place of a new contiguous tensor; (batch, seqlen_q, heads_q, head_dim_v) of q's dtype,
-        memory apart from the inputs'.
+        memory apart from the inputs'. Not where an input requires grad.
+    deterministic: True or False (or 1 or 0): the backward gives the same bits each time; docs/tuning.md has its cost.
+        The forward always does. torch.use_deterministic_algorithms(True) asks for the same.
 
-    A query that sees no key gives zeros and an LSE of -inf, or of the sink. Forward only. Returns out, or (out, lse).
-    The first call of each kernel loads it, which a CUDA graph cannot hold: warm up before any thread captures.
+    A query that sees no key gives zeros and an LSE of -inf, or of the sink. Returns out, or (out, lse).
+
+    Differentiable, once, in q, k, v, sink and alibi_slopes, through out and the returned lse; the backward runs on the
+    current stream, without synchronising, and takes for its time, from torch's allocator, these workspaces. With rows
+    = batch · (seqlen_q rounded up to 128) and D = head_dim rounded up to its kernel's: heads_q · rows · (4 · D + 8)
+    bytes; if deterministic heads_q · rows / 4 more; 4 · heads_q for each tile of keys if alibi_slopes require grad; and
+    where there are too few keys to fill the GPU, for s parts of each group of query heads, s · 4 bytes for each element
+    of k and v.
+
+    The first call, or backward, of each kernel loads it, which a CUDA graph cannot hold: warm up before any thread
+    captures.
     Raises ArgumentError, CaptureError, ConfigError, ContractError, DriverError, InstallError, IntegrityError,
     NoKernelError, SourceError, UntrustedError: runtime.errors says what each means.
     """
+    if deterministic is not False:
+        check_flag("deterministic", deterministic)
     if sink is not None or alibi_slopes is not None:
         optional = (None, None, None, None, None, sink, alibi_slopes)
-        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional)
+        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional,
+                      deterministic=deterministic)  # fmt: skip
     key: Any = None
     try:  # torch.device objects are slow to make and hash: k and v of q's index are taken to be on q's device
         key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
@@ -99,12 +114,12 @@ def flash_attn(
         ready = None
     if ready is None:
         ready = _prepare(key, Arguments(q, k, v, causal, softmax_scale, window, softcap, return_lse, out), None)
-    return _run(ready, q, k, v, return_lse, out, None)
+    return _run(ready, q, k, v, return_lse, out, None, deterministic)
 
 
 def attend(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, softcap: Any, return_lse: Any,
            out: Any, optional: tuple[Any, ...], max_seqlen_q: Any = None, max_seqlen_k: Any = None,
-           pack_gqa: Any = None) -> Any:  # fmt: skip
+           pack_gqa: Any = None, deterministic: Any = False) -> Any:  # fmt: skip
     """`flash_attn` with everything that a call can have; `arguments.Arguments` says what each is."""
     key: Any = None
     lengths: Any = None
@@ -126,7 +141,7 @@ def attend(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any,
             ready = _prepare(key, given, lengths)
         else:
             _resize(ready, given, lengths)
-    return _run(ready, q, k, v, return_lse, out, optional)
+    return _run(ready, q, k, v, return_lse, out, optional, deterministic)
 
 
 def attend_cached(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Any, softcap: Any, return_lse: Any,
@@ -178,12 +193,13 @@ def _shapes(q: Any, k: Any, v: Any, out: Any, optional: tuple[Any, ...], max_seq
     return (q_shape, k_shape, v_shape, out_shape, type(max_seqlen_q), type(max_seqlen_k)), lengths
 
 
-def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optional: tuple[Any, ...] | None) -> Any:
+def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optional: tuple[Any, ...] | None,
+         deterministic: Any = False) -> Any:  # fmt: skip
     """Check what the key leaves open, allocate, launch. optional: None if no call of this key has any."""
     if ready.grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad)
     ):
-        raise checks.wants_grad()
+        return _run_differentiable(ready, q, k, v, return_lse, out, optional, deterministic)
     if ready.forward_ad._current_level >= 0:
         checks.check_tangents(ready.forward_ad, ("q", q), ("k", k), ("v", v), ("out", out))
     given = out
@@ -198,7 +214,11 @@ def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optio
         memory.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
     if (qp | kp | vp | op) & 15:
         memory.check_alignment(memory.ALIGNMENT, ("q", qp), ("k", kp), ("v", vp), ("out", op))
-    addresses = None if optional is None else _addresses(ready, optional)
+    addresses = None
+    if optional is not None:
+        addresses = _addresses(ready, optional)
+        if addresses is None:
+            return _run_differentiable(ready, q, k, v, return_lse, given, optional, deterministic)
     if given is not None:
         for start, nbytes in zip((qp, kp, vp, *(addresses or ())), ready.spans, strict=True):
             if op < start + nbytes and start < op + ready.out_span:
@@ -224,15 +244,25 @@ def _run(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any, optio
     return out if lse is None else (out, lse)
 
 
-def _addresses(ready: _Ready, optional: tuple[Any, ...]) -> list[int]:
-    """Of the optional tensors, 0 where there is none, after the checks that the key leaves open."""
+def _run_differentiable(ready: _Ready, q: Any, k: Any, v: Any, return_lse: Any, out: Any,
+                        optional: tuple[Any, ...] | None, deterministic: Any) -> Any:  # fmt: skip
+    """`_run` where something requires grad."""
+    from runtime import autograd  # here: it imports torch
+
+    given = Arguments(q, k, v, None, None, None, None, return_lse, out, optional, names=ready.names)
+    return autograd.apply(given, ready.call, deterministic, partial(_run, ready, q, k, v, True, None, optional))
+
+
+def _addresses(ready: _Ready, optional: tuple[Any, ...]) -> list[int] | None:
+    """Of the optional tensors, 0 where there is none, after the checks that the key leaves open. None: one requires
+    grad."""
     found = []
     for name, mask, tensor in zip(ready.names, ready.masks, optional, strict=True):
         if tensor is None:
             found.append(0)
             continue
         if tensor.requires_grad and ready.grad_enabled():
-            raise checks.wants_grad(name)
+            return None
         try:
             address = tensor.data_ptr()
         except RuntimeError:
@@ -274,7 +304,7 @@ def _prepare(key: Any, given: Arguments, lengths: tuple[Any, ...] | None) -> _Re
 
 def _resize(ready: _Ready, given: Arguments, lengths: tuple[Any, ...]) -> None:
     """Make `ready` serve a call of its key with other lengths; as _prepare, but for what the key has settled."""
-    call = arguments.resized(ready.call, given)
+    ready.call = call = arguments.resized(ready.call, given)
     ready.lengths = ()  # of no call, should anything below fail
     if ready.forward is not None:
         if ready.rows is None:

@@ -85,25 +85,21 @@ def check_apart_within(name: str, tensor: Any) -> None:
         raise ArgumentError(name, "elements share memory (an expanded tensor?); give each its own", reason="overlap")
 
 
-def wants_grad(names: str = "q, k, v") -> ArgumentError:
-    return ArgumentError(
-        names,
-        "one requires grad, and there is no backward yet; call under torch.no_grad() or pass .detach()ed tensors",
-        reason="requires_grad",
-    )
+def wants_grad(names: str, where: str) -> ArgumentError:
+    message = f"requires grad, and gradients are not implemented {where}; call under torch.no_grad() or .detach() it"
+    return ArgumentError(names, message, reason="requires_grad")
 
 
 def check_no_grad(tensors: Named, others: Named) -> None:
-    if any(tensor.requires_grad for _, tensor in tensors):
-        raise wants_grad()
-    for name, tensor in others:
-        if tensor.requires_grad:
-            raise wants_grad(name)
+    """Of a call over a cache. A None among the tensors is passed over."""
+    for name, tensor in (*tensors, *others):
+        if tensor is not None and tensor.requires_grad:
+            raise wants_grad(name, "over a cache")
 
 
 def check_tangents(forward_ad: Any, *tensors: tuple[str, Any]) -> None:
     """ArgumentError for a tensor whose tangent of forward-mode AD would be lost. A None is passed over."""
     for name, tensor in tensors:
         if forward_ad._current_level >= 0 and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            message = "has a forward-mode tangent, and there is no derivative yet; pass its primal (fwAD.unpack_dual)"
+            message = "has a forward-mode tangent, which is not implemented; pass its primal (fwAD.unpack_dual)"
             raise ArgumentError(name, message, reason="forward_ad")

@@ -49,7 +49,7 @@ def flash_attn_combine(
     return_lse: True or False (or 1 or 0): also return the LSE, (batch, seqlen, heads) or (tokens, heads), fp32; in
         memory seqlen is its last dimension, as in other functions' LSE.
 
-    Runs on torch's current stream, without synchronising. Forward only. Returns (out, lse), or out. Raises what
+    Runs on torch's current stream, without synchronising. Not differentiable. Returns (out, lse), or out. Raises what
     flash_attn raises.
     """
     key: Any = None
@@ -67,7 +67,7 @@ def flash_attn_combine(
     if ready.grad_enabled() and (
         out_partial.requires_grad or lse_partial.requires_grad or (out is not None and out.requires_grad)
     ):
-        raise checks.wants_grad("out_partial, lse_partial, out")
+        raise checks.wants_grad("out_partial, lse_partial, out", "for flash_attn_combine")
     if ready.forward_ad._current_level >= 0:
         named = ("out_partial", out_partial), ("lse_partial", lse_partial), ("out", out)
         checks.check_tangents(ready.forward_ad, *named)

@@ -31,7 +31,7 @@ def refuse(**given: Any) -> None:
 
 
 def check_options(deterministic: Any, dropout_p: Any = 0.0) -> None:
-    """ArgumentError for what these options ask for and does not exist; a forward is deterministic in any case."""
+    """ArgumentError for a dropout, which there is none of, or a deterministic that is no flag."""
     if dropout_p != 0.0:
         raise ArgumentError("dropout_p", f"{dropout_p!r:.50}: there is no dropout, must be 0.0", reason="unsupported")
     check_flag("deterministic", deterministic)
@@ -56,14 +56,16 @@ def sides(window_size: Any) -> Pair:
 
 
 def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair | None, softcap: Any, sink: Any,
-          alibi_slopes: Any, return_lse: Any, pack_gqa: Any) -> Any:  # fmt: skip
+          alibi_slopes: Any, return_lse: Any, pack_gqa: Any, deterministic: Any) -> Any:  # fmt: skip
     """`flash_attn`, whose errors then name the arguments as FlashAttention does."""
     try:
         if pack_gqa is None:
             return flash_attn(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap,
-                              sink=sink, alibi_slopes=alibi_slopes, return_lse=return_lse)  # fmt: skip
+                              sink=sink, alibi_slopes=alibi_slopes, return_lse=return_lse,
+                              deterministic=deterministic)  # fmt: skip
         optional = (None, None, None, None, None, sink, alibi_slopes)
-        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, None, None, pack_gqa)
+        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, None, None, pack_gqa,
+                      deterministic)  # fmt: skip
     except ArgumentError as error:
         raise renamed(error) from None
 

@@ -40,7 +40,7 @@ def flash_attn_func(
 ) -> Any:
     """`runtime.flash_attn` as FA2 has it; learnable_sink is its `sink`, window_size its `window`.
 
-    dropout_p must be 0.0, num_splits 1 (or 0: our choice). deterministic: the forward always is.
+    dropout_p must be 0.0, num_splits 1 (or 0: our choice). deterministic is about the backward, as there.
     pack_gqa: whether the query heads of a key/value head share tiles, which changes no result; None is our choice.
     Unlike FA2, inputs are not copied: head_dim must be a multiple of 8 and contiguous.
     Returns out; with return_attn_probs (out, lse, S_dmask), S_dmask empty as FA2's without dropout; with return_lse
@@ -51,7 +51,7 @@ def flash_attn_func(
     dropin.check_options(deterministic, dropout_p)
     dropin.check_unsplit(num_splits)
     found = dropin.dense(q, k, v, causal, softmax_scale, window_of(window_size), softcap, learnable_sink, alibi_slopes,
-                         _wants_lse(return_attn_probs, return_lse), pack_gqa)  # fmt: skip
+                         _wants_lse(return_attn_probs, return_lse), pack_gqa, deterministic)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
 
@@ -105,7 +105,8 @@ def flash_attn_varlen_func(
                           seqused_k=seqused_k, causal=causal, softmax_scale=softmax_scale,
                           window=window_of(window_size), softcap=softcap, sink=learnable_sink,
                           alibi_slopes=alibi_slopes, return_lse=_wants_lse(return_attn_probs, return_lse),
-                          pack_gqa=pack_gqa, page_table=block_table, num_splits=num_splits)  # fmt: skip
+                          deterministic=deterministic, pack_gqa=pack_gqa, page_table=block_table,
+                          num_splits=num_splits)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
 

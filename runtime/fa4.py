@@ -49,7 +49,8 @@ def flash_attn_func(
     """`runtime.flash_attn` as FA4 has it; learnable_sink is its `sink`, window_size its `window`.
 
     qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors,
-    block_sparse_tensors_bwd: must be None. num_splits: 1, or 0 for our choice. deterministic: the forward always is.
+    block_sparse_tensors_bwd: must be None. num_splits: 1, or 0 for our choice.
+    deterministic is about the backward, as there.
     pack_gqa: whether the query heads of a key/value head share tiles, which changes no result; None is our choice.
     Returns (out, lse); lse is (batch, heads_q, seqlen_q) or None. Raises what flash_attn raises.
     """
@@ -60,7 +61,7 @@ def flash_attn_func(
     dropin.check_options(deterministic)
     dropin.check_unsplit(num_splits)
     found = dropin.dense(q, k, v, causal, softmax_scale, _window(window_size, causal), _softcap(softcap),
-                         learnable_sink, None, return_lse, pack_gqa)  # fmt: skip
+                         learnable_sink, None, return_lse, pack_gqa, deterministic)  # fmt: skip
     return found if return_lse else (found, None)
 
 
@@ -113,8 +114,8 @@ def flash_attn_varlen_func(
     found = dropin.varlen(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
                           max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal,
                           softmax_scale=softmax_scale, window=_window(window_size, causal), softcap=_softcap(softcap),
-                          sink=learnable_sink, return_lse=return_lse, pack_gqa=pack_gqa, page_table=page_table,
-                          num_splits=num_splits)  # fmt: skip
+                          sink=learnable_sink, return_lse=return_lse, deterministic=deterministic, pack_gqa=pack_gqa,
+                          page_table=page_table, num_splits=num_splits)  # fmt: skip
     return found if return_lse else (found, None)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 NAMES = {
-    "k": "k_cache", "v": "v_cache", "q, k, v": "q, k_cache, v_cache", "k_new": "k", "v_new": "v",
+    "k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v",
     "seqused_k": "cache_seqlens", "page_table": "block_table", "window": "window_size",
     "return_lse": "return_softmax_lse",
 }  # fmt: skip
@@ -76,6 +76,7 @@ def flash_attn_with_kvcache(
     softmax_scale, softcap, alibi_slopes: as in `flash_attn`.
 
     Runs on torch's current stream, without synchronising: append, forward and combination, as far as they are needed.
+    Not differentiable.
     Contents of cache_seqlens, block_table and cache may change between calls and between replays of a CUDA graph.
     Returns out, (batch, seqlen_q, heads_q, head_dim_v), or (out, lse). Raises what flash_attn raises.
     """

@@ -28,6 +28,11 @@ SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # op -> (written 
     "fwd_combine": (("o_partial", "lse_partial", "o", "lse"), ()),
     "kv_append": (("k_new", "v_new", "k", "v", "q", "q_out", "rotary_cos", "rotary_sin", "seqused_k", "page_table",
                    "k_descale", "v_descale"), ()),
+    "bwd_preprocess": (("o", "dout", "lse", "dlse", "lse_log2", "delta", "dq_accum", "semaphores", "cu_seqlens_q",
+                        "seqused_q"), ()),
+    "bwd": (("q", "k", "v", "dout", "lse_log2", "delta", "dq_accum", "dk", "dv", "dk_partial", "dv_partial",
+             "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "dalibi", "semaphores"), ()),
+    "bwd_postprocess": (("dq_accum", "dq", "cu_seqlens_q", "seqused_q"), ()),
 }  # fmt: skip
 Values = Mapping[str, tuple[str, int | float]]  # name -> (type, value)
 

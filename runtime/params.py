@@ -13,6 +13,7 @@ LOG2E = math.log2(math.e)
 ABSENT = ("o_partial", "lse_partial", "k_descale", "v_descale")  # of op `fwd`, which leaves them to fwd_paged
 Steps = tuple[int, int, int]  # strides in elements of batch, seqlen, heads
 Typed = dict[str, tuple[str, int | float]]  # name -> (type, value)
+ROWS = 128  # of queries, to whose multiples the backward's workspaces round
 
 
 def steps(shape: Sequence[int], strides: Sequence[int]) -> Steps:
@@ -63,9 +64,7 @@ def forward(call: Call, tensors: Mapping[str, Steps], pack: int, splits: int = 1
     i32 |= {"pack": pack, "pack_shift": shift, "sink_low": call.sink_low, "alibi_stride_b": call.alibi_stride_b}
     i64 = {"pack_magic": magic, "lse_stride_h": call.seqlen_q}
     i64["lse_stride_b"] = 0 if packed else facts["heads_q"] * call.seqlen_q
-    scale, softcap = call.scale, call.softcap
-    found: Typed = {"scale_log2": ("f32", (softcap or scale) * LOG2E)}
-    found["softcap_scale"] = ("f32", 2 * LOG2E * scale / softcap if softcap else 0.0)
+    found = _scales(call)
     if call.cached is None:
         found |= {name: ("ptr", 0) for name in ABSENT}
         i32 |= {"page_size": 0, "page_table_stride": 0, "num_splits": 1}
@@ -82,6 +81,14 @@ def forward(call: Call, tensors: Mapping[str, Steps], pack: int, splits: int = 1
     i32 |= {"k_descale_stride_b": cache.k_descale_stride_b, "v_descale_stride_b": cache.v_descale_stride_b}
     i32["seqlen_k_new"] = cache.seqlen_new
     return found | _strides(tensors) | _typed("i64", i64) | _typed("i32", i32)
+
+
+def _scales(call: Call) -> Typed:
+    scale, softcap = call.scale, call.softcap
+    return {
+        "scale_log2": ("f32", (softcap or scale) * LOG2E),
+        "softcap_scale": ("f32", 2 * LOG2E * scale / softcap if softcap else 0.0),
+    }
 
 
 def rotated_steps(call: Call) -> Steps:
@@ -131,3 +138,42 @@ def append_rows(call: Call, cache: Cached) -> int:
     if cache.rotary_dim:
         rows += facts["batch"] * call.seqlen_q * facts["heads_q"]
     return rows
+
+
+def backward_rows(call: Call) -> int:
+    """Rows of a head in the backward's workspaces; `kernels/abi.py` says which query has which."""
+    batch: int = call.facts["batch"]
+    if call.facts["varlen"]:
+        return (call.seqlen_q // ROWS + batch) * ROWS
+    return batch * -(-call.seqlen_q // ROWS) * ROWS
+
+
+def bwd_preprocess(call: Call, tensors: Mapping[str, Steps], head_dim_accum: int) -> Typed:
+    """Of op `bwd_preprocess`. tensors: of o, dout and dlse. head_dim_accum: of dq_accum."""
+    facts = call.facts
+    i32 = {name: facts[name] for name in ("batch", "heads_q", "head_dim_v")}
+    i32 |= {"seqlen_q": call.seqlen_q, "head_dim_accum": head_dim_accum}
+    i64 = {"rows": backward_rows(call), "lse_stride_h": call.seqlen_q}
+    i64["lse_stride_b"] = 0 if facts["varlen"] else facts["heads_q"] * call.seqlen_q
+    return _strides(tensors) | _typed("i64", i64) | _typed("i32", i32)
+
+
+def bwd(call: Call, tensors: Mapping[str, Steps], splits: int, stride_split: int) -> Typed:
+    """Of op `bwd`. tensors: of q, k, v, dout, dk and dv. stride_split: from split to split of the partial sums."""
+    left, right = call.window
+    i32 = {name: call.facts[name] for name in ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")}
+    i32 |= {"seqlen_q": call.seqlen_q, "seqlen_k": call.seqlen_k, "window_left": left, "window_right": right}
+    i32 |= {"splits": splits, "alibi_stride_b": call.alibi_stride_b}
+    i64 = dict.fromkeys(("dk_partial_stride_split", "dv_partial_stride_split"), stride_split)
+    i64["rows"] = backward_rows(call)
+    found = _scales(call)
+    found |= {"slope_scale": ("f32", 1 / (call.softcap or call.scale)), "softmax_scale": ("f32", call.scale)}
+    return found | _strides(tensors) | _typed("i64", i64) | _typed("i32", i32)
+
+
+def bwd_postprocess(call: Call, dq: Steps, head_dim_accum: int) -> Typed:
+    """Of op `bwd_postprocess`."""
+    i32 = {name: call.facts[name] for name in ("batch", "heads_q", "head_dim")}
+    i32 |= {"seqlen_q": call.seqlen_q, "head_dim_accum": head_dim_accum}
+    found: Typed = {"softmax_scale": ("f32", call.scale)}
+    return found | _strides({"dq": dq}) | _typed("i64", {"rows": backward_rows(call)}) | _typed("i32", i32)

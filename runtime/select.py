@@ -10,7 +10,9 @@ from registry.contract import ALL_DTYPES, Artifact, DispatchRow, Index
 from runtime.errors import NoKernelError
 
 NEAR = 6  # rejections that a message shows; the error object carries all
-TABLES = {"fwd": "kernels/fwd_tiles.json", "fwd_paged": "kernels/paged_tiles.json"}  # elsewhere kernels/dispatch.py
+TABLES = {  # elsewhere kernels/dispatch.py
+    "fwd": "kernels/fwd_tiles.json", "fwd_paged": "kernels/paged_tiles.json", "bwd": "kernels/bwd_tiles.json",
+}  # fmt: skip
 HEAD_DIM_STEP = 32  # of a variant's dims: a panel of shared memory
 
 

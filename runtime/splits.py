@@ -1,4 +1,4 @@
-"""How many blocks share one tile's keys: a pure function, on the host, of what is known without asking the device."""
+"""How many blocks share one tile's work: pure functions, on the host, of what is known without asking the device."""
 
 from __future__ import annotations
 
@@ -57,3 +57,15 @@ def visible_keys(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int:
     if left >= WINDOW_OPEN:
         return seqlen_k
     return min(seqlen_k, left + seqlen_q + min(right, seqlen_k))
+
+
+def group_splits(blocks: int, group: int, multiprocessors: int, blocks_each: int) -> int:
+    """How many blocks share the query heads of a key/value head: a divisor of group, the smallest that fills the
+    device, if any.
+
+    blocks: of the backward without splits. blocks_each: that a multiprocessor holds at once.
+    """
+    resident = multiprocessors * blocks_each
+    if blocks < 1:
+        return 1
+    return next((s for s in range(1, group) if group % s == 0 and blocks * s >= resident), group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from runtime.arguments import check_flag
 from runtime.attention import attend, attend_cached
 from runtime.cached import PAGED
 from runtime.errors import ArgumentError
@@ -31,6 +32,7 @@ def flash_attn_varlen(
     alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    deterministic: bool = False,
     pack_gqa: bool | None = None,
     page_table: torch.Tensor | None = None,
     num_splits: int = 0,
@@ -59,18 +61,21 @@ def flash_attn_varlen(
         torch's allocator, and rows of `out` that belong to no sequence are written, too. Without page_table 0 is 1.
     k_descale, v_descale: (heads_kv,) or (batch, heads_kv), fp32: factors of a k and v that are float8_e4m3fn (head dims
         and strides multiples of 16); None is 1. A float8 k and v need page_table or one of these.
-    Everything else: as in `flash_attn`, whose errors this function raises as well.
+    Everything else: as in `flash_attn`, whose errors this function raises as well. Without page_table, descales and
+        splits it is differentiable as that function is; a packed q has (total_q / 128 + batch) · 128 rows there.
 
     Totals and hints may differ in every call; a batch size is prepared for once, like any other shape.
     Lengths that point outside an array are cut to it. Rows that belong to no sequence, or lie beyond its seqused_q,
-    are not written: in a new tensor, or LSE, they hold anything.
+    are not written: in a new tensor, or LSE, they hold anything. Gradients of such rows are zeros.
     Returns out, (total_q or batch, seqlen_q, heads_q, head_dim_v), or (out, lse); the LSE is (heads_q, total_q) for a
     packed q, else (batch, heads_q, seqlen_q).
     """
+    if deterministic is not False:
+        check_flag("deterministic", deterministic)
     if page_table is None and k_descale is None and v_descale is None and num_splits in (0, 1):
         optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, sink, alibi_slopes)
         return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
-                      max_seqlen_k, pack_gqa)  # fmt: skip
+                      max_seqlen_k, pack_gqa, deterministic)  # fmt: skip
     if cu_seqlens_k is not None:
         raise _needs_cache(page_table, num_splits)
     paged = (cu_seqlens_q, seqused_q, seqused_k, page_table, sink, alibi_slopes, k_descale, v_descale)

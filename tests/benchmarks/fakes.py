@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.reference import attention, packed
-from kernels.abi import FWD
+from kernels.abi import ABIS
 from registry.contract import Artifact, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
 from registry.store import Store, compress
 
@@ -20,8 +21,9 @@ def artifact(key: str, arch: str, *, registers: int = 128, smem: int = 40_960) -
     frame = compress(cubin)
     variant = Variant.parse(key)
     made = Artifact(
-        variant=key, arch=arch, symbol="cubinery_" + key.replace("-", "_"), abi=FWD.digest,
-        grid=Grid("tiles_heads_batch", variant.size("m")), threads=32 * variant.size("w"), smem=smem, static_smem=0,
+        variant=key, arch=arch, symbol="cubinery_" + key.replace("-", "_"), abi=ABIS[variant.op].digest,
+        grid=Grid("tiles_heads_batch", variant.size("m")), threads=32 * (variant.size("w") or 4), smem=smem,
+        static_smem=0,
         registers=registers, spills=0, stack=0, blocks_per_sm=2, hot_loop=(("HMMA", 64),),
         cubin_sha256=sha256_hex(cubin), cubin_size=len(cubin), frame_sha256=sha256_hex(frame), frame_size=len(frame),
         ptx_sha256=sha256_hex(key.encode()), toolchain="test", min_driver=12080,
@@ -30,7 +32,10 @@ def artifact(key: str, arch: str, *, registers: int = 128, smem: int = 40_960) -
 
 
 def write_registry(path: Path, keys: Iterable[str], archs: Iterable[str] = ("sm_120", "sm_90")) -> Path:
-    """A registry file with these variants for each architecture, an index and the channel 'stable'."""
+    """A registry file with these variants for each architecture, an index and the channel 'stable'.
+
+    A variant serves the calls of its own head dims; those of the backward's ops also those of lesser ones.
+    """
     keys = list(keys)
     with Store(path) as store:
         for arch in archs:
@@ -40,10 +45,20 @@ def write_registry(path: Path, keys: Iterable[str], archs: Iterable[str] = ("sm_
             rows = []
             for key in keys:
                 v = Variant.parse(key)
-                facts = {"dtype": v.dtype, "head_dim": v.head_dim, "head_dim_v": v.head_dim_v}
-                rows.append(DispatchRow("fwd", tuple(Condition(f, "==", x) for f, x in facts.items()), key))
-            store.put_index(Index(arch, "test", tuple(a for a, _ in made), tuple(rows), (FWD,)), "stable")
+                fits = "==" if v.op == "fwd" else "<="
+                dims = Condition("head_dim", fits, v.head_dim), Condition("head_dim_v", fits, v.head_dim_v)
+                rows.append(DispatchRow(v.op, (Condition("dtype", "==", v.dtype), *dims), key))
+            abis = tuple(ABIS[op] for op in dict.fromkeys(row.op for row in rows))
+            store.put_index(Index(arch, "test", tuple(a for a, _ in made), tuple(rows), abis), "stable")
     return path
+
+
+def tables_read(folder: Path, monkeypatch: Any) -> Any:
+    """tests.project.measured over the result files of this folder."""
+    from tests.project import measured
+
+    monkeypatch.setattr(measured, "result", lambda name: json.loads((folder / f"{name}.json").read_text()))
+    return measured
 
 
 class FakeKernel:

@@ -175,9 +175,9 @@ class Call:
 
     @cached_property
     def expected(self) -> Expected:
-        return expected(**self.clean, rule=self._rule())
+        return expected(**self.clean, rule=self.rule())
 
-    def _rule(self) -> Rule:
+    def rule(self) -> Rule:
         case = self.case
         used = {} if case.lengths is None else {"lengths_q": self.q.lengths, "lengths_k": self.k.lengths}
         return Rule(self._scale, case.window, case.softcap, self.sink, self.slopes, **used)

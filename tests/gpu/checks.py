@@ -1,16 +1,24 @@
 """The conformance checks of every op, by their names in conformance.json.
 
 Each takes a device under test, on which its variant is in force, the variant's key and a scale, and asserts. They run
-on the GPU against `runtime` (test_fwd.py, test_decode.py), and on the CPU in small against stand-ins and their planted
-faults (tests/benchmarks/test_gpu_checks.py, test_paged_checks.py), so that it is known that they can fail. A check that
-forces something else puts the variant back into force.
+on the GPU against `runtime` (test_fwd.py, test_decode.py, test_bwd.py), and on the CPU in small against stand-ins and
+their planted faults (tests/benchmarks: test_gpu_checks.py, test_paged_checks.py, test_bwd_checks.py), so that it is
+known that they can fail. A check that forces something else puts the variant back into force.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.gpu import append_checks, combine_checks, paged_checks, paged_launch_checks
+from tests.gpu import (
+    append_checks,
+    bwd_checks,
+    bwd_launch_checks,
+    bwd_varlen_checks,
+    combine_checks,
+    paged_checks,
+    paged_launch_checks,
+)
 from tests.gpu.dense_checks import beyond_2g, empty, lse, strided, windows, yardstick
 from tests.gpu.dut import Dut
 from tests.gpu.feature_checks import drawn, head_dims, pack_gqa, score_mods
@@ -43,5 +51,22 @@ OPS: dict[str, dict[str, Check]] = {
     "fwd_combine": _named(combine_checks.combine, combine_checks.into_given, combine_checks.determinism),
     "kv_append": _named(
         *(append_checks.append_rows, append_checks.rotary, append_checks.beyond_2g, append_checks.determinism),
+    ),
+    "bwd_preprocess": _named(
+        *(bwd_checks.scores, bwd_varlen_checks.varlen, bwd_varlen_checks.varlen_many, bwd_checks.head_dims),
+        *(bwd_checks.strides, bwd_checks.empty, bwd_checks.drawn),
+        *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
+    ),
+    "bwd": _named(
+        *(bwd_checks.lengths, bwd_checks.masks, bwd_checks.gqa),
+        *(bwd_varlen_checks.varlen, bwd_varlen_checks.varlen_many, bwd_checks.scores, bwd_checks.head_dims),
+        *(bwd_checks.strides, bwd_checks.empty, bwd_checks.splits, bwd_checks.drawn),
+        *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
+        *(bwd_launch_checks.streams, bwd_launch_checks.autograd),
+    ),
+    "bwd_postprocess": _named(
+        *(bwd_checks.lengths, bwd_checks.gqa, bwd_varlen_checks.varlen, bwd_varlen_checks.varlen_many),
+        *(bwd_checks.head_dims, bwd_checks.empty, bwd_checks.drawn),
+        *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
     ),
 }

@@ -25,6 +25,7 @@ class Dut(Protocol):
     artifacts: dict[str, Artifact]
 
     def force(self, key: str, pack: bool = False) -> None: ...
+    def poison(self) -> None: ...
     def attn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any: ...
     def varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any: ...
     def kvcache(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> Any: ...
@@ -54,12 +55,19 @@ class Gpu:
         packs = pack and Variant.parse(key).op in PACKING
         self._runtime.configure(registry=self._file, channel=packed_channel(key) if packs else key)
 
+    def poison(self) -> None:
+        """Fill what the allocator holds free for the current stream with NaN; nothing while a graph is captured."""
+        if self.device == "cuda" and not torch.cuda.is_current_stream_capturing():
+            if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < RESERVE:
+                reserve()
+            fill_free_memory()
+
     def attn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
-        with poisoned_allocations():
+        with self._poisoned(q, k, v, *options.values()):
             return self._runtime.flash_attn(q, k, v, **options)
 
     def varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
-        with poisoned_allocations():
+        with self._poisoned(q, k, v, *options.values()):
             return self._runtime.flash_attn_varlen(q, k, v, **options)
 
     def kvcache(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> Any:
@@ -69,6 +77,13 @@ class Gpu:
     def combine(self, out_partial: torch.Tensor, lse_partial: torch.Tensor, **options: Any) -> Any:
         with poisoned_allocations():
             return self._runtime.flash_attn_combine(out_partial, lse_partial, **options)
+
+    def _poisoned(self, *given: Any) -> contextlib.AbstractContextManager[None]:
+        """Gradients must not see `poisoned_allocations`: its switch asks for deterministic ones."""
+        if torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in given):
+            self.poison()
+            return contextlib.nullcontext()
+        return poisoned_allocations()
 
 
 def packed_channel(key: str) -> str:
@@ -111,3 +126,41 @@ def _count(step: int) -> None:
     with _lock:
         _poisoning += step
         torch.use_deterministic_algorithms(_poisoning > 0)
+
+
+RESERVE = 1 << 29  # bytes of one free block from which larger workspaces are cut
+SMALL = 1 << 20  # bytes up to which the allocator has blocks of their own
+FRONT = 1 << 27  # bytes of a free block, from whose front allocations are cut, that are filled
+
+
+def reserve() -> None:
+    """Let the allocator hold free blocks, so that what a call allocates is not fresh from the driver, all 0."""
+    held = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in (RESERVE, *[SMALL] * 64)]
+    del held
+
+
+def fill_free_memory() -> None:
+    """What the allocator holds free for the current stream becomes 0xFF: NaN in bf16, fp16 and fp32, -1 in int32. On
+    that stream, without synchronising. Of long blocks, which references leave behind, the front."""
+    from cuda.bindings import driver
+
+    torch.zeros(1, device="cuda")  # a new thread may have no context yet, and the driver would refuse
+    stream = torch.cuda.current_stream().cuda_stream
+    for start, size in free_blocks(torch.cuda.memory_snapshot(), torch.cuda.current_device(), stream):
+        (status,) = driver.cuMemsetD8Async(start, 0xFF, min(size, FRONT), stream)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuMemsetD8Async of {size} bytes: {status}")
+
+
+def free_blocks(segments: list[dict[str, Any]], device: int, stream: int) -> Iterator[tuple[int, int]]:
+    """(address, bytes) of the free blocks of a memory snapshot that a call on this stream can be given."""
+    for segment in segments:
+        if (segment["device"], segment["stream"]) != (device, stream):
+            continue
+        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):  # a graph's own
+            continue
+        start = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "inactive":
+                yield start, block["size"]
+            start += block["size"]

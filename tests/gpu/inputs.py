@@ -73,6 +73,16 @@ def integers(numbers: Any, device: Any) -> torch.Tensor:
     return around(torch.tensor(numbers, device=device), torch.int32, 2**30)
 
 
+def astray(dims: tuple[int, int], dtype: torch.dtype, device: Any) -> dict[str, torch.Tensor]:
+    """Packed arrays of 40 rows, and lengths that claim others: kernels have to cut them. dims: head_dim, head_dim_v."""
+    lengths = {
+        "cu_seqlens_q": [0, 9, 2**30], "cu_seqlens_k": [-7, 30, 2**30],
+        "seqused_q": [2**30, 2**30], "seqused_k": [-3, 2**30],
+    }  # fmt: skip
+    given = {name: torch.ones(40, 1, dims[name == "v"], dtype=dtype, device=device) for name in "qkv"}
+    return given | {name: torch.tensor(numbers, dtype=torch.int32, device=device) for name, numbers in lengths.items()}
+
+
 def around(source: torch.Tensor, dtype: torch.dtype, other: float) -> torch.Tensor:
     """A copy of a tensor of one or two dimensions, as part of a buffer that else holds `other`."""
     size = source.shape[-1]

@@ -48,7 +48,7 @@ def graph_capture(dut: Dut, key: str, scale: Scale) -> None:
     except CubineryError as error:
         reason = error.reason
     report.expect(reason == "capture", f"a cold call during capture: reason {reason!r} instead of 'capture'")
-    sizes = enumerate(_of_one_size(scale))
+    sizes = enumerate(of_one_size(scale))
     ragged = [varlen(key, (4, 2), lengths, seed=seed, window=OPEN) for seed, lengths in sizes]
     try:
         for pack in (False, True):
@@ -61,7 +61,7 @@ def graph_capture(dut: Dut, key: str, scale: Scale) -> None:
     report.done()
 
 
-def _of_one_size(scale: Scale) -> list[Lengths]:
+def of_one_size(scale: Scale) -> list[Lengths]:
     """Lengths that fit one pair of arrays: rearranged, fewer rows than there is room for, other rows used."""
     q, k = scale.entries_q, scale.entries_k
     fewer = tuple(n // 2 for n in q)
@@ -84,7 +84,7 @@ def _replays(report: Report, dut: Dut, cases: list[Case]) -> None:
         out, lse = static(dut)
     for case in [*cases[1:], cases[0]]:
         call = Call(case, dut.device)
-        for target, source in zip(_inputs(static), _inputs(call), strict=True):
+        for target, source in zip(inputs_of(static), inputs_of(call), strict=True):
             target.copy_(source)
         out._base.fill_(float("nan"))
         lse.fill_(float("nan"))
@@ -94,7 +94,7 @@ def _replays(report: Report, dut: Dut, cases: list[Case]) -> None:
         report.expect(alike, f"a replay differs from a call: {case}")
 
 
-def _inputs(call: Call) -> list[torch.Tensor]:
+def inputs_of(call: Call) -> list[torch.Tensor]:
     """All that a call reads: each array with what surrounds it."""
     read = [x for name, x in call.tensors.items() if name != "out"]
     read += [call.sink, call.slopes, call.q.cu_seqlens, call.k.cu_seqlens, call.q.seqused, call.k.seqused]
@@ -111,7 +111,7 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
     for i in range(scale.threads):
         shapes = [shape_of(key, 1, (4, 2), scale.ragged[0] - i, scale.ragged[1] - 9 * i - j) for j in range(2)]
         cases = [Case(shape, seed=20 + i, window=CAUSAL) for shape in shapes]
-        cases += [varlen(key, (4, 2), lengths, seed=20 + i, sink="fp32") for lengths in _of_one_size(scale)[:2]]
+        cases += [varlen(key, (4, 2), lengths, seed=20 + i, sink="fp32") for lengths in of_one_size(scale)[:2]]
         calls = [Call(case, dut.device) for case in cases]
         right = [[x.clone() for x in call(dut)] for call in calls]
         for call, results in zip(calls, right, strict=True):

@@ -109,8 +109,8 @@ class PagedCall(Call):
         factor = self.descale.get(name)
         return None if factor is None else factor.expand(self.shape.batch, -1)
 
-    def _rule(self) -> Rule:
-        return replace(super()._rule(), k_descale=self.by_entry("k"), v_descale=self.by_entry("v"))
+    def rule(self) -> Rule:
+        return replace(super().rule(), k_descale=self.by_entry("k"), v_descale=self.by_entry("v"))
 
     @cached_property
     def options(self) -> dict[str, Any]:

@@ -43,6 +43,13 @@ class Scale:
     mixed_k: tuple[int, ...] = (300, 113, 17, 64, 500, 0, 1025)
     new_tokens: tuple[int, ...] = (1, 2, 17)
     layers: int = 32
+    # Gradients: lengths, also of a pair that no tile divides; runs that must agree; random draws; how long, with how
+    # many heads, an array is that has more elements than `beyond`.
+    bwd_seqlens: tuple[int, ...] = (1, 17, 64, 113, 128, 300, 1100)
+    bwd_ragged: tuple[int, int] = (200, 330)
+    bwd_runs: int = 1000
+    bwd_draws: int = 40
+    bwd_long: tuple[int, int] = (8192, 64)
     thin: bool = False  # every pair of factor values instead of the product
 
 
@@ -52,7 +59,8 @@ TINY = Scale(
     entries_q=(21, 0, 1, 40), entries_k=(21, 9, 30, 0), short=(12, 3, 20), long=(70, 1), grid_batch=3, beyond=2**14,
     threads=2, calls=3, draws=16, longest=40, pages=(1, 3, 16),
     few_queries=(1, 3), splits=(0, 1, 3), many_splits=(2, 9), long_keys=(70, 33), longest_keys=90,
-    mixed_q=(1, 20, 0, 5), mixed_k=(30, 20, 8, 41), new_tokens=(1, 4), layers=3, thin=True,
+    mixed_q=(1, 20, 0, 5), mixed_k=(30, 20, 8, 41), new_tokens=(1, 4), layers=3, bwd_seqlens=(1, 17, 40),
+    bwd_ragged=(37, 53), bwd_runs=4, bwd_draws=8, bwd_long=(40, 4), thin=True,
 )  # fmt: skip
 
 

@@ -5,8 +5,8 @@
 One process per tool launches every variant, then planted faults that the tool must see: an output astray for
 memcheck, kernels without one of their barriers for racecheck (tests/gpu/plant_race.py writes their file). Only
 kernels of ours are instrumented, and a finding names its kernel, so each variant gets its own verdict: it passes when
-its launches ended, nothing names its symbol, and a planted fault was seen. A tool that cannot run here, or that is
-blind, gives no verdict: the report says so and the ledger stays as it is.
+its launches ended, nothing names its symbol, and a planted fault was seen, of racecheck one of each op that is planted.
+A tool that cannot run here, or that is blind, gives no verdict: the report says so and the ledger stays as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.derived import private_copy, read_index
-from registry.contract import Artifact
+from registry.contract import Artifact, Variant
 from tests.gpu import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     artifacts = _artifacts(options)
     path = Path(os.environ.get("CUBINERY_GPU_RUN") or ledger.new_run())
     report = {}
+    races = planted_symbols(options.planted, options.arch) if options.planted else {}
     for tool in options.tools:
         symbols = {key: artifacts[key].symbol for key in sorted(artifacts)}
-        verdict = judge(partial(_run, tool, options), symbols, tool)
+        verdict = judge(partial(_run, tool, options), symbols, tool, races if tool == "racecheck" else {})
         run = ledger.Ledger(path, verdict.device.get("gpu", "unknown"), ledger.driver_version())
         for key in verdict.passed + verdict.failed:
             run.add(artifacts[key], tool, key in verdict.passed)
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="sm_90", help="architecture of the index whose variants are run")
     parser.add_argument("--only", default="*", help="glob over variant keys")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--timeout", type=float, default=400, help="seconds for one process under a tool")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one process under a tool")
     parser.add_argument("--logs", type=Path, help="folder that keeps the tools' logs")
     parser.add_argument(
         "--report", type=Path, help="JSON file for the verdicts and refusals; by default beside the run's ledger file"
@@ -110,9 +111,11 @@ def _artifacts(options: argparse.Namespace) -> dict[str, Artifact]:
 # ---- verdicts ----
 
 
-def judge(run: Callable[[list[str]], Run], symbols: Mapping[str, str], tool: str) -> Verdict:
+def judge(
+    run: Callable[[list[str]], Run], symbols: Mapping[str, str], tool: str, planted: Mapping[str, str] | None = None
+) -> Verdict:
     """Run until every variant has a verdict. `run(keys)` starts one process; a variant that breaks it is left out of
-    the next. symbols: variant key -> kernel name."""
+    the next. symbols: variant key -> kernel name. planted: kernel name -> op, of each of which one must be seen."""
     verdict, pending = Verdict(), list(symbols)
     while pending and not verdict.blind:
         seen = run(pending)
@@ -123,8 +126,8 @@ def judge(run: Callable[[list[str]], Run], symbols: Mapping[str, str], tool: str
         stuck = [key for key in pending if key not in seen.ended and key not in guilty][:1]
         if seen.refused:
             verdict.blind = f"{tool} cannot run here: {seen.refused}"
-        elif len(clean) == len(pending) and not verdict.planted_seen:
-            verdict.blind = f"{tool} did not see the planted fault ({seen.summary or 'no summary'})"
+        elif len(clean) == len(pending) and (lacking := _unseen(verdict.planted_seen, planted or {})):
+            verdict.blind = f"{tool} did not see the planted {lacking} ({seen.summary or 'no summary'})"
         elif guilty:
             verdict.failed += guilty
             pending = [key for key in pending if key not in guilty]
@@ -134,6 +137,20 @@ def judge(run: Callable[[list[str]], Run], symbols: Mapping[str, str], tool: str
         else:
             verdict.passed, pending = clean, []
     return verdict
+
+
+def _unseen(seen: list[str], planted: Mapping[str, str]) -> str:
+    """Which planted faults had to be seen and were not, in words; '' if none."""
+    if not seen:
+        return "fault"
+    ops = {planted[name] for name in seen if name in planted}
+    return ", ".join(f"fault of {op}" for op in sorted(set(planted.values()) - ops))
+
+
+def planted_symbols(planted: Path, arch: str) -> dict[str, str]:
+    """Kernel name -> op of what a file of planted faults holds."""
+    found = [a for name in channels(planted) for a in read_index(planted, arch, name).artifacts]
+    return {a.symbol: Variant.parse(a.variant).op for a in found if a.symbol.startswith(PLANTED)}
 
 
 def channels(planted: Path) -> list[str]:
@@ -253,6 +270,7 @@ def _race(planted: Path, arch: str) -> None:
 
     public = SimpleNamespace(attn=runtime.flash_attn, varlen=runtime.flash_attn_varlen)
     public.kvcache, public.combine = runtime.flash_attn_with_kvcache, runtime.flash_attn_combine
+    public.poison = lambda: None
     for name in channels(planted):
         runtime.configure(registry=planted, channel=name)
         broken = [a for a in read_index(planted, arch, name).artifacts if a.symbol.startswith(PLANTED)]
@@ -269,7 +287,7 @@ def _write_astray(planted: Path, arch: str) -> None:
     from benchmarks.cubins import Kernel, bind_fwd, read
     from tests.gpu.inputs import DTYPES
 
-    candidate = read(planted, arch)[0]
+    candidate = next(c for c in read(planted, arch) if c.artifact.symbol.startswith(PLANTED))
     variant = candidate.variant
     q, k, v = (
         torch.ones(1, 128, 1, dim, dtype=DTYPES[variant.dtype], device="cuda")

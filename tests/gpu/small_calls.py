@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu import paged_small_calls
+from tests.gpu import bwd_small_calls, paged_small_calls
 from tests.gpu.cases import CAUSAL, Call, Case, Lengths, shape_of, varlen
 from tests.gpu.dut import Dut
-from tests.gpu.inputs import DTYPES
+from tests.gpu.inputs import DTYPES, astray
 from tests.gpu.paged_small_calls import tight
 
 
@@ -34,8 +34,11 @@ def launch(dut: Dut, key: str, device: str = "cuda") -> None:
 
     Each tensor is an allocation of its own, just as large as it must be: what lies beyond is nobody's.
     """
-    if Variant.parse(key).op == "fwd":
+    op = Variant.parse(key).op
+    if op == "fwd":
         _forward(dut, key, device)
+    elif op.startswith("bwd"):
+        bwd_small_calls.launch(dut, key, device)
     else:
         paged_small_calls.launch(dut, key, device)
     if device == "cuda":
@@ -47,20 +50,6 @@ def _forward(dut: Dut, key: str, device: str) -> None:
         call = Call(case, "cpu")
         given = {**call.tensors, **call.options}
         call(dut, **{name: tight(x, device) for name, x in given.items() if torch.is_tensor(x)})
-    dut.varlen(**_astray(key, device), causal=True, return_lse=True)
-
-
-def _astray(key: str, device: str) -> dict[str, torch.Tensor]:
-    """Arrays of 40 rows, and lengths that claim others: the kernel has to cut them."""
     variant = Variant.parse(key)
-    q, k, v = (
-        torch.ones(40, 1, dim, dtype=DTYPES[variant.dtype], device=device)
-        for dim in (variant.head_dim, variant.head_dim, variant.head_dim_v)
-    )
-    lengths = {
-        "cu_seqlens_q": [0, 9, 2**30], "cu_seqlens_k": [-7, 30, 2**30],
-        "seqused_q": [2**30, 2**30], "seqused_k": [-3, 2**30],
-    }  # fmt: skip
-    return {"q": q, "k": k, "v": v} | {
-        name: torch.tensor(numbers, dtype=torch.int32, device=device) for name, numbers in lengths.items()
-    }
+    given = astray((variant.head_dim, variant.head_dim_v), DTYPES[variant.dtype], device)
+    dut.varlen(**given, causal=True, return_lse=True)

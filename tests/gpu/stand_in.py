@@ -43,6 +43,9 @@ class Stand:
         self.packed, self.cold = pack, True
         self.variant_dim = int(key.split("-")[2][1:])
 
+    def poison(self) -> None:
+        """A stand-in has no workspaces."""
+
     def attn(self, q: Any, k: Any, v: Any, *, causal: Any = False, softmax_scale: Any = None, window: Any = None,
              softcap: float = 0.0, sink: Any = None, alibi_slopes: Any = None, return_lse: bool = False,
              out: Any = None) -> Any:  # fmt: skip

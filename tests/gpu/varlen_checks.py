@@ -23,9 +23,9 @@ def varlen(dut: Dut, key: str, scale: Scale) -> None:
     heads = tuple(scale.groups.values())
     combinations = [(q, k) for q, k in product(sides, sides) if (q, k) != ((False, False), (False, False))]
     for seed, (((packed_q, used_q), (packed_k, used_k)), window) in enumerate(product(combinations, MASKS)):
-        q, k = _rooms(scale.entries_q, packed_q), _rooms(scale.entries_k, packed_k)
+        q, k = rooms(scale.entries_q, packed_q), rooms(scale.entries_k, packed_k)
         lengths = Lengths(
-            q, k, _used(q) if used_q else None, _used(k[::-1])[::-1] if used_k else None, packed_q, packed_k,
+            q, k, used(q) if used_q else None, used(k[::-1])[::-1] if used_k else None, packed_q, packed_k,
             spare=(0, 37)[seed % 2], told=seed % 3 > 0,
         )  # fmt: skip
         more = {"family": FAMILIES[seed % 3], "seed": seed, "window": window}
@@ -60,10 +60,10 @@ def varlen_many(dut: Dut, key: str, scale: Scale) -> None:
     report.done()
 
 
-def _rooms(entries: tuple[int, ...], packed: bool) -> tuple[int, ...]:
+def rooms(entries: tuple[int, ...], packed: bool) -> tuple[int, ...]:
     return entries if packed else (max(entries),) * len(entries)
 
 
-def _used(rooms: tuple[int, ...]) -> tuple[int, ...]:
+def used(rooms: tuple[int, ...]) -> tuple[int, ...]:
     """All rows, about half, all but one, none; in turn."""
     return tuple((room, room // 2 + 1, room - 1, 0)[i % 4] if room else 0 for i, room in enumerate(rooms))

@@ -98,10 +98,10 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> E
     if rule.lengths_q is not None:
         counted = torch.arange(seqlen_q, device=q.device) < rule.lengths_q[:, None]
     worst, squares = torch.zeros(2, batch, dtype=torch.float64, device=q.device)
-    for entries, heads_kv in _parts(q, k) if out.numel() else ():
+    for entries, heads_kv in parts(q, k, CHUNK) if out.numel() else ():
         group = heads_q // k.shape[2]
         heads = slice(heads_kv.start * group, heads_kv.stop * group)
-        part = _Part(q[entries, :, heads], k[entries, :, heads_kv], v[entries, :, heads_kv], rule, entries, heads)
+        part = Part(q[entries, :, heads], k[entries, :, heads_kv], v[entries, :, heads_kv], rule, entries, heads)
         ref, part_lse, part_size, part_empty = part.exact()
         out[entries, :, heads] = ref.flatten(1, 2).transpose(1, 2)
         lse[entries, heads], empty[entries, heads] = part_lse.flatten(1, 2), part_empty.flatten(1, 2)
@@ -112,22 +112,22 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> E
         squares[entries] += ((part.model().double() - ref.double()).square() * judged).sum((1, 2, 3, 4))
     top = (out.abs() * counted[..., None, None]).double().flatten(1)
     top = top.amax(1) if out.numel() else torch.zeros_like(worst)
-    pool = _pools(counted, heads_q, rule.lengths_k)
-    sizes = _sums(counted.sum(1).double() * (heads_q * v.shape[3]), pool)
-    rms = (_sums(squares, pool) / sizes.clamp(min=1)).sqrt()
+    pool = pools(counted, heads_q, rule.lengths_k)
+    sizes = sums(counted.sum(1).double() * (heads_q * v.shape[3]), pool)
+    rms = (sums(squares, pool) / sizes.clamp(min=1)).sqrt()
     rms = rms.masked_fill(sizes < MIN_ROWS * v.shape[3], math.inf)
     if rule.v_descale is not None and rms.numel():
         # One more product in fp32: as good a kernel may round one output in 256 to the other side.
-        rms = rms + _ulps(top.amax(), q.dtype) / 32
-    return Expected(out, lse, lse_size, empty, counted, 2 * worst + 2 * _ulps(top, q.dtype), pool, sizes, 2 * rms)
+        rms = rms + ulps(top.amax(), q.dtype) / 32
+    return Expected(out, lse, lse_size, empty, counted, 2 * worst + 2 * ulps(top, q.dtype), pool, sizes, 2 * rms)
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
     """The spacing of `dtype` at `value`."""
-    return _ulps(torch.tensor([value], dtype=torch.float64), dtype).item()
+    return ulps(torch.tensor([value], dtype=torch.float64), dtype).item()
 
 
-def _ulps(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def ulps(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     return torch.exp2(values.log2().floor()).clamp(min=info.smallest_normal) * info.eps
 
@@ -142,12 +142,12 @@ def problems(out: torch.Tensor, lse: torch.Tensor | None, right: Expected) -> li
         difference = torch.where(right.counted[..., None, None], out.double() - right.out.double(), 0.0)
         worst = difference.abs().amax((1, 2, 3))
         if not bool((worst <= right.max_error).all()):
-            entry = _most_beyond(worst, right.max_error)
+            entry = most_beyond(worst, right.max_error)
             limit = right.max_error[entry].item()
             found.append(f"entry {entry}: max|out - ref| = {worst[entry].item():.3e}, allowed {limit:.3e}")
-        rms = (_sums(difference.square().sum((1, 2, 3)), right.pool) / right.sizes.clamp(min=1)).sqrt()
+        rms = (sums(difference.square().sum((1, 2, 3)), right.pool) / right.sizes.clamp(min=1)).sqrt()
         if not bool((rms <= right.rms_error).all()):
-            pool = _most_beyond(rms, right.rms_error)
+            pool = most_beyond(rms, right.rms_error)
             limit, entries = right.rms_error[pool].item(), int((right.pool == pool).sum())
             found.append(f"RMS(out - ref) = {rms[pool].item():.3e} over {entries} entries, allowed {limit:.3e}")
         nothing = right.empty.transpose(1, 2) & right.counted[..., None]
@@ -158,7 +158,7 @@ def problems(out: torch.Tensor, lse: torch.Tensor | None, right: Expected) -> li
     return found
 
 
-def _most_beyond(errors: torch.Tensor, limits: torch.Tensor) -> int:
+def most_beyond(errors: torch.Tensor, limits: torch.Tensor) -> int:
     """Where an error exceeds its limit by the largest factor; NaN is beyond any."""
     factor = torch.where(errors <= limits, 0.0, errors / limits)
     return int(factor.nan_to_num(math.inf, math.inf).argmax())
@@ -181,7 +181,7 @@ def _lse_problems(lse: torch.Tensor, right: Expected) -> list[str]:
 # ---- pools of entries ----
 
 
-def _pools(counted: torch.Tensor, heads_q: int, lengths_k: torch.Tensor | None) -> torch.Tensor:
+def pools(counted: torch.Tensor, heads_q: int, lengths_k: torch.Tensor | None) -> torch.Tensor:
     """Each entry's pool, (batch,)."""
     tokens = counted.sum(1).tolist()
     keys = [0] * len(tokens) if lengths_k is None else lengths_k.tolist()
@@ -204,7 +204,7 @@ def pooled(rows: Sequence[int], keys: Sequence[int]) -> list[int]:
     return pools
 
 
-def _sums(values: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+def sums(values: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
     """Of entries' values, by pool."""
     pools = int(pool.max()) + 1 if pool.numel() else 0
     return values.new_zeros(pools).index_add_(0, pool, values)
@@ -213,7 +213,7 @@ def _sums(values: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
 # ---- three ways to compute it ----
 
 
-class _Part:
+class Part:
     """Some batch entries and key/value heads, small enough to be computed at a time."""
 
     def __init__(self, q: Any, k: Any, v: Any, rule: Rule, entries: slice, heads: slice):
@@ -283,12 +283,12 @@ class _Part:
         return (weights.to(self.q.dtype).float() @ self.v.float() * self.gain).to(self.q.dtype)
 
 
-def _parts(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """(batch entries, key/value heads) of at most about CHUNK scores together."""
+def parts(q: torch.Tensor, k: torch.Tensor, chunk: int) -> Iterator[tuple[slice, slice]]:
+    """(batch entries, key/value heads) of at most about `chunk` scores together."""
     batch, seqlen_q, heads_q = q.shape[:3]
     scores = max(heads_q * seqlen_q * k.shape[1], 1)  # of one entry
-    entries = max(1, CHUNK // scores)
-    heads = k.shape[2] if scores <= CHUNK else max(1, k.shape[2] * CHUNK // scores)
+    entries = max(1, chunk // scores)
+    heads = k.shape[2] if scores <= chunk else max(1, k.shape[2] * chunk // scores)
     for entry in range(0, batch, entries):
         for head in range(0, k.shape[2], max(heads, 1)):
             yield slice(entry, min(entry + entries, batch)), slice(head, min(head + heads, k.shape[2]))

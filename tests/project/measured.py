@@ -23,8 +23,8 @@ RESULTS = ROOT / "benchmarks/results"
 README = ROOT / "README.md"
 MODES = ("free", "sm120")
 FILES = (
-    *(f"{name}.{mode}" for name in ("forward", "shapes", "decode") for mode in MODES),
-    *("build", "host_overhead.free", "cold_start.free"),
+    *(f"{name}.{mode}" for name in ("forward", "backward", "shapes", "decode") for mode in MODES),
+    *("training.free", "build", "host_overhead.free", "cold_start.free"),
 )
 Rows = list[list[str]]
 
@@ -50,28 +50,55 @@ def shapes(part: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def forward() -> Rows:
+    return [against_sdpa(mode, result(f"forward.{mode}")) for mode in MODES]
+
+
+def against_sdpa(mode: str, value: dict[str, Any]) -> list[str]:
+    ranked = sorted(value["rows"], key=lambda row: row["ratio"])
+    ends = [f"{row['ratio']:.3f} ({row['case']})" for row in (ranked[0], ranked[-1])]
+    cells = value["against_fa4"]["cells"]
+    counts = [(sum(row["ratio"] < 1 for row in ranked), ranked), (sum(cell["met"] for cell in cells), cells)]
+    return [f"`{mode}`", f"{value['geomean']:.3f}", *ends, *(f"{n} of {len(all_)}" for n, all_ in counts)]
+
+
+def backward() -> Rows:
+    """The forward's columns, the geomean of the 40 cells beside that of all, and the price of determinism."""
     rows = []
     for mode in MODES:
-        value = result(f"forward.{mode}")
-        ranked = sorted(value["rows"], key=lambda row: row["ratio"])
-        ends = [f"{row['ratio']:.3f} ({row['case']})" for row in (ranked[0], ranked[-1])]
-        cells = value["against_fa4"]["cells"]
-        counts = [(sum(row["ratio"] < 1 for row in ranked), ranked), (sum(cell["met"] for cell in cells), cells)]
-        rows.append([f"`{mode}`", f"{value['geomean']:.3f}", *ends, *(f"{n} of {len(all_)}" for n, all_ in counts)])
+        value = result(f"backward.{mode}")
+        named, geomean, *rest = against_sdpa(mode, value)
+        ordered = max(row["deterministic_ratio"] for row in value["rows"] if "deterministic_ratio" in row)
+        rows.append([named, geomean, f"{value['geomean_spine']:.3f}", *rest, f"{ordered:.2f}"])
     return rows
 
 
-def models() -> Rows:
+def models(name: str = "forward") -> Rows:
     """Each model's geomean, full and causal apart."""
     ratios: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for mode in MODES:
-        for row in result(f"forward.{mode}")["rows"]:
+        for row in result(f"{name}.{mode}")["rows"]:
             model, _, mask = row["case"].split("/")
             ratios[model][mode, mask].append(math.log(row["ratio"]))
     return [
         [model, *(f"{math.exp(statistics.fmean(found[m, k])):.3f}" for m in MODES for k in ("full", "causal"))]
         for model, found in ratios.items()
     ]
+
+
+def backward_models() -> Rows:
+    return models("backward")
+
+
+def training() -> Rows:
+    """What our attention and FlashAttention-2 make of the loss and of the memory, and two runs of the reference."""
+    value = result("training.free")
+    named = {"ours": "ours", "flash": "SDPA, FlashAttention-2", "reference_again": "fp32 attention, run again"}
+    rows = []
+    for name, title in named.items():
+        peak = value["memory"][name.removesuffix("_again")]
+        losses = [f"{value['deviation'][name][kind] * 1e3:.2f}" for kind in ("mean", "max")]
+        rows.append([title, *losses, f"{peak / 1e6:.1f}"])
+    return rows
 
 
 def factors() -> Rows:
@@ -149,9 +176,19 @@ def cold_start() -> Rows:
     return [*ours, ["SDPA, FlashAttention backend", "none", peer, peer]]
 
 
+def first_backward() -> Rows:
+    value = result("cold_start.free")
+    rows = {row["case"].rpartition("/")[2]: row for row in value["rows"]}
+    found = [("ours, from a registry file", rows["embedded"]), ("ours, from the disk cache", rows["disk_cache"])]
+    ours = [[name, *(f"{row[part]:.1f}" for part in ("autograd", "backward"))] for name, row in found]
+    peer = [f"{value['backward'][part]:.1f}" for part in ("peer_autograd", "peer")]
+    whole = f"{value['backward']['whole']:.1f}"
+    return [*ours, ["SDPA, FlashAttention backend", *peer], ["ours, from the disk cache, both at once", "–", whole]]
+
+
 TABLES: tuple[Callable[[], Rows], ...] = (
-    *(forward, models, factors, asymmetric, packing, decode),
-    *(build, host_time, cold_start),
+    *(forward, models, backward, backward_models, training, factors, asymmetric, packing, decode),
+    *(build, host_time, cold_start, first_backward),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import runtime
 from runtime import session
+from tests.runtime.backward_kernels import write_backward_registry
 from tests.runtime.fakes import FakeBackend, write_registry
 
 
@@ -49,3 +50,19 @@ def registry(tmp_path: Path, template: Path) -> Path:
     shutil.copy(template, path)
     runtime.configure(registry=path)
     return path
+
+
+@pytest.fixture(scope="session")
+def backward_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of the table and the backward's kernels, built once."""
+    path = tmp_path_factory.mktemp("backward") / "registry.db"
+    write_backward_registry(path)
+    path.parent.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def backward_registry(backward_template: Path) -> Path:
+    """The settings name it; nobody writes it."""
+    runtime.configure(registry=backward_template)
+    return backward_template

@@ -27,7 +27,7 @@ from registry.contract import (
 )
 from registry.store import Store, compress
 from runtime.errors import DriverError
-from tests.runtime import cache_kernels
+from tests.runtime import backward_kernels, cache_kernels
 
 # A table like kernels.dispatch's, but retuning that one changes nothing here.
 TABLE = tuple(
@@ -167,7 +167,7 @@ class FakeDriver:
                               "stream": stream, "params": values, "extra": extra})  # fmt: skip
         if self.status is self.success:
             variant = Variant.parse(function["symbol"])
-            (attend if variant.op == "fwd" else cache_kernels.KERNELS[variant.op])(variant, values)
+            KERNELS[variant.op](variant, values)
         return (self.status,)
 
 
@@ -226,6 +226,9 @@ def _attend_entry(dtype: torch.dtype, p: dict[str, Any], b: int) -> None:
         start = p["lse"] + 4 * (b * p["lse_stride_b"] + first["q"][0])
         lse = view(start, torch.float32, (heads, n[0]), (p["lse_stride_h"], 1))
         lse.copy_(torch.logsumexp(scores, -1))
+
+
+KERNELS = {"fwd": attend} | cache_kernels.KERNELS | backward_kernels.KERNELS
 
 
 class FakeBackend:

@@ -347,22 +347,6 @@ def test_a_capture_on_the_current_device_forbids_a_load_on_another(
         assert backend.current == 3 and not backend.driver.calls
 
 
-def test_requires_grad_is_refused_first_and_warm(backend: FakeBackend, registry: Path):
-    q, k, v = inputs()
-    runtime.flash_attn(q, k, v)
-    for name, tensors in (("q", (q.requires_grad_(), k, v)), ("v", (q.detach(), k, v.clone().requires_grad_()))):
-        with pytest.raises(ArgumentError, match="no backward yet") as error:
-            runtime.flash_attn(*tensors)
-        assert error.value.reason == "requires_grad", name
-        with torch.no_grad():
-            runtime.flash_attn(*tensors)
-        with torch.inference_mode():
-            runtime.flash_attn(*tensors)
-    out = torch.empty_like(k[:, :5, :1].expand(2, 5, 4, 64), memory_format=torch.contiguous_format).requires_grad_()
-    with pytest.raises(ArgumentError, match="no backward yet"):
-        runtime.flash_attn(q.detach(), k, v, out=out)
-
-
 def test_misalignment_is_refused_first_and_warm(backend: FakeBackend, registry: Path):
     q, k, v = inputs()
     crooked = torch.zeros(q.numel() + 8, dtype=BF16)[4:-4].view(q.shape)

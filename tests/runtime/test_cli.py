@@ -184,6 +184,24 @@ def test_explain_knows_every_fact(registry: Path, capsys):
     assert "m64-n64-w4-s1, packed GQA\n" in capsys.readouterr().out
 
 
+def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys):
+    given = ("explain", "--registry", backward_registry, "--arch", "sm_120", "--head-dim", 72, "--heads-kv", 8)
+    for op, variant in (("bwd", "bwd-bf16-d128-dv128-m64-n32-w4-s1"), ("bwd_preprocess", "bwd_preprocess-bf16-d256-"),
+                        ("bwd_postprocess", "bwd_postprocess-bf16-d256-"), ("fwd", "fwd-bf16-d96-")):  # fmt: skip
+        code, report = run(capsys, *given, "--op", op, "--batch", 3, "--seqlen-q", 50, "--seqlen-k", 70)
+        assert code == 0 and report["variant"].startswith(variant) and report["pack"] is False
+        dense = {name: report["facts"].get(name) for name in ("varlen_k", "total_k")}
+        assert dense == ({"varlen_k": None, "total_k": None} if op == "fwd" else {"varlen_k": 0, "total_k": 210})
+    code, report = run(capsys, *given, "--op", "bwd", "--batch", 3, "--seqlen-k", 70, "--varlen")
+    assert (report["facts"]["varlen_k"], report["facts"]["total_k"]) == (1, 210)
+    assert "--op" in usage(capsys, *given, "--op", "kv_append")
+    prefetch = ("prefetch", "--registry", backward_registry, "--dtype", "bf16", "--head-dim", 64)
+    code, every = run(capsys, *prefetch)
+    assert code == 0 and every["missing"] == [] and every["verified"] == every["wanted"]
+    counts = [run(capsys, *prefetch, "--op", op)[1]["wanted"] for op in ("fwd", "bwd", "bwd_preprocess")]
+    assert counts[1:] == [1, 1] and every["wanted"] == sum(counts) + 1
+
+
 def test_explain_lists_every_rejection(registry: Path, capsys):
     given = ("explain", "--registry", registry, "--arch", "sm_120", "--head-dim", "136")
     code, report = run(capsys, *given)

@@ -13,7 +13,7 @@ from registry.contract import WINDOW_OPEN
 from runtime import fa4
 from runtime.errors import ArgumentError
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, inputs, reference
+from tests.runtime.test_attention import inputs, reference
 from tests.runtime.test_varlen import ints, packed
 
 FA2 = "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
@@ -208,13 +208,3 @@ def test_empty_batches_and_sequences(backend: FakeBackend, registry: Path):
         out, lse = fa4.flash_attn_func(q, k, v, return_lse=True)
         assert out.shape == q.shape and (lse == -torch.inf).all()
     assert runtime.flash_attn_varlen_func(**packed((), ())).shape == (0, 4, 64)
-
-
-def test_grad_is_refused(backend: FakeBackend, registry: Path):
-    q, k, v = inputs()
-    for call in (runtime.flash_attn_func, fa4.flash_attn_func):
-        with pytest.raises(ArgumentError, match="no backward yet"):
-            call(q.clone().requires_grad_(), k, v)
-        with pytest.raises(ArgumentError, match="no backward yet") as error:
-            call(q, k, v, learnable_sink=torch.zeros(4, dtype=BF16, requires_grad=True))
-        assert error.value.argument == "learnable_sink"

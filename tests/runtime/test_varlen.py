@@ -429,11 +429,8 @@ def test_what_the_key_leaves_open_is_checked_on_warm_calls(backend: FakeBackend,
         ({"cu_seqlens_q": crooked[2:22]}, "cu_seqlens_q", "alignment"),
         ({"alibi_slopes": crooked[2:18]}, "alibi_slopes", "alignment"),
         ({"sink": crooked[1:9]}, "sink", "alignment"),
-        ({"sink": given["sink"].clone().requires_grad_()}, "sink", "requires_grad"),
-        ({"alibi_slopes": given["alibi_slopes"].clone().requires_grad_()}, "alibi_slopes", "requires_grad"),
         ({"cu_seqlens_k": freed["cu_seqlens_k"]}, "cu_seqlens_k", "storage"),
         ({"sink": freed["sink"]}, "sink", "storage"),
-        ({"k": given["k"].clone().requires_grad_()}, "q, k, v", "requires_grad"),
     ]
     for _ in range(2):  # first and warm
         for changes, argument, reason in bad:

@@ -1,0 +1,49 @@
+"""The few small backwards that a sanitizer watches (see `small_calls`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from registry.contract import Variant
+from tests.gpu.bwd_cases import BwdCall, BwdCase, dense, dims_of, varlen
+from tests.gpu.cases import CAUSAL, Lengths
+from tests.gpu.dut import Dut
+from tests.gpu.inputs import DTYPES, astray
+from tests.gpu.paged_small_calls import tight
+
+
+def cases(key: str) -> list[BwdCase]:
+    """Several ragged tiles each way, so that every buffer is used again; in order and not; groups in one block and,
+    with few keys, in several."""
+    modified: dict[str, Any] = {"softcap": 15.0, "alibi": "batch", "dlse": True}
+    ragged = Lengths((70, 0, 1, 140), (150, 40, 200, 9), (66, 0, 1, 140), (150, 17, 131, 0), spare=5)
+    dense_q = Lengths((19, 19), (200, 33), (19, 3), packed_q=False)
+    full = [dims_of(key, turn) for turn in range(5)]
+    smaller = [(dim - 8, dim_v - 8) for dim, dim_v in full]
+    return [
+        dense(key, 1, (2, 2), (150, 200), full[0]),
+        dense(key, 1, (2, 1), (150, 200), smaller[1], window=CAUSAL, sink="fp32", deterministic=True, **modified),
+        dense(key, 1, (6, 1), (70, 40), full[2], window=(3, 5), dlse=True),
+        varlen(key, (3, 1), ragged, smaller[3], window=(33, 7), sink="low", **modified),
+        varlen(key, (2, 1), ragged, full[4], window=CAUSAL, alibi="heads", deterministic=True),
+        varlen(key, (1, 1), dense_q, full[0], window=CAUSAL),
+    ]
+
+
+def launch(dut: Dut, key: str, device: str = "cuda") -> None:
+    """Every small call, and those whose lengths point far outside their arrays: they only must end."""
+    for case in cases(key):
+        call = BwdCall(case, "cpu")
+        call.inputs = {name: tight(x, device) for name, x in call.inputs.items()}
+        call.dout = tight(call.dout, device)
+        call.dlse = None if call.dlse is None else tight(call.dlse, device)
+        options = call.call.options
+        options.update({name: tight(x, device) for name, x in options.items() if torch.is_tensor(x)})
+        call(dut)
+    for deterministic in (False, True):
+        given = astray(dims_of(key, 2), DTYPES[Variant.parse(key).dtype], device)
+        leaves = {name: given.pop(name).requires_grad_() for name in "qkv"}
+        out = dut.varlen(**leaves, **given, causal=True, deterministic=deterministic)
+        torch.autograd.grad(out, tuple(leaves.values()), torch.ones_like(out))
