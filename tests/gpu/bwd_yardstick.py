@@ -6,7 +6,7 @@ are named by what they are of: q, k, v, sink, slopes.
 Errors are judged by pools of entries with about as many keys. Of few rows, plain PyTorch may be right by chance where
 as good a kernel is not: then the RMS is not judged, and the largest error gets what rounding may add. Gradients of
 sinks and slopes are few sums over many rows: their errors are judged by what rounding the output, on which every row's
-delta depends, does to such a sum.
+delta depends, does to such a sum; and so is dK where all queries have a part in common.
 """
 
 from __future__ import annotations
@@ -188,6 +188,7 @@ class _Pass:
         rounding = SPREAD * torch.finfo(self.part.q.dtype).eps / 4
         spread = self.out.square() + self.p.square() @ self.v.square()
         delta = (rounding**2 + TERMS**2) * (self.dout.square() * spread).sum(-1, keepdim=True)
+        found["k"] = found["k"] + _rows(square * self._common(delta))
         if self.p_sink is not None:
             found["sink"] = _rows((self.p_sink.square() * delta).sum(3, keepdim=True))
         if self.part.slopes is not None:
@@ -197,6 +198,14 @@ class _Pass:
             ).square() * delta
             found["slopes"] = _rows(terms.sum(3, keepdim=True))
         return found
+
+    def _common(self, delta: torch.Tensor) -> torch.Tensor:
+        """The variance that each row's delta brings dK along what the queries have in common: one sum over rows for all
+        keys that they weigh alike, where plain PyTorch may be right by chance. Nothing to speak of if queries have no
+        common part. delta: its variance, (batch, heads_kv, group, rows, 1)."""
+        center = (delta * self.q).sum((2, 3), keepdim=True) / delta.sum((2, 3), keepdim=True).clamp(min=1e-300)
+        weights = (self.p.square() * delta).sum((2, 3)).unsqueeze(2).unsqueeze(-1)
+        return weights * center.square()
 
 
 def _rows(x: Any) -> Any:
