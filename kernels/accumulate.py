@@ -70,8 +70,10 @@ def take_turn(semaphores: cute.Pointer, number: Int32, turn: Int32, pending: cut
 
 
 @cute.jit
-def end_turn(semaphores: cute.Pointer, number: Int32):
-    """Let the next block add to a tile, by the number of its semaphore (-1: none). All threads must have fenced their
+def end_turn(semaphores: cute.Pointer, pending: cute.Pointer):
+    """Let the next block add to the tile whose number is `pending` (-1: none). All threads must have fenced their
     additions, with a barrier behind the fences."""
-    if (reread_tid() == 0) & (number >= 0):
-        count_release(semaphores + number)
+    if reread_tid() == 0:
+        number = cute.make_tensor(pending, cute.make_layout(1))[0]
+        if number >= 0:
+            count_release(semaphores + number)

@@ -371,8 +371,8 @@ class FlashBackward:
         if call.semaphores.toint() != 0:
             keys, semaphore = recall(state), Int32(row // accumulate.STRIP)
             first = cutlass.max(m_tile * self.tile_m + keys.offset - call.window_left, 0) // self.tile_n
-            turn, pending = keys.start // self.tile_n - first, state.notes.iterator + NOTED.index("pending")
-            accumulate.take_turn(call.semaphores, semaphore, turn, pending)
+            turn = keys.start // self.tile_n - first
+            accumulate.take_turn(call.semaphores, semaphore, turn, state.notes.iterator + NOTED.index("pending"))
         accumulate.add_tile(mma, tid, acc_dQ, self.tile_m, self.head_dim, call.dq_accum, row)
 
     @cute.jit
@@ -383,7 +383,7 @@ class FlashBackward:
             cute.arch.fence_acq_rel_gpu()
         cute.arch.barrier()
         if state.call.semaphores.toint() != 0:
-            accumulate.end_turn(state.call.semaphores, recall(state).pending)
+            accumulate.end_turn(state.call.semaphores, state.notes.iterator + NOTED.index("pending"))
 
     @cute.jit
     def epilogue(self, state: SimpleNamespace):
