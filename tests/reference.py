@@ -83,7 +83,8 @@ class Reference:
 
     out: fp64, not rounded. plain: every step rounded to the low precision. rounded_p: fp32, only P and the output
     rounded. lse_size: like lse, what its error is relative to: at least 1, |lse|, and the mean |ALiBi bias| under the
-    softmax's weights, which scores may cancel but for rounding.
+    softmax's weights, which scores may cancel but for rounding. floor: an error that any fp32 arithmetic may have,
+    because terms cancel.
     """
 
     dtype: str
@@ -92,6 +93,7 @@ class Reference:
     lse_size: Array
     plain: Array
     rounded_p: Array
+    floor: float = 0.0
 
 
 def attention(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]:
@@ -99,30 +101,30 @@ def attention(q: Array, k: Array, v: Array, scores: Scores) -> tuple[Array, Arra
 
     A row that sees no key gives 0 and −inf, or with a sink 0 and the sink.
     """
-    queries, keys, values = (_by_head(x.astype(np.float64), q.shape[2]) for x in (q, k, v))
-    logits = _logits(queries @ keys.swapaxes(-1, -2), scores, lambda x: x)
-    weights, total, highest = _exponentials(logits, scores.sink)
+    queries, keys, values = (by_head(x.astype(np.float64), q.shape[2]) for x in (q, k, v))
+    logits = masked_logits(queries @ keys.swapaxes(-1, -2), scores, lambda x: x)
+    weights, total, highest = exponentials(logits, scores.sink)
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + highest)[..., 0]
-    return _by_token(_divide(weights @ values, total)), lse
+    return by_token(divide(weights @ values, total)), lse
 
 
 def reference(q: Array, k: Array, v: Array, dtype: str, scores: Scores) -> Reference:
     """All that `yardstick` needs, for inputs that are already values of `dtype`. Shapes as in `attention`."""
     out, lse = attention(q, k, v, scores)
-    queries, keys, values = (_by_head(x.astype(np.float32), q.shape[2]) for x in (q, k, v))
+    queries, keys, values = (by_head(x.astype(np.float32), q.shape[2]) for x in (q, k, v))
     exact = queries @ keys.swapaxes(-1, -2)
 
-    low = _logits(rounded(exact, dtype), scores, lambda x: rounded(x, dtype))
-    weights, total, _ = _exponentials(low, scores.sink)
-    plain = rounded(rounded(_divide(weights, total), dtype) @ values, dtype)
+    low = masked_logits(rounded(exact, dtype), scores, lambda x: rounded(x, dtype))
+    weights, total, _ = exponentials(low, scores.sink)
+    plain = rounded(rounded(divide(weights, total), dtype) @ values, dtype)
 
-    weights, total, _ = _exponentials(_logits(exact, scores, lambda x: x), scores.sink)
-    shares = _divide(weights, total)
+    weights, total, _ = exponentials(masked_logits(exact, scores, lambda x: x), scores.sink)
+    shares = divide(weights, total)
     only_p = rounded(rounded(shares, dtype) @ values, dtype)
-    bias = (shares * np.abs(_bias(shares, scores))).sum(-1)
+    bias = (shares * np.abs(alibi_bias(shares, scores))).sum(-1)
     lse_size = np.maximum(1, np.maximum(np.abs(lse), bias))
-    return Reference(dtype, out, lse, lse_size, _by_token(plain), _by_token(only_p))
+    return Reference(dtype, out, lse, lse_size, by_token(plain), by_token(only_p))
 
 
 def join(parts: Sequence[Reference]) -> Reference:
@@ -135,7 +137,7 @@ def join(parts: Sequence[Reference]) -> Reference:
         np.concatenate([entry for part in parts for entry in getattr(part, name)], axis=-1)
         for name in ("lse", "lse_size")
     )
-    return Reference(parts[0].dtype, out, lse, lse_size, plain, rounded_p)
+    return Reference(parts[0].dtype, out, lse, lse_size, plain, rounded_p, max(part.floor for part in parts))
 
 
 def gather(pages: Array, table: Array, length: int) -> Array:
@@ -184,7 +186,8 @@ def yardstick(out: Array, expected: Reference, lse: Array | None = None, rms_row
     """Why `out` (values of the output dtype, fp32) and `lse` are not good enough; empty if they are.
 
     max|out − ref| ≤ 2·max|plain − ref| + 2 ulp(max|ref|), and RMS(out − ref) ≤ 2·RMS(rounded_p − ref), where ref is
-    the fp64 result rounded to the output dtype; |Δlse| ≤ 2e-5·lse_size, and −inf only where it belongs.
+    the fp64 result rounded to the output dtype, and `floor` is granted besides; |Δlse| ≤ 2e-5·lse_size, and −inf only
+    where it belongs.
     rms_rows: judge the RMS only over at least this many rows of softmax.
     """
     problems = []
@@ -194,10 +197,10 @@ def yardstick(out: Array, expected: Reference, lse: Array | None = None, rms_row
     elif out.size:
         error = out.astype(np.float64) - ref
         top = np.abs(ref).max()
-        limit = 2 * np.abs(expected.plain - ref).max() + 2 * ulp(top, expected.dtype)
+        limit = 2 * np.abs(expected.plain - ref).max() + 2 * ulp(top, expected.dtype) + expected.floor
         if np.abs(error).max() > limit:
             problems.append(f"max|out - ref| = {np.abs(error).max():.3g} > {limit:.3g}")
-        limit = 2 * rms(expected.rounded_p - ref)
+        limit = 2 * rms(expected.rounded_p - ref) + expected.floor
         if out.size >= rms_rows * out.shape[-1] and rms(error) > limit:
             problems.append(f"RMS(out - ref) = {rms(error):.3g} > {limit:.3g}")
     if lse is not None:
@@ -224,16 +227,17 @@ def rms(error: Array) -> float:
     return float(np.sqrt(np.mean(np.square(error, dtype=np.float64))))
 
 
-def _by_head(x: Array, heads: int) -> Array:
+# ---- steps that the backward shares ----------------------------------------------------------------------------------
+def by_head(x: Array, heads: int) -> Array:
     """(batch, seqlen, heads_kv, dim) -> (batch, heads, seqlen, dim): query head h reads key head h // group."""
     return np.repeat(x, heads // x.shape[2], axis=2).swapaxes(1, 2)
 
 
-def _by_token(x: Array) -> Array:
+def by_token(x: Array) -> Array:
     return np.ascontiguousarray(x.swapaxes(1, 2))
 
 
-def _logits(products: Array, scores: Scores, step: Callable[[Array], Array]) -> Array:
+def masked_logits(products: Array, scores: Scores, step: Callable[[Array], Array]) -> Array:
     """q·k, (batch, heads, seqlen_q, seqlen_k), made into what the softmax takes; `step` is applied to each result."""
     number = products.dtype.type
     seqlen_q, seqlen_k = products.shape[-2:]
@@ -241,18 +245,18 @@ def _logits(products: Array, scores: Scores, step: Callable[[Array], Array]) -> 
     if scores.softcap:
         logits = step(np.tanh(logits / number(scores.softcap)) * number(scores.softcap))
     if scores.alibi is not None:
-        logits = step(logits + _bias(products, scores))
+        logits = step(logits + alibi_bias(products, scores))
     return np.where(visible(seqlen_q, seqlen_k, scores.window), logits, number(-np.inf))
 
 
-def _bias(products: Array, scores: Scores) -> Array:
+def alibi_bias(products: Array, scores: Scores) -> Array:
     """ALiBi's, which broadcasts to the shape of q·k and has its dtype; 0 without slopes."""
     slopes = np.zeros(1) if scores.alibi is None else np.asarray(scores.alibi)
     size = np.abs(distances(*products.shape[-2:]))
     return -slopes.astype(products.dtype)[..., None, None] * size.astype(products.dtype)
 
 
-def _exponentials(logits: Array, sink: Array | None) -> tuple[Array, Array, Array]:
+def exponentials(logits: Array, sink: Array | None) -> tuple[Array, Array, Array]:
     """exp(logits − highest), row sums with the sink's, and highest: a row's largest logit or sink (0 if neither)."""
     extra = np.full((1, 1, 1), -np.inf) if sink is None else np.asarray(sink)[:, None, None]
     extra = extra.astype(logits.dtype)
@@ -262,5 +266,5 @@ def _exponentials(logits: Array, sink: Array | None) -> tuple[Array, Array, Arra
     return weights, weights.sum(-1, keepdims=True) + np.exp(extra - highest), highest
 
 
-def _divide(weights: Array, total: Array) -> Array:
+def divide(weights: Array, total: Array) -> Array:
     return weights / np.where(total == 0, 1, total).astype(weights.dtype)

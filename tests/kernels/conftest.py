@@ -32,7 +32,7 @@ def variant_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Comp
         fcntl.flock(lock, fcntl.LOCK_EX)
         build(path)
 
-    @lru_cache(maxsize=4)  # a parsed kernel with its register banks takes tens of megabytes
+    @lru_cache(maxsize=8)  # a parsed kernel with its register banks takes tens of megabytes
     def compiled(key: str) -> Compiled:
         with Store(path, readonly=True) as store:
             body = store.get_index(store.channel(CHANNEL)[ARCH])

@@ -5,11 +5,29 @@ from __future__ import annotations
 import pytest
 
 from kernels import dispatch
-from kernels.validity import append_invalid, combine_invalid, fwd_invalid, fwd_smem, paged_invalid, paged_smem
+from kernels.validity import (
+    append_invalid,
+    bwd_invalid,
+    bwd_smem,
+    combine_invalid,
+    fwd_invalid,
+    fwd_smem,
+    paged_invalid,
+    paged_smem,
+    rows_invalid,
+)
 from registry.contract import MAX_SMEM, Variant
 
-INVALID = {"fwd": fwd_invalid, "fwd_paged": paged_invalid, "fwd_combine": combine_invalid, "kv_append": append_invalid}
-SMEM = {"fwd": fwd_smem, "fwd_paged": paged_smem}
+INVALID = {
+    "fwd": fwd_invalid,
+    "fwd_paged": paged_invalid,
+    "fwd_combine": combine_invalid,
+    "kv_append": append_invalid,
+    "bwd": bwd_invalid,
+    "bwd_preprocess": rows_invalid,
+    "bwd_postprocess": rows_invalid,
+}
+SMEM = {"fwd": fwd_smem, "fwd_paged": paged_smem, "bwd": bwd_smem}
 
 
 @pytest.mark.parametrize("variant", dispatch.variants(), ids=lambda v: v.key)
@@ -34,6 +52,9 @@ def test_the_table_is_valid(variant):
         ("fwd_paged-bf16-d128-dv128-m64-n16-w8-s2", "copy 32 rows of Q and 32 of K"),
         ("fwd_combine-bf16-d96-dv96-m4", "multiple of 128"),
         ("kv_append-bf16-d128-dv128-m4", "are 256"),
+        ("bwd-bf16-d128-dv128-m64-n128-w8-s2", "bytes of shared memory"),
+        ("bwd_preprocess-bf16-d128-dv128-m128", "are 256"),
+        ("bwd_postprocess-bf16-d256-dv256-m64", "128 rows"),
     ],
 )
 def test_what_cannot_be_built_says_why(key, reason):

@@ -1,7 +1,8 @@
 """Every command and every line of Python in the pages for people is one that works.
 
-Those of docs/decode.md, settings.md, trust.md and care.md are run, by tests/runtime/test_kvcache_docs.py and
-test_settings.py, tests/trust/test_document.py and tests/registry/test_care_page.py; here their names and links count.
+Those of docs/decode.md, training.md, settings.md, trust.md and care.md are run, by test_kvcache_docs.py,
+test_training_docs.py and test_settings.py of tests/runtime, tests/trust/test_document.py and
+tests/registry/test_care_page.py; here their names and links count.
 """
 
 import ast
@@ -18,7 +19,7 @@ from runtime.config import _READERS as READERS
 from tests.project.shell import ROOT, run
 
 CHECKED = (ROOT / "README.md", ROOT / "docs/operations.md")
-PAGES = (*CHECKED, *(ROOT / f"docs/{name}.md" for name in ("settings", "decode", "trust", "care")))
+PAGES = (*CHECKED, *(ROOT / f"docs/{name}.md" for name in ("settings", "decode", "training", "trust", "care")))
 TEXT = {page: page.read_text() for page in PAGES}
 README = TEXT[CHECKED[0]]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx import formats, movement
+from tests.ptx import atomics, formats, movement
 from tests.ptx.formats import SIZES, TYPES, Array
 from tests.ptx.machine import Machine, Mask, Step, nothing
 from tests.ptx.matrix import mma
@@ -383,8 +383,9 @@ BUILDERS.update(
     {
         "mov": movement.mov, "ld": movement.load, "st": movement.store, "cvta": movement.convert_address,
         "cp": movement.copy_async, "ldmatrix": movement.ldmatrix, "stmatrix": movement.stmatrix,
+        "movmatrix": movement.movmatrix,
         "shfl": movement.shuffle, "vote": movement.vote, "activemask": movement.active_mask,
-        "atom": movement.atomic, "red": movement.atomic, "mma": mma,
+        "atom": atomics.atomic, "red": atomics.atomic, "mma": mma,
     }
 )  # fmt: skip
 for _opcode in ("membar", "fence", "prefetch", "prefetchu", "griddepcontrol", "nanosleep", "discard", "applypriority"):

@@ -15,7 +15,7 @@ import numpy as np
 from tests.ptx.formats import SIZES, TYPES, UNSIGNED, Array
 from tests.ptx.memory import SHARED_BASE, Device, SharedMemory
 from tests.ptx.parser import Address, Instruction, Program, PtxError, Symbol
-from tests.ptx.races import RaceTracker
+from tests.ptx.races import RaceTracker, Turns
 
 Mask = bool | Array  # True: every lane; else a boolean for each lane
 Step = Callable[[Mask], None]
@@ -53,6 +53,7 @@ class Machine:
         self.actor_threads = self.threads // actors
         tracker = RaceTracker(blocks, actors, -(-shared_bytes // 16) * 16, granule(program), kind)
         self.shared = SharedMemory(blocks, self.threads, shared_bytes, tracker if races else None)
+        self.turns = Turns(tracker, self.shared.actor) if races else None
         self.special = self._special_registers(block_dim)
         self._allocate_registers()
         self.code = decode(self)
@@ -254,6 +255,8 @@ class Machine:
         for bank in self.banks.values():
             bank.fill(0)
         self.shared.reset()
+        if self.turns:
+            self.turns.reset()
         self.local.fill(0xFF)
         self.alive = np.arange(self.lanes) < len(wave) * self.threads  # the last wave may be smaller
         padded = [*wave, *[(0, 0, 0)] * (self.blocks - len(wave))]

@@ -50,6 +50,7 @@ class Device:
         self.allocations: list[Allocation] = []
         self.bases: list[int] = []
         self._next = 0x7F0000000000
+        self.waits = 0  # loads of what other blocks change, since the last store or atomic
 
     @property
     def next(self) -> int:
@@ -76,6 +77,7 @@ class Device:
 
     def launch(self) -> None:
         """A new kernel starts: what earlier ones stored is ordered before it."""
+        self.waits = 0
         for allocation in self.allocations:
             allocation.storer = None
 
@@ -89,7 +91,7 @@ class Device:
 
     def store(self, address: Array, words: Array, warp: Array) -> None:
         """One word to each address; `warp`: each lane's warp, numbered through the launch."""
-        size = words.itemsize
+        size, self.waits = words.itemsize, 0
         for allocation, lanes, offset in self.find(address, size, "global store"):
             place, new = allocation.words(size), words[lanes]
             self._check_storers(allocation, offset, new, warp[lanes])

@@ -1,4 +1,4 @@
-"""Loads, stores, asynchronous copies, matrix loads and stores, shuffles, votes and atomics."""
+"""Loads, stores, asynchronous copies, matrix loads and stores, shuffles and votes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from tests.ptx.formats import SIZES, TYPES, UNSIGNED, WORDS, Array
 from tests.ptx.machine import Machine, Mask, Step
 from tests.ptx.memory import Lanes
 from tests.ptx.parser import Instruction, PtxError
+
+MAX_WAITS = 1000  # loads of what other blocks change, in a row, after which they are taken to wait for ever
 
 
 def lanes_of(mask: Mask) -> Lanes:
@@ -66,14 +68,26 @@ def load(m: Machine, i: Instruction) -> Step:
     size = SIZES[kind] * len(names)
     targets = [m.wide_target(name, kind) for name in names]
     fetch = _loader(m, i, size)
+    waits = i.space == "global" and (i.has("acquire") or i.has("relaxed") or i.has("volatile"))
 
     def step(mask: Mask) -> None:
         lanes = lanes_of(mask)
+        if waits:
+            _wait(m, i, lanes)
         words = fetch(lanes).view(TYPES[kind]).reshape(-1, len(targets))
         for j, target in enumerate(targets):
             target[lanes] = words[:, j]
 
     return step
+
+
+def _wait(m: Machine, i: Instruction, lanes: Lanes) -> None:
+    """A load of what other blocks change. Raises PtxError when it is repeated and nobody can change it."""
+    m.device.waits += 1
+    if m.device.waits > MAX_WAITS:
+        raise PtxError("waits for ever: no earlier block has brought global memory to what this load waits for")
+    if m.turns and i.has("acquire"):
+        m.turns.acquire(lanes)
 
 
 def _loader(m: Machine, i: Instruction, size: int) -> Callable[[Lanes], Array]:
@@ -211,6 +225,19 @@ def stmatrix(m: Machine, i: Instruction) -> Step:
     return step
 
 
+def movmatrix(m: Machine, i: Instruction) -> Step:
+    """An 8×8 matrix of 16-bit elements in a warp's registers, as ldmatrix leaves it, transposed."""
+    if not (i.has("m8n8") and i.has("trans")) or i.type != "b16":
+        raise PtxError(f"instruction not known: {i.text}")
+    target, source = m.target(i.register(0), "u32"), m.full_source(i.register(1), "u32")
+
+    def step(mask: Mask) -> None:
+        lanes = whole_warps(mask, "movmatrix")
+        target[lanes] = transposed(source[lanes].reshape(-1, 1, 32)).reshape(-1)
+
+    return step
+
+
 def transposed(tiles: Array) -> Array:
     """8×8 matrices of halves, (warps, n, 32) packed pairs, transposed."""
     halves = tiles.view(np.uint16).reshape(*tiles.shape[:2], 8, 8)
@@ -284,50 +311,3 @@ def active_mask(m: Machine, i: Instruction) -> Step:
         target[lanes_of(mask)] = np.repeat(bits, 32)[lanes_of(mask)]
 
     return step
-
-
-# ---- atomics ---------------------------------------------------------------------------------------------------------
-COMBINE: dict[str, Callable[..., object]] = {
-    "add": lambda old, new: old + new, "min": min, "max": max, "exch": lambda old, new: new,
-    "and": lambda old, new: old & new, "or": lambda old, new: old | new, "xor": lambda old, new: old ^ new,
-    "inc": lambda old, new: old.dtype.type(0) if old >= new else old + old.dtype.type(1),
-}  # fmt: skip
-
-
-def atomic(m: Machine, i: Instruction) -> Step:
-    """atom and red, one lane after the other. Atomics are ordered with each other, so they take no part in races."""
-    returns = i.opcode == "atom"
-    kind, names = i.type, i.vector(1 + returns)
-    how = next((name for name in (*COMBINE, "cas") if i.has(name)), "")
-    if not how or kind not in TYPES or i.space not in ("global", "shared"):
-        raise PtxError(f"instruction not known: {i.text}")
-    size = SIZES[kind] * len(names)
-    address = m.address(i.address(int(returns)))
-    sources = [m.full_source(name, kind) for name in names]
-    swap = m.full_source(i.register(3), kind) if how == "cas" else None
-    target = m.target(i.register(0), kind) if returns else None
-
-    def step(mask: Mask) -> None:
-        for lane in np.arange(m.lanes)[lanes_of(mask)]:
-            cell = _cell(m, i, address(np.array([lane])), np.array([lane]), size, kind)
-            old = cell.copy()
-            for j, source in enumerate(sources):
-                if swap is not None:
-                    cell[j] = swap[lane] if cell[j] == source[lane] else cell[j]
-                else:
-                    cell[j] = COMBINE[how](cell[j], source[lane])
-            if target is not None:
-                target[lane] = old[0]
-
-    return step
-
-
-def _cell(m: Machine, i: Instruction, address: Array, lane: Array, size: int, kind: str) -> Array:
-    """The memory of one lane's atomic, as a writable view."""
-    if i.space == "shared":
-        start = int(m.shared.position(address, lane, size)[0])
-        return m.shared.data[start : start + size].view(TYPES[kind])
-    part, _, offset = next(m.device.find(address.astype(np.uint64), size, "atomic"))
-    start = int(offset[0])
-    part.check_written(offset // size, size, "atomic")
-    return part.data[start : start + size].view(TYPES[kind])

@@ -95,9 +95,14 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel. params: name -> (offset, size); registers: name -> PTX type; labels: name -> index into code."""
+    """One kernel.
+
+    target: 90 for sm_90, 0 if none is named; params: name -> (offset, size); registers: name -> PTX type;
+    labels: name -> index into code.
+    """
 
     name: str
+    target: int
     params: dict[str, tuple[int, int]]
     shared: tuple[Symbol, ...]
     local: tuple[Symbol, ...]
@@ -119,8 +124,10 @@ def parse(text: str) -> Program:
         raise PtxError("the PTX must hold exactly one .entry")
     name, header, body = entries[0]
     code, labels = _statements(body)
+    target = re.search(r"^\s*\.target\s+sm_(\d+)", text, re.M)
     return Program(
         name=name,
+        target=int(target[1]) if target else 0,
         params=_params(header),
         shared=_symbols("shared", text),
         local=_symbols("local", body),

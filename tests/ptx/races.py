@@ -1,4 +1,5 @@
-"""Races between the actors of a block through shared memory: vector clocks that join at barriers."""
+"""Races between the actors of a block through shared memory, and the order of its additions to global memory: vector
+clocks that join at barriers."""
 
 from __future__ import annotations
 
@@ -136,3 +137,43 @@ class RaceTracker:
             f"{'writes' if write else 'reads'} shared byte {granule[j] * self.granule % self.block_bytes}, "
             f"{other}, with no barrier between"
         )
+
+
+class Turns:
+    """Additions of floats to global memory whose order is to be that of the blocks.
+
+    A block acquires its turn, adds, and releases it: what any of its actors adds must lie behind a barrier from every
+    acquiring load of another, and before one from every releasing atomic. Blocks that do neither may add at any time.
+    """
+
+    def __init__(self, tracker: RaceTracker, actor: Array):
+        """actor: each lane's, as `tracker` counts them."""
+        self.tracker, self.actor = tracker, actor
+        self.reset()
+
+    def reset(self) -> None:
+        """A new wave begins."""
+        shape = (self.tracker.blocks, self.tracker.actors)
+        self.acquired, self.added = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+
+    def acquire(self, lanes: slice | Array) -> None:
+        self._note(self.acquired, lanes)
+
+    def add(self, lanes: slice | Array) -> None:
+        self._note(self.added, lanes)
+        self._check(self.acquired, lanes, "adds to global memory", "acquired its turn")
+
+    def release(self, lanes: slice | Array) -> None:
+        self._check(self.added, lanes, "releases its turn", "added to global memory")
+
+    def _note(self, times: Array, lanes: slice | Array) -> None:
+        actor = self.actor[lanes]
+        times.reshape(-1)[actor] = self.tracker.clock[actor, actor % self.tracker.actors]
+
+    def _check(self, times: Array, lanes: slice | Array, what: str, other: str) -> None:
+        actor = np.unique(self.actor[lanes])
+        late = self.tracker.clock[actor] < times[actor // self.tracker.actors]
+        if late.any():
+            j, by = np.argwhere(late)[0]
+            kind, own = self.tracker.kind, actor[j] % self.tracker.actors
+            raise PtxError(f"out of turn: {kind} {own} {what}, {kind} {by} {other}, with no barrier between")

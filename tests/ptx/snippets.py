@@ -10,7 +10,7 @@ import numpy as np
 from tests.ptx.formats import Array
 from tests.ptx.interpreter import Device, Kernel
 
-HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
+HEADER = ".version 8.0\n.target sm_90\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
 
 
 def kernel(body: str, params: Sequence[str] = ("out", "in")) -> Kernel:

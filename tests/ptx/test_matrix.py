@@ -212,3 +212,12 @@ def test_stmatrix_undoes_ldmatrix(trans):
         ld.shared.v4.b32 {{%r8, %r9, %r10, %r11}}, [%r2+512]; add.s64 %d12, %d10, %d0;
         st.global.v4.b32 [%d12], {{%r8, %r9, %r10, %r11}}; ret;"""
     np.testing.assert_array_equal(launch(body, data, smem=1024).view(np.uint16), data)
+
+
+def test_movmatrix_transposes():
+    data = np.arange(64, dtype=np.uint16)
+    body = """
+        add.s64 %d10, %d1, %d9; ld.global.b32 %r1, [%d10]; movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;
+        st.global.b32 [%d8], %r2; ret;"""
+    got = launch(body, data, out=128).view(np.uint16).reshape(8, 8)
+    np.testing.assert_array_equal(got, data.reshape(8, 8).T)

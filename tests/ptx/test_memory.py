@@ -250,32 +250,3 @@ def test_stores_and_copies_must_not_meet_a_copy_in_flight():
     with pytest.raises(PtxError, match="two asynchronous copies"):
         copied(copy + copy)
     copied(copy + "cp.async.wait_group 0; st.shared.b32 [%r2], 0;" + copy)
-
-
-# ---- atomics ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("code", "start", "end"),
-    [
-        ("red.global.add.u32 [%d1], 2;", 5, 69), ("red.global.max.s32 [%d1], %r0;", 5, 31),
-        ("red.global.min.u32 [%d1], %r0;", 5, 0), ("red.global.or.b32 [%d1], %r0;", 64, 95),
-        ("red.global.and.b32 [%d1], 6;", 5, 4), ("atom.global.inc.u32 %r1, [%d1], 9;", 0, 2),
-        ("atom.global.exch.b32 %r1, [%d1], %r0;", 5, 31), ("atom.global.cas.b32 %r1, [%d1], 5, 77;", 5, 77),
-        ("atom.global.cas.b32 %r1, [%d1], 6, 77;", 5, 5),
-    ],
-)  # fmt: skip
-def test_atomics(code, start, end):
-    body = f"{code} ld.global.b32 %r2, [%d1]; st.global.b32 [%d8], %r2; ret;"
-    assert (launch(body, np.array([start], np.uint32), out=128).view(np.uint32) == end).all()
-
-
-def test_atomics_return_what_was_there():
-    body = "atom.global.add.u32 %r1, [%d1], 1; st.global.b32 [%d8], %r1; ret;"
-    np.testing.assert_array_equal(launch(body, np.zeros(1, np.uint32), out=128).view(np.uint32), np.arange(32))
-
-
-def test_vector_and_shared_atomics():
-    body = """
-        mov.u32 %r1, smem; st.shared.b32 [%r1], 0; bar.sync 0; red.shared.add.f32 [%r1], 0f3F000000;
-        red.global.add.v2.f32 [%d1], {0f3F800000, 0f40000000}; ld.global.v2.f32 {%f1, %f2}, [%d1];
-        ld.shared.f32 %f3, [%r1]; add.f32 %f1, %f1, %f2; add.f32 %f1, %f1, %f3; st.global.f32 [%d8], %f1; ret;"""
-    assert (launch(body, np.zeros(2, np.float32), out=128, smem=4).view(np.float32) == 32 + 64 + 16).all()
