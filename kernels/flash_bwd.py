@@ -45,7 +45,7 @@ class FlashBackward:
         # Where warps stand side by side they share rows of P and dS, which then reach them through shared memory.
         self.through_smem = self.across > 1
         self.reread = variant.size("t") == 1
-        self.dq_warps = dq_warps(variant)
+        self.dq_warps = dq_warps(variant) or (0, 0)
 
     @cute.jit
     def __call__(self, *parameters):

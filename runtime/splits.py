@@ -15,6 +15,7 @@ BLOCK = 2.0  # steps that a block's start and end take, with its partial output
 COMBINE = 8.0  # the launch that combines
 PARTIAL = 0.1  # and what each split adds to it
 ENOUGH = 0.02  # more splits must be better by this part
+SPLIT_GAIN = 0.1  # of the backward's time, for which its partial sums are put up with
 LIGHT_BYTES = 257  # of a key and its value in one head: with fewer, reading them takes no longer than computing
 
 
@@ -60,12 +61,18 @@ def visible_keys(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int:
 
 
 def group_splits(blocks: int, group: int, multiprocessors: int, blocks_each: int) -> int:
-    """How many blocks share the query heads of a key/value head: a divisor of group, the smallest that fills the
-    device, if any.
+    """How many blocks share the query heads of a key/value head: a divisor of group.
 
+    Blocks run in waves of as many as the device holds; of s splits each takes 1 / s of the time. More splits, whose
+    sums have to be added up, must make that SPLIT_GAIN shorter.
     blocks: of the backward without splits. blocks_each: that a multiprocessor holds at once.
     """
-    resident = multiprocessors * blocks_each
-    if blocks < 1:
-        return 1
-    return next((s for s in range(1, group) if group % s == 0 and blocks * s >= resident), group)
+    resident, best = max(multiprocessors * blocks_each, 1), 1
+
+    def time(splits: int) -> float:
+        return -(-blocks * splits // resident) / splits
+
+    for splits in range(2, group + 1):
+        if group % splits == 0 and time(splits) < (1 - SPLIT_GAIN) * time(best):
+            best = splits
+    return best

@@ -323,7 +323,8 @@ def test_drop_ins_are_differentiable(backend: FakeBackend):
 def test_the_splits_of_a_group():
     assert splits.group_splits(10, 8, 10, 1) == 1
     assert splits.group_splits(10, 8, 10, 2) == 2
-    assert splits.group_splits(10, 6, 41, 1) == 6
-    assert splits.group_splits(10, 6, 25, 1) == 3
+    assert splits.group_splits(10, 6, 41, 1) == 3  # 6 would run in two waves
+    assert splits.group_splits(10, 6, 25, 1) == 2
+    assert splits.group_splits(128, 4, 132, 1) == 1  # nearly full already
     assert splits.group_splits(1, 8, 132, 2) == 8
     assert splits.group_splits(0, 8, 132, 2) == splits.group_splits(5, 1, 132, 2) == 1

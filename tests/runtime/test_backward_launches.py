@@ -180,7 +180,7 @@ def test_new_totals_change_plans_in_place(backend: FakeBackend, launches, monkey
         (out.float().sum() + lse.sum()).backward()
         return [made["grid"][0] for made in launches()[-3:]]
 
-    backend.driver.resident = (14, 1)
+    backend.driver.resident = (16, 1)
     assert call(100, 28) == [12, 2 * 8, 12]
     monkeypatch.setattr(launch, "Plan", None)
     plans = len(launch.plans.by_call)
