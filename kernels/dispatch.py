@@ -25,7 +25,7 @@ INVALID = {"fwd": fwd_invalid, "fwd_paged": paged_invalid, "bwd": bwd_invalid}
 LETTERS = {  # how a tile of each op is written
     "fwd": r"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?(-a1)?",
     "fwd_paged": rf"m\d+-n\d+-w\d+-s\d+(-q[1-9]\d*)?(-{E4M3})?",
-    "bwd": r"m\d+-n\d+-w\d+-s\d+(-o2)?(-c[2-9])?(-x[2-9])?(-r[1-9]\d*)?(-t1)?",
+    "bwd": r"m\d+-n\d+-w\d+-s\d+(-o2)?(-c[2-9])?(-x[2-9])?(-r[1-9]\d*)?(-t1)?(-u1)?",
 }
 # What conditions of a class may be about: call facts that are numbers, head dims apart (docs/design.md).
 FACTS = (

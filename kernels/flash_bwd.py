@@ -44,7 +44,7 @@ class FlashBackward:
         self.threads = 32 * self.warps
         # Where warps stand side by side they share rows of P and dS, which then reach them through shared memory.
         self.through_smem = self.across > 1
-        self.reread = variant.size("t") == 1
+        self.reread, self.undivided = variant.size("t") == 1, variant.size("u") == 1
         self.dq_warps = dq_warps(variant) or (0, 0)
 
     @cute.jit
@@ -257,6 +257,9 @@ class FlashBackward:
         """
         slope_sum = cute.make_rmem_tensor(1, Float32)
         slope_sum.fill(0.0)
+        tiles.acc_S = None
+        if cutlass.const_expr(self.undivided):
+            tiles.acc_S = self.raw_scores(state, tiles, tiles.sQ)
         for h in cutlass.range_constexpr(self.tile_m // self.chunk):
             self.scores(state, tiles, h, slope_sum, special)
         if cutlass.const_expr(special):
@@ -270,18 +273,30 @@ class FlashBackward:
         state.sums[state.tid // 32] = total  # by all lanes alike: the DSL has trouble with an `if` at this depth
 
     @cute.jit
+    def raw_scores(self, state: SimpleNamespace, tiles: SimpleNamespace, sQ: cute.Tensor) -> cute.Tensor:
+        """K·Qᵀ."""
+        tid, mma = tiles.tid, state.mma
+        shape = mma.get_slice(tid).partition_shape_C((self.tile_n, cute.size(sQ, mode=[0])))
+        acc_S = cute.make_rmem_tensor(shape, Float32)
+        acc_S.fill(0.0)
+        rK = load_a(mma, tid, state.sK, self.dtype, 0)
+        gemm_ss(mma, tid, acc_S, rK, state.sK, sQ, self.dtype, range(self.head_dim // 16), 0)
+        return acc_S
+
+    @cute.jit
     def scores(
         self, state: SimpleNamespace, tiles: SimpleNamespace, h: cutlass.Constexpr, slope_sum: cute.Tensor,
         special: cutlass.Constexpr,
     ):  # fmt: skip
         tid, mma, n, m = tiles.tid, state.mma, self.tile_n, self.chunk
         shape = mma.get_slice(tid).partition_shape_C((n, m))
-        acc_S, acc_dP = cute.make_rmem_tensor(shape, Float32), cute.make_rmem_tensor(shape, Float32)
-        acc_S.fill(0.0)
+        acc_dP = cute.make_rmem_tensor(shape, Float32)
         acc_dP.fill(0.0)
         sQ, sdO = (cute.local_tile(s, (m, cute.size(s, mode=[1])), (h, 0)) for s in (tiles.sQ, tiles.sdO))
-        rK = load_a(mma, tid, state.sK, self.dtype, 0)
-        gemm_ss(mma, tid, acc_S, rK, state.sK, sQ, self.dtype, range(self.head_dim // 16), 0)
+        if cutlass.const_expr(self.undivided):
+            acc_S = cute.make_tensor(tiles.acc_S.iterator + h * cute.size(acc_dP), acc_dP.layout)
+        else:
+            acc_S = self.raw_scores(state, tiles, sQ)
         steps = self.head_dim_v // 16
         gemm_ss(mma, tid, acc_dP, state.rV, state.sV, sdO, self.dtype, range(steps), self.v_steps)
         lse, delta = (self.of_columns(state, tid, cute.local_tile(s, (m,), (h,))) for s in (tiles.sLSE, tiles.sDelta))

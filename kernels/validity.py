@@ -169,7 +169,8 @@ def bwd_invalid(variant: Variant) -> str | None:
 
     Letters: m query rows, n keys, w warps, s tiles of Q, o of dO (1 if it is not written); c chunks of query rows that
     are taken one after the other; r steps of 16 columns of V that stay in registers; x warps side by side, which share
-    rows (1 if not written); t, a 1 for addresses that are computed anew in each part of a query tile.
+    rows (1 if not written); t, a 1 for addresses that are computed anew in each part of a query tile; u, a 1 for scores
+    that are computed of all rows at once, before the chunks.
     """
     m, n, warps, steps = (variant.size(letter) for letter in "mnwr")
     chunks, across = max(variant.size("c"), 1), max(variant.size("x"), 1)
@@ -191,8 +192,8 @@ def bwd_invalid(variant: Variant) -> str | None:
         return f"c{chunks}: chunks of m{m} are no multiple of 16 columns for each of {across} warps"
     if variant.size("s") not in (1, 2) or variant.size("o") > 2:
         return f"s{variant.size('s')} and o{variant.size('o')}: one or two stages are implemented"
-    if variant.size("t") not in (0, 1):
-        return f"t{variant.size('t')}: addresses are computed anew (t1) or not (no t)"
+    if variant.size("t") > 1 or variant.size("u") > 1:
+        return f"t{variant.size('t')}, u{variant.size('u')}: addresses anew and scores at once, each is 1 or not there"
     if steps > variant.head_dim_v // 16:
         return f"r{steps}: head_dim_v {variant.head_dim_v} has {variant.head_dim_v // 16} steps"
     if n * v_lent(variant) > _queries_and_scores(variant):
