@@ -137,7 +137,7 @@ def _run(ready: _Ready, saved: Saved, dout: Any, dlse: Any, grads: tuple[Any, An
     launch.launch_all(ready.plans[:launches])
     if sums is not None:
         for grad, partial_sums in zip((dk, dv), sums, strict=True):
-            grad.copy_(partial_sums.sum(0).view(grad.shape))
+            _add_up(partial_sums, grad)
     return space[accum : accum + n].view(heads, rows), space[accum + n : accum + 2 * n].view(heads, rows), dalibi
 
 
@@ -179,6 +179,14 @@ def _sums(ready: _Ready, saved: Saved) -> tuple[Any, Any]:
     new = torch.zeros if saved.varied else torch.empty
     space = new((ready.splits, sum(n)), dtype=torch.float32, device=saved.q.device)
     return space[:, : saved.k.numel()], space[:, n[0] : n[0] + saved.v.numel()]
+
+
+def _add_up(partial_sums: Any, grad: Any) -> None:
+    """One addition after the other: a first `sum` would load a module of torch's for longer than all else takes."""
+    total, *others, last = partial_sums
+    for other in others:
+        total.add_(other)
+    torch.add(total, last, out=grad.view(-1))
 
 
 def _room(tensor: Any) -> int:
@@ -239,7 +247,7 @@ def _prepare(ready: _Ready, call: Call, saved: Saved, dout: Any, dlse: Any) -> N
         blocks = grid.blocks(facts)
         ready.accum = Variant.parse(kernel.artifact.variant).head_dim
         ready.keys, ready.tiles = grid.tile_m, blocks // facts["heads_kv"]
-        ready.splits = splits.group_splits(blocks, facts["group"], *resident)
+        ready.splits = splits.group_splits(blocks, facts["group"], *resident, bool(facts["causal"]))
         stride = _room(k) + _room(v) if ready.splits > 1 else 0
         return params.bwd(call, _only(steps, "q k v dout dk dv"), ready.splits, stride), ready.splits
 

@@ -60,19 +60,20 @@ def visible_keys(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int:
     return min(seqlen_k, left + seqlen_q + min(right, seqlen_k))
 
 
-def group_splits(blocks: int, group: int, multiprocessors: int, blocks_each: int) -> int:
+def group_splits(blocks: int, group: int, multiprocessors: int, blocks_each: int, causal: bool = False) -> int:
     """How many blocks share the query heads of a key/value head: a divisor of group.
 
-    Blocks run in waves of as many as the device holds; of s splits each takes 1 / s of the time. More splits, whose
-    sums have to be added up, must make that SPLIT_GAIN shorter.
+    Blocks of equal length run in waves of as many as the device holds; of s splits each takes 1 / s of the time. Under
+    a causal mask they are from nothing to that long, the longest first: the device is done when the longest is, or when
+    half the work of all is done. More splits, whose sums have to be added up, must save SPLIT_GAIN of the time.
     blocks: of the backward without splits. blocks_each: that a multiprocessor holds at once.
     """
     resident, best = max(multiprocessors * blocks_each, 1), 1
 
     def time(splits: int) -> float:
-        return -(-blocks * splits // resident) / splits
+        return max(1 / splits, blocks / resident / 2) if causal else -(-blocks * splits // resident) / splits
 
     for splits in range(2, group + 1):
-        if group % splits == 0 and time(splits) < (1 - SPLIT_GAIN) * time(best):
+        if blocks and group % splits == 0 and time(splits) < (1 - SPLIT_GAIN) * time(best):
             best = splits
     return best

@@ -96,7 +96,7 @@ def test_shapes(backend: FakeBackend, shape):
 
 
 def test_group_splits_are_summed_up(backend: FakeBackend):
-    for resident, wanted in (((1, 1), 1), ((16, 1), 2), ((132, 1), 8)):
+    for resident, wanted in (((1, 1), 1), ((16, 1), 4), ((132, 1), 8)):
         runtime.configure(registry=runtime.session.current().config.registry)
         backend.driver.resident = resident
         check(*inputs(seqlen_q=70, seqlen_k=70, heads_q=32, heads_kv=4, batch=1), causal=True)
@@ -326,5 +326,8 @@ def test_the_splits_of_a_group():
     assert splits.group_splits(10, 6, 41, 1) == 3  # 6 would run in two waves
     assert splits.group_splits(10, 6, 25, 1) == 2
     assert splits.group_splits(128, 4, 132, 1) == 1  # nearly full already
+    assert splits.group_splits(128, 4, 132, 1, causal=True) == 2  # but half of it is idle half of the time
+    assert splits.group_splits(512, 4, 132, 1, causal=True) == 1
+    assert splits.group_splits(0, 8, 132, 2, causal=True) == 1
     assert splits.group_splits(1, 8, 132, 2) == 8
     assert splits.group_splits(0, 8, 132, 2) == splits.group_splits(5, 1, 132, 2) == 1
