@@ -87,7 +87,9 @@ def _body(response: Any, url: str, cap: int, end: float) -> bytes:
     if status >= 500:
         raise ServerError(f"the server answers {status}")
     if status != 200:
-        raise SourceError(f"{url}: the server answers {status}", reason="missing" if status == 404 else "status")
+        # A bucket that may not be listed answers 403 for a file of signed metadata that is not there.
+        missing = status == 404 or (status == 403 and "/v1/tuf/" in url)
+        raise SourceError(f"{url}: the server answers {status}", reason="missing" if missing else "status")
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk

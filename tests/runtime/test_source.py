@@ -356,6 +356,13 @@ def test_server_errors_are_tried_again(monkeypatch):
     fails(lambda: mock(lambda _: httpx2.Response(500)).index("0" * 64), "status")
 
 
+def test_a_bucket_that_may_not_be_listed_has_no_such_metadata():
+    """It answers 403 for what is not there; of anything else, 403 is a refusal."""
+    bucket = mock(lambda _: httpx2.Response(403))
+    fails(lambda: bucket.tuf("2.root.json", 1000), "missing")
+    fails(lambda: bucket.index("0" * 64), "status")
+
+
 def test_client_errors_are_not():
     asked = []
 
