@@ -198,6 +198,8 @@ def bwd_invalid(variant: Variant) -> str | None:
         return f"r{steps}: head_dim_v {variant.head_dim_v} has {variant.head_dim_v // 16} steps"
     if n * v_lent(variant) > _queries_and_scores(variant):
         return f"r{steps}: what V lends does not fit into the memory of queries and scores at first"
+    if n * (variant.head_dim_v - variant.head_dim) > _queries_and_scores(variant):
+        return f"dV of n{n} x {variant.head_dim_v} does not fit into the tiles' memory at the end"
     if dq_warps(variant) is None:
         return f"{warps} warps do not divide the {m} x {variant.head_dim} of dQ"
     if bwd_smem(variant) > MAX_SMEM:
