@@ -110,8 +110,10 @@ class Tiles:
             return f"no class of that name, there are {', '.join(self.classes)}"
         if type(tile.pack) is not bool:
             return f"pack {tile.pack!r} is neither true nor false"
-        if tile.pack and (self.op == "bwd" or not groups(when)):
-            return "pack needs a forward, and a class with the condition group >= 2"
+        if tile.pack and self.op == "bwd":
+            return "pack is the forward's: query heads of the backward take turns"
+        if tile.pack and not groups(when):
+            return "pack needs a class with the condition group >= 2"
         if not re.fullmatch(LETTERS[self.op], tile.tile):
             return "a tile is like 'm128-n32-w4-s1' or 'm64-n32-w4-s1-q14-a1'"
         try:
