@@ -15,9 +15,10 @@ FEW = ("ragged", "causal-gqa3", "causal-unseen-rows", "everything")
 
 
 def loops(variant: Variant) -> tuple[Any, ...]:
-    """What decides a kernel's code, its size apart: the letters of its tile, but of some only whether rows come in
-    chunks, whether warps stand side by side, and whether none, some or all of V is in registers."""
-    others = tuple((letter, size) for letter, size in variant.tile if letter not in "mnwxrc")
+    """What decides a kernel's code, its size and where it computes addresses apart: the letters of its tile, but of
+    some only whether rows come in chunks, whether warps stand side by side, and whether none, some or all of V is in
+    registers."""
+    others = tuple((letter, size) for letter, size in variant.tile if letter not in "mnwxrct")
     in_registers = (variant.size("r") > 0) + (16 * variant.size("r") == variant.head_dim_v)
     return others, variant.size("c") > 1, variant.size("x") > 1, in_registers
 

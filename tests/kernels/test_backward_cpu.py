@@ -188,7 +188,7 @@ def any_case(draw: st.DrawFn, variant: Variant) -> Backward:
 
 
 @of(SKELETONS)
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_case(data: st.DataObject, variant: Variant, variant_of: Callable[[str], Compiled]):
     case, trio = data.draw(any_case(variant)), Trio.of(variant, variant_of)
