@@ -91,8 +91,7 @@ def gemm_rs(
     dtype: cutlass.Constexpr,
 ):
     """acc += A·B with A in registers (`as_a_operand`) and B (k, n) in shared memory, n contiguous."""
-    columns, depth = cute.size(sB, mode=[1]), cute.size(sB, mode=[0])
-    sBt = cute.composition(sB, cute.make_layout((columns, depth), stride=(depth, 1)))
+    sBt = transposed(sB)
     copy_b = cute.make_tiled_copy_B(ldmatrix(dtype, transpose=True), mma).get_slice(tid)
     thread = mma.get_slice(tid)
     rB = thread.make_fragment_B(thread.partition_B(sBt))

@@ -24,14 +24,14 @@ def reread_tid(*, loc: ir.Location | None = None, ip: ir.InsertionPoint | None =
 
 
 @cute.jit
-def schedule(block: Int32, tiles: Int32, heads: Int32, section: Int32 | int = SECTION) -> tuple[Int32, Int32]:
-    """(tile, head) of a block: heads in sections and within one from the last tile to the first.
+def schedule(block: Int32, tiles: Int32, heads: Int32) -> tuple[Int32, Int32]:
+    """(tile, head) of a block: heads in sections of SECTION and within one from the last tile to the first.
 
     Under a causal mask the longest tiles of a section start first and the short ones fill the tail, while the keys and
     values of its heads stay in L2. heads: tile heads, of all batch entries where each has its own tiles.
     """
-    done = block // (tiles * section) * section
-    width = cutlass.min(section, heads - done)
+    done = block // (tiles * SECTION) * SECTION
+    width = cutlass.min(SECTION, heads - done)
     within = block - done * tiles
     return tiles - 1 - within // width, done + within % width
 

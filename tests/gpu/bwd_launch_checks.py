@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -17,7 +16,7 @@ from tests.gpu.bwd_cases import BwdCall, BwdCase, Gradients, dense, dims_of, res
 from tests.gpu.cases import CAUSAL, OPEN, Lengths, Side
 from tests.gpu.dut import Dut, poisoned_allocations
 from tests.gpu.inputs import DTYPES
-from tests.gpu.launch_checks import inputs_of, of_one_size
+from tests.gpu.launch_checks import in_threads, inputs_of, of_one_size
 from tests.gpu.report import Report, Scale
 
 
@@ -185,16 +184,7 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
         for call, gradients in zip(calls, right, strict=True):
             report.note(f"alone, {call.case}", call.problems(gradients))
         work.append((calls, right))
-    if dut.device == "cuda":
-        torch.cuda.synchronize()
-    faults: list[str] = []
-    threads = [threading.Thread(target=_hammer, args=(dut, *job, scale.calls, faults)) for job in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    report.note("threads", faults)
-    report.done()
+    in_threads(dut, _hammer, work, scale.calls, report)
 
 
 def _hammer(dut: Dut, calls: list[BwdCall], right: list[Gradients], times: int, faults: list[str]) -> None:

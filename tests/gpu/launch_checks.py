@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -117,10 +118,15 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
         for call, results in zip(calls, right, strict=True):
             report.note(f"alone, {call.case}", call.problems(*results))
         work.append((calls, right))
+    in_threads(dut, hammer, work, scale.calls, report)
+
+
+def in_threads(dut: Dut, hammer: Callable[..., None], work: list[Any], times: int, report: Report) -> None:
+    """A thread for each job of `work`, all at once: hammer(dut, *job, times, faults). Ends the report."""
     if dut.device == "cuda":
         torch.cuda.synchronize()
     faults: list[str] = []
-    threads = [threading.Thread(target=hammer, args=(dut, *job, scale.calls, faults)) for job in work]
+    threads = [threading.Thread(target=hammer, args=(dut, *job, times, faults)) for job in work]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from tests.gpu.append_cases import append, rotated, tables
 from tests.gpu.cases import CAUSAL, Dims
 from tests.gpu.dut import Dut
 from tests.gpu.inputs import DTYPES, Shape, integers, padded, place, values
-from tests.gpu.launch_checks import hammer, same
+from tests.gpu.launch_checks import hammer, in_threads, same
 from tests.gpu.paged_cases import PagedCall, PagedCase, paged
 from tests.gpu.paged_inputs import E4M3, Cache, Pages, cache_dtype, quantised, raw, take
 from tests.gpu.report import Report, Scale
@@ -212,13 +211,4 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
         for call, results in zip(calls, right, strict=True):
             report.note(f"alone, {call.paged}", call.problems(*results))
         work.append((calls, right))
-    if dut.device == "cuda":
-        torch.cuda.synchronize()
-    faults: list[str] = []
-    threads = [threading.Thread(target=hammer, args=(dut, *job, scale.calls, faults)) for job in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    report.note("threads", faults)
-    report.done()
+    in_threads(dut, hammer, work, scale.calls, report)

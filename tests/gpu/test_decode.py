@@ -4,27 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kernels import dispatch
-from tests.gpu import ledger
-from tests.gpu.sanitize import TOOLS
-
-OPS = ("fwd_paged", "fwd_combine", "kv_append")
-CASES = [
-    (variant.key, name)
-    for variant in dispatch.variants()
-    if variant.op in OPS
-    for name in ledger.CONFORMANCE["ops"][variant.op]
-    if name not in TOOLS
-]
+from tests.gpu import every_variant
 
 
-@pytest.mark.parametrize(("key", "name"), CASES)
+@pytest.mark.parametrize(("key", "name"), every_variant.cases("fwd_paged", "fwd_combine", "kv_append"))
 def test_conformance(dut, done, recorded, key, name):
-    if (key, name) in done:
-        pytest.skip("this run's ledger has it already")
-    from tests.gpu import checks
-
-    assert key in dut.artifacts, f"{key} is in the dispatch table, not in the registry's index: build it"
-    dut.force(key)
-    with recorded(dut.artifacts[key], name):
-        checks.OPS[key.split("-")[0]][name](dut, key, checks.FULL)
+    every_variant.run(dut, done, recorded, key, name)

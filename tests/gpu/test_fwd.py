@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kernels import dispatch
-from tests.gpu import ledger
+from tests.gpu import every_variant, ledger
 from tests.gpu.sanitize import TOOLS
 
 KEYS = [variant.key for variant in dispatch.variants() if variant.op == "fwd"]
@@ -15,11 +15,4 @@ NAMES = [name for name in ledger.CONFORMANCE["ops"]["fwd"] if name not in TOOLS]
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("key", KEYS)
 def test_conformance(dut, done, recorded, key, name):
-    if (key, name) in done:
-        pytest.skip("this run's ledger has it already")
-    from tests.gpu.checks import CHECKS, FULL
-
-    assert key in dut.artifacts, f"{key} is in the dispatch table, not in the registry's index: build it"
-    dut.force(key)
-    with recorded(dut.artifacts[key], name):
-        CHECKS[name](dut, key, FULL)
+    every_variant.run(dut, done, recorded, key, name)
