@@ -8,15 +8,13 @@ pytest.importorskip("torch")
 
 import torch
 
-import runtime
-from runtime import session
 from tests.benchmarks.test_gpu_checks import one_thread
+from tests.benchmarks.test_gpu_dut import backend
 from tests.gpu import bwd_cases, bwd_small_calls, checks, small_calls
 from tests.gpu.dut import Gpu
 from tests.runtime.backward_kernels import write_backward_registry
-from tests.runtime.fakes import FakeBackend
 
-__all__ = ["one_thread"]  # fixtures
+__all__ = ["backend", "one_thread"]  # fixtures
 
 KEYS = (
     "bwd-bf16-d64-dv64-m64-n64-w4-s1",
@@ -26,14 +24,6 @@ KEYS = (
 # Graphs are a GPU's. The two ops around `bwd` run in its checks too.
 CASES = [(KEYS[0], name) for name in checks.OPS["bwd"] if name != "graph_capture"]
 CASES += [(key, name) for key in KEYS[1:] for name in ("varlen", "determinism")]
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    made = FakeBackend(capability=(9, 0))
-    monkeypatch.setattr(session, "BACKEND", lambda: made)
-    yield made
-    runtime.configure()
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ import pytest
 
 pytest.importorskip("torch")
 
-import runtime
-from runtime import session
 from tests.benchmarks.test_gpu_checks import one_thread
+from tests.benchmarks.test_gpu_dut import backend
 from tests.gpu import checks, small_calls
 from tests.gpu.dut import Gpu
 from tests.runtime.cache_kernels import write_cache_registry
-from tests.runtime.fakes import FakeBackend
 
-__all__ = ["one_thread"]  # fixtures
+__all__ = ["backend", "one_thread"]  # fixtures
 
 KEYS = {
     "fwd_paged": ("fwd_paged-bf16-d64-dv64-m16-n32-w1-s2-q8", "fwd_paged-fp16-d64-dv64-m16-n32-w1-s2-q8-e4m3kv"),
@@ -22,14 +20,6 @@ KEYS = {
     "kv_append": ("kv_append-fp16-d256-dv256-m4", "kv_append-bf16-d256-dv256-m4-e4m3kv"),
 }
 CASES = [(key, name) for op, keys in KEYS.items() for key in keys for name in checks.OPS[op] if name != "graph_capture"]
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    made = FakeBackend(capability=(9, 0))
-    monkeypatch.setattr(session, "BACKEND", lambda: made)
-    yield made
-    runtime.configure()
 
 
 @pytest.fixture
