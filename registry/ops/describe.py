@@ -1,0 +1,197 @@
+"""What an op is, as data: its tensors, scalars, tile, grid and facts. Everything that can be derived is derived here.
+
+One file beside this one describes one op. From it follow the kernel's ABI, the checks of a call's tensors, the
+parameters of a launch, what builder and benchmarks build together, `explain`, and the tables of docs/design.md.
+What needs judgement stays written by hand: rules across arguments (`runtime.call.rules`), which tiles can be built
+(`kernels.validity`), device code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from registry.contract import ALL_DTYPES, DTYPES, GRID_RULES, PARAM_FORMATS, Abi, ContractError, Param
+
+ROLES = ("in", "out", "inout", "workspace")
+# How a kernel reads or writes a tensor, and so what its strides and address must be: pieces of 16 bytes along the last
+# dimension; element by element along a contiguous last dimension; element by element anywhere.
+ACCESSES = ("vectors", "elements", "anywhere")
+TENSOR_DTYPES = (*ALL_DTYPES, "e4m3", "i32")
+CALL = "call"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One shape that a tensor may have: names of its dimensions. 'batch + 1' is one more than batch.
+
+    when: the optional tensor that must be given for this layout; '' for none. unless: the one that must not be.
+    """
+
+    dims: tuple[str, ...]
+    when: str = ""
+    unless: str = ""
+
+    def __str__(self) -> str:
+        """As errors and documents write it, '(batch, seqlen_q, heads_q, head_dim)'."""
+        return f"({', '.join(self.dims)}{',' if len(self.dims) == 1 else ''})"
+
+    def fits(self, given: Iterable[str]) -> bool:
+        """Whether this is the layout where exactly the tensors `given` are."""
+        return (not self.when or self.when in given) and not (self.unless and self.unless in given)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that an op reads or writes, behind one pointer of its ABI.
+
+    role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES, CALL for the
+    call's dtype, which is q's, or the name of another tensor whose dtype this one has. strides: axes whose strides, in elements, are parameters of the kernel; of a
+    tensor of `access` 'vectors' they are multiples of 16 bytes. argument: what the public functions call it.
+    """
+
+    name: str
+    role: str
+    dtypes: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    about: str
+    strides: tuple[str, ...] = ()
+    access: str = "elements"
+    optional: bool = False
+    differentiable: bool = False
+    argument: str = ""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES or self.access not in ACCESSES or not self.layouts:
+            raise ContractError(f"tensor {self.name}: role {self.role!r}, access {self.access!r}, {self.layouts}")
+
+    @property
+    def public(self) -> str:
+        """The public functions' name for it."""
+        return self.argument or self.name
+
+    def layouts_for(self, given: Iterable[str]) -> tuple[Layout, ...]:
+        """The layouts that it may have in a call with the tensors `given`."""
+        return tuple(layout for layout in self.layouts if layout.fits(given))
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number among an op's parameters. source: its name among a call's numbers, where that is another one."""
+
+    name: str
+    type: str
+    about: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.type not in PARAM_FORMATS or self.type == "ptr":
+            raise ContractError(f"scalar {self.name}: {self.type!r} is no type of a number")
+
+    @property
+    def origin(self) -> str:
+        return self.source or self.name
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One part of a tile as a variant's key writes it, such as 'm128'. values: a regular expression."""
+
+    letter: str
+    about: str
+    values: str = r"\d+"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a dispatch row may ask of a call."""
+
+    name: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A compile-time choice of a variant beside its tile. ptx: the PTX target that it needs; '' for the op's own."""
+
+    name: str
+    about: str
+    ptx: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """A kernel's role, described once. A variant of it is a dtype, head dims, a tile and features.
+
+    computes: what a block does. grid: rule of registry.contract.Grid. ptx: the target that its PTX is written for;
+    features: name -> (about, target that it needs instead, or ''). launched_with: the ops that a call launches beside
+    this one. after: those that ran before such a call. facts: what its dispatch rows may ask.
+    """
+
+    name: str
+    version: int
+    computes: str
+    tensors: tuple[Tensor, ...]
+    scalars: tuple[Scalar, ...]
+    letters: tuple[Letter, ...]
+    grid: str
+    facts: tuple[Fact, ...]
+    ptx: str = "sm_80"
+    dtypes: tuple[str, ...] = DTYPES
+    features: tuple[Feature, ...] = ()
+    launched_with: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [t.name for t in self.tensors]
+        known = {*names, *TENSOR_DTYPES, CALL}
+        for tensor in self.tensors:
+            if wrong := [d for d in tensor.dtypes if d not in known]:
+                raise ContractError(f"{self.name}: tensor {tensor.name} has the dtype of {wrong[0]!r}, which is nobody's")
+        if self.grid not in GRID_RULES:
+            raise ContractError(f"{self.name}: grid {self.grid!r} is none of {', '.join(GRID_RULES)}")
+
+    @cached_property
+    def abi(self) -> Abi:
+        """Pointers first, since they change with every call; then strides and numbers by size: i64, i32, f32."""
+        pointers = [Param(t.name, "ptr") for t in self.tensors]
+        strides = [Param(stride(t.name, axis), "i64") for t in self.tensors for axis in t.strides]
+        numbers = [Param(s.name, s.type) for kind in ("i64", "i32", "f32") for s in self.scalars if s.type == kind]
+        return Abi(self.name, self.version, (*pointers, *strides, *numbers))
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """The parameters that every call writes: addresses, which lead the ABI."""
+        return tuple(t.name for t in self.tensors)
+
+    @cached_property
+    def by_argument(self) -> dict[str, Tensor]:
+        """The tensors that callers give, by the public functions' names."""
+        return {t.public: t for t in self.tensors if t.role != "workspace"}
+
+    @cached_property
+    def tile(self) -> re.Pattern[str]:
+        """What a tile and its features look like in a variant's key."""
+        text = ""
+        for part in self.letters:
+            one = f"{'-' if text else ''}{part.letter}(?:{part.values})"
+            text += f"(?:{one})?" if part.optional else one
+        return re.compile(text + "".join(f"(?:-{feature.name})?" for feature in self.features))
+
+    def target(self, features: Iterable[str] = ()) -> str:
+        """The PTX target of a variant with these features."""
+        needs = [f.ptx for f in self.features if f.name in features and f.ptx]
+        return max([self.ptx, *needs], key=lambda arch: int(arch.removeprefix("sm_")))
+
+
+def stride(tensor: str, axis: str) -> str:
+    """Name of the parameter that holds a tensor's stride along an axis: b batch, s tokens, h heads, split."""
+    return f"{tensor}_stride_{axis}"
+
+
+def layout(dims: str, when: str = "", unless: str = "") -> Layout:
+    """layout('batch seqlen_q heads_q head_dim'); 'batch+1' is one more than batch, 'rotary_dim/2' half of rotary_dim."""
+    return Layout(tuple(re.sub(r"([+/])", r" \1 ", dim) for dim in dims.split()), when, unless)
