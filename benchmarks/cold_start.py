@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(registry: Path, scratch: Path, processes: int) -> dict[str, Any]:
     """The result file's content. scratch: a private folder."""
-    from runtime.select import select
+    from runtime.load.select import select
 
     arch = measure.device_arch()
     artifact = select(read_index(registry, arch), "fwd", CASE.facts()).artifact
@@ -131,7 +131,7 @@ def child(which: str, env: dict[str, str]) -> dict[str, Any]:
 
 def fill_cache(registry: Path, arch: str, folder: Path) -> str:
     """Put the index of `arch` and all its frames into a disk cache; returns the index' digest."""
-    from runtime.cache import DiskCache
+    from runtime.sources.cache import DiskCache
 
     index, cache = read_index(registry, arch), DiskCache(str(folder))
     cache.put("indexes", index.digest, index.to_bytes())

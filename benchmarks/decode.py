@@ -172,7 +172,7 @@ def _row(
 
 def splits_of(ours: Ours, case: DecodeCase) -> int:
     """What the runtime's heuristic takes for the case."""
-    from runtime import splits
+    from runtime.call import splits
 
     chosen = ours.choice(case)
     candidate = ours.candidate(chosen.artifact)

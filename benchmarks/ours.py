@@ -26,7 +26,7 @@ class Ours:
 
     def __init__(self, registry: Path, mode: str):
         import runtime
-        from runtime import launch
+        from runtime.call import launch
 
         self.runtime, self.mode = runtime, mode
         arch = measure.device_arch()
@@ -49,11 +49,11 @@ class Ours:
         return candidate
 
     def choice(self, case: Case | DecodeCase, dtype: str = "bf16", op: str | None = None) -> Any:
-        """What the dispatch rows choose for the case: `runtime.select.Choice`, with .artifact and .pack.
+        """What the dispatch rows choose for the case: `runtime.load.select.Choice`, with .artifact and .pack.
 
         op: by default the case's own.
         """
-        from runtime.select import select
+        from runtime.load.select import select
 
         chosen = select(self.index, op or case.op, case.facts(dtype))
         if chosen.artifact.variant not in self.occupancy:

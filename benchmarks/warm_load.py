@@ -29,8 +29,9 @@ from typing import Any
 from benchmarks import measure
 from registry.contract import ELF_MACHINE_CUDA, Abi, Artifact, DispatchRow, Grid, Index, Param, Variant, sha256_hex
 from registry.frames import compress
-from runtime import config, session
-from runtime.cache import DiskCache
+from runtime import config
+from runtime.load import session
+from runtime.sources.cache import DiskCache
 
 ARCH = "sm_120"
 NBYTES = 200_000  # of a cubin
@@ -79,7 +80,7 @@ def _elf_header() -> bytes:
 
 
 class NoDriver:
-    """runtime.driver.Driver and backend in one, which load nothing."""
+    """runtime.load.driver.Driver and backend in one, which load nothing."""
 
     def __init__(self) -> None:
         self.driver = self

@@ -14,16 +14,19 @@ raised. Importing this package imports neither torch nor CUDA.
 
 from time import perf_counter as _perf_counter
 
-from runtime import _beside, fa4  # _beside first: everything else imports `registry`
-from runtime.attention import flash_attn
-from runtime.combine import flash_attn_combine
+from runtime import (
+    _beside,  # first: everything else imports `registry`
+    fa4,
+)
+from runtime.api.attention import flash_attn
+from runtime.api.combine import flash_attn_combine
+from runtime.api.fa2 import flash_attn_func, flash_attn_varlen_func
+from runtime.api.kvcache import flash_attn_with_kvcache
+from runtime.api.varlen import flash_attn_varlen
 from runtime.errors import CubineryError
-from runtime.fa2 import flash_attn_func, flash_attn_varlen_func
-from runtime.kvcache import flash_attn_with_kvcache
-from runtime.session import configure
+from runtime.load.session import configure
 from runtime.stages import ledger
 from runtime.stages import record as _record
-from runtime.varlen import flash_attn_varlen
 
 __all__ = ["CubineryError", "configure", "fa4", "flash_attn", "flash_attn_combine", "flash_attn_func",
            "flash_attn_varlen", "flash_attn_varlen_func", "flash_attn_with_kvcache", "ledger"]  # fmt: skip

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from registry.contract import ContractError, check_arch, check_digest
-from runtime.cache import LIMIT
 from runtime.errors import ConfigError
 
+CACHE_LIMIT = 4 << 30  # bytes that the disk cache may hold by default
 MAX_FILE = 1 << 16  # bytes of a configuration file
 Pins = tuple[tuple[str | None, str], ...]  # (architecture, index digest); architecture None: whatever the index says
 
@@ -34,7 +34,7 @@ class Config(NamedTuple):
     state: str = ""
     max_age: float | None = None
     lock: str = ""
-    cache_limit: int = LIMIT
+    cache_limit: int = CACHE_LIMIT
 
     @property
     def remote(self) -> bool:
@@ -69,7 +69,7 @@ def current() -> Config:
         state=found.get("state", ""),
         max_age=found.get("max_age"),
         lock=found.get("lock", ""),
-        cache_limit=found.get("cache_limit", LIMIT),
+        cache_limit=found.get("cache_limit", CACHE_LIMIT),
     )
 
 

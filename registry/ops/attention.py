@@ -54,7 +54,7 @@ SEQUSED_Q = extra("seqused_q", ("i32",), ("batch",), "tokens of an entry's queri
 SEQUSED_K = extra("seqused_k", ("i32",), ("batch",), "tokens of an entry's keys that count, from its start")
 LEFTPAD_K = extra("leftpad_k", ("i32",), ("batch",), "an entry's first key: those before it are padding")
 PAGE_TABLE = extra("page_table", ("i32",), ("batch max_pages",), "the page that holds page_size tokens of an entry")
-SINK = extra("sink", ("fp32", "call"), ("heads_q",), "a score of one more column, which has no value", differentiable=True)
+SINK = extra("sink", ("fp32", "call"), ("heads_q",), "the score of a column without a value", differentiable=True)
 ALIBI_SLOPES = extra("alibi_slopes", ("fp32",), ("heads_q", "batch heads_q"), "what distance takes off a score",
                      differentiable=True)  # fmt: skip
 K_DESCALE = extra("k_descale", ("fp32",), ("heads_kv", "batch heads_kv"), "factor of an e4m3 cache's keys")

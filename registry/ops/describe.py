@@ -47,9 +47,10 @@ class Layout:
 class Tensor:
     """A tensor that an op reads or writes, behind one pointer of its ABI.
 
-    role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES, CALL for the
-    call's dtype, which is q's, or the name of another tensor whose dtype this one has. strides: axes whose strides, in elements, are parameters of the kernel; of a
-    tensor of `access` 'vectors' they are multiples of 16 bytes. argument: what the public functions call it.
+    role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES; CALL for the call's
+    dtype, which is q's; or the name of another tensor, whose dtype this one has. strides: axes whose strides, in
+    elements, are parameters of the kernel; of a tensor of `access` 'vectors' they are multiples of 16 bytes.
+    argument: what the public functions call it.
     """
 
     name: str
@@ -150,7 +151,9 @@ class Op:
         known = {*names, *TENSOR_DTYPES, CALL}
         for tensor in self.tensors:
             if wrong := [d for d in tensor.dtypes if d not in known]:
-                raise ContractError(f"{self.name}: tensor {tensor.name} has the dtype of {wrong[0]!r}, which is nobody's")
+                raise ContractError(
+                    f"{self.name}: tensor {tensor.name} has the dtype of {wrong[0]!r}, which is nobody's"
+                )
         if self.grid not in GRID_RULES:
             raise ContractError(f"{self.name}: grid {self.grid!r} is none of {', '.join(GRID_RULES)}")
 
@@ -193,5 +196,5 @@ def stride(tensor: str, axis: str) -> str:
 
 
 def layout(dims: str, when: str = "", unless: str = "") -> Layout:
-    """layout('batch seqlen_q heads_q head_dim'); 'batch+1' is one more than batch, 'rotary_dim/2' half of rotary_dim."""
+    """layout('batch heads_q'); 'batch+1' is one more than batch, 'rotary_dim/2' half of rotary_dim."""
     return Layout(tuple(re.sub(r"([+/])", r" \1 ", dim) for dim in dims.split()), when, unless)

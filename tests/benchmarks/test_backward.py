@@ -16,7 +16,7 @@ from benchmarks import backward, cases, derived, measure, ours, published
 from benchmarks.cases import Case, varlen
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Variant
-from runtime import launch
+from runtime.call import launch
 from tests.benchmarks.fakes import FakeKernel, attend, tables_read, write_registry
 
 FORWARD = [f"fwd-bf16-d{d}-dv{dv}-m64-n64-w4-s1" for d, dv in ((64, 64), (64, 32))]

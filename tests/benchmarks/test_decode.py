@@ -15,7 +15,8 @@ import runtime
 from benchmarks import cubins, decode, decode_cases, decode_raw, measure, ours
 from benchmarks.decode_cases import Caches, DecodeCase
 from registry.contract import PARAM_FORMATS
-from runtime import launch, session
+from runtime.call import launch
+from runtime.load import session
 from tests.runtime.cache_kernels import KERNELS, write_cache_registry
 from tests.runtime.fakes import FakeBackend
 

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 import torch
 
 import runtime
-from runtime import session
+from runtime.load import session
 from tests.gpu import checks
 from tests.gpu.dut import Gpu
 from tests.runtime.fakes import KERNELS, FakeBackend, write_registry

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.derived import one_variant_each, read_index
 from kernels import dispatch
-from runtime.select import select
+from runtime.load.select import select
 from tests.benchmarks.fakes import write_registry
 from tests.gpu import conftest, ledger
 from tests.gpu.covering import covering

@@ -17,8 +17,8 @@ from benchmarks import __main__ as every
 from benchmarks import cases, cold_start, derived, forward, host_overhead, measure, ours, published, shapes
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Index
-from runtime import launch
-from runtime.cache import DiskCache
+from runtime.call import launch
+from runtime.sources.cache import DiskCache
 from tests.benchmarks.fakes import FakeKernel, attend, fake_bind, tables_read, write_registry
 
 KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import measure, warm_load
 from registry.contract import sha256_hex
-from runtime import session, verify
-from runtime.cache import DiskCache
+from runtime.load import session, verify
+from runtime.sources.cache import DiskCache
 from tests.soak.size import size
 
 

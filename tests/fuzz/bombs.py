@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from registry.contract import MAX_CONTENT, CubineryError, sha256_hex
 from registry.frames import compress
-from runtime import verify
+from runtime.load import verify
 from tests.fuzz.seeds import ARTIFACT, CONTENT, MAGIC, rle, single, skippable, windowed
 
 SIZE = len(CONTENT)

@@ -13,9 +13,9 @@ from dataclasses import replace
 from registry.contract import MAX_CONTENT, ContractError, Index, check_arch, check_digest, elf_machine, sha256_hex
 from registry.errors import StoreError
 from registry.frames import declared_size, decompress
-from runtime import verify
-from runtime.answers import document
 from runtime.errors import IntegrityError, SourceError
+from runtime.load import verify
+from runtime.sources.answers import document
 from tests.fuzz.seeds import ARTIFACT, CONTENT
 
 MOST = 1 << 20  # bytes of content that a case may ask for

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from registry.contract import sha256_hex
-from runtime import source
-from runtime.cache import DiskCache
 from runtime.errors import SourceError
-from runtime.source import CachedSource, HttpSource
+from runtime.sources import source
+from runtime.sources.cache import DiskCache
+from runtime.sources.source import CachedSource, HttpSource
 from tests.project.shell import ROOT
 
 # Those that the issue lists.

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import runtime.cache
+import runtime.sources.cache
 from benchmarks.warm_load import ABI, made_up
 from registry.contract import Artifact, Index
-from runtime import verify
-from runtime.cache import DiskCache
-from runtime.source import CachedSource
+from runtime.load import verify
+from runtime.sources.cache import DiskCache
+from runtime.sources.source import CachedSource
 
 PLANTED = 10  # bytes of an entry that was cut off on purpose
 SYSCALLS = ("open", "mkdir", "makedirs", "write", "fsync", "close", "rename", "replace", "unlink", "utime", "fstat",
@@ -70,7 +70,7 @@ class Bodies:
 
 
 class Steps:
-    """`os` as runtime.cache sees it, with something done before, in the middle of, or after its k-th call."""
+    """`os` as runtime.sources.cache sees it, with something done before, in the middle of, or after its k-th call."""
 
     def __init__(self, hit: Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
         self._hit = hit
@@ -157,7 +157,7 @@ def _live_until_killed(folder: str, index: Index, bodies: dict[str, bytes], draw
             return result
 
         armed = False
-        runtime.cache.os = Steps(hit)
+        runtime.sources.cache.os = Steps(hit)
         for artifact in chosen:
             try:
                 verify.cubin(source.frame(artifact), artifact)
@@ -214,11 +214,11 @@ def _start_cold(options: dict[str, Any], index: Index, bodies: dict[str, bytes],
     code = 1
     try:
         if options["locks"] == "refused":
-            runtime.cache.fcntl = _NoLocks(37)  # ENOLCK
+            runtime.sources.cache.fcntl = _NoLocks(37)  # ENOLCK
         elif options["locks"] == "ignored":
-            runtime.cache.fcntl = _NoLocks(0)
+            runtime.sources.cache.fcntl = _NoLocks(0)
         os.read(gate, 1)
-        cache = DiskCache(options["folder"], options.get("limit", runtime.cache.LIMIT))
+        cache = DiskCache(options["folder"], options.get("limit", runtime.sources.cache.LIMIT))
         source = CachedSource(Bodies(bodies, answered), cache)
         verify.index(source.index(index.digest), index.digest)
         for artifact in index.artifacts:

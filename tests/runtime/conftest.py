@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime import session
+from runtime.load import session
 from tests.runtime.backward_kernels import write_backward_registry
 from tests.runtime.fakes import FakeBackend, write_registry
 

@@ -107,7 +107,7 @@ def write_registry(path: Path, *archs: str, channel: str = "stable", **options: 
 
 
 class FakeDriver:
-    """Behind runtime.driver.Driver. `calls` records what was asked, `launches` each launch with its parameters."""
+    """Behind runtime.load.driver.Driver. `calls` records what was asked, `launches` each launch with its parameters."""
 
     def __init__(self, version: int = 12080):
         self.success = object()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import runtime
-from runtime import launch, memory
+from runtime.call import launch, memory
 from runtime.errors import ArgumentError, CubineryError, InstallError
 from tests.runtime.fakes import FakeBackend, rows
 

@@ -11,8 +11,11 @@ import torch
 import runtime
 from kernels.abi import FWD
 from registry.contract import WINDOW_OPEN, Index, division
-from runtime import attention, launch, select, session, stages
+from runtime import stages
+from runtime.api import attention
+from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError, SourceError
+from runtime.load import select, session
 from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubin, write_registry
 
 BF16 = torch.bfloat16

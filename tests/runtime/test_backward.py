@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import runtime
-from runtime import fa4, splits
+from runtime import fa4
+from runtime.call import splits
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs
 from tests.runtime.test_varlen import ints
@@ -97,7 +98,7 @@ def test_shapes(backend: FakeBackend, shape):
 
 def test_group_splits_are_summed_up(backend: FakeBackend):
     for resident, wanted in (((1, 1), 1), ((16, 1), 4), ((132, 1), 8)):
-        runtime.configure(registry=runtime.session.current().config.registry)
+        runtime.configure(registry=runtime.load.session.current().config.registry)
         backend.driver.resident = resident
         check(*inputs(seqlen_q=70, seqlen_k=70, heads_q=32, heads_kv=4, batch=1), causal=True)
         p = backend.driver.launches[-2]["params"]

@@ -12,8 +12,9 @@ import torch
 import runtime
 from kernels.abi import ABIS
 from registry.contract import WINDOW_OPEN
-from runtime import backward, launch, planning, session
+from runtime.call import backward, launch, planning
 from runtime.errors import ArgumentError
+from runtime.load import session
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs
 from tests.runtime.test_backward import SINK, assert_close, check, grads, leaves

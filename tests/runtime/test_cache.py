@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-import runtime.cache
+import runtime.sources.cache
 from registry.contract import sha256_hex
-from runtime import config, session
-from runtime.cache import LIMIT, DiskCache
+from runtime import config
 from runtime.errors import CubineryError, IntegrityError, SourceError
-from runtime.source import CachedSource
+from runtime.load import session
+from runtime.sources.cache import LIMIT, DiskCache
+from runtime.sources.source import CachedSource
 from tests.runtime.cache_programs import Bodies, Steps, release
 
 INDEX, BODIES = release(1, 5_000)
@@ -39,7 +40,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
     """Sets what happens at each call that the cache makes of `os`."""
-    return lambda hit: monkeypatch.setattr(runtime.cache, "os", Steps(hit))
+    return lambda hit: monkeypatch.setattr(runtime.sources.cache, "os", Steps(hit))
 
 
 class Counting(Bodies):
@@ -315,7 +316,7 @@ def test_threat_server_down_with_a_warm_cache(folder):
 
 def test_threat_a_stuck_download_of_another_process(folder, monkeypatch):
     """Who waits for a download does not wait for ever."""
-    monkeypatch.setattr(runtime.cache, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(runtime.sources.cache, "LOCK_WAIT_S", 0.2)
     server = Counting(BODIES)
     with DiskCache(str(folder))._turn(DIGEST), DiskCache(str(folder))._turn(INDEX.digest):
         assert sha256_hex(load(client(folder, server))) == ARTIFACT.cubin_sha256

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runtime.cache import DiskCache
+from runtime.sources.cache import DiskCache
 from tests.project.shell import ROOT
 from tests.soak.size import size
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from registry.contract import Condition, DispatchRow
-from runtime import __main__ as cli
-from runtime import source
+from runtime.cli import commands as cli
+from runtime.sources import source
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
 from tests.runtime.test_source import URL, Server, server
 

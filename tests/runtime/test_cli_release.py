@@ -13,9 +13,9 @@ import torch
 
 import runtime
 from registry.contract import Artifact, Index
-from runtime import __main__ as cli
-from runtime import session
+from runtime.cli import commands as cli
 from runtime.errors import UntrustedError
+from runtime.load import session
 from tests.runtime.fakes import FakeBackend, toy_index
 from tests.runtime.test_cli import run
 from tests.trust.repository import Repository

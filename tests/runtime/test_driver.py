@@ -14,8 +14,8 @@ import torch
 import runtime
 from kernels.abi import FWD
 from registry.contract import Abi, Param
-from runtime import driver, load
 from runtime.errors import DriverError, InstallError, IntegrityError
+from runtime.load import driver, kernel
 from tests.runtime.fakes import TABLE, FakeBackend, FakeDriver, toy_artifact, toy_cubin
 
 VARIANT = TABLE[0][-1]
@@ -37,14 +37,14 @@ N = len(FWD.params)
 def test_a_cubin_of_another_abi_is_refused_and_unloaded(abi, says):
     fake = FakeDriver()
     with pytest.raises(IntegrityError, match=says) as error:
-        load.load(fake, toy_cubin(VARIANT, "sm_120", abi), ARTIFACT, FWD, 0)
+        kernel.load(fake, toy_cubin(VARIANT, "sm_120", abi), ARTIFACT, FWD, 0)
     assert error.value.reason == "abi" and fake.calls == ["context", "load_library", "unload_library"]
 
 
 def test_an_old_driver_is_refused_before_anything_is_loaded():
     fake = FakeDriver(version=12040)
     with pytest.raises(DriverError, match=r"CUDA 12\.8, this one is for 12\.4") as error:
-        load.load(fake, b"", ARTIFACT, FWD, 0)
+        kernel.load(fake, b"", ARTIFACT, FWD, 0)
     assert error.value.reason == "old_driver" and fake.calls == []
 
 

@@ -10,8 +10,10 @@ import torch
 import runtime
 from kernels.abi import FWD_PAGED
 from registry.contract import WINDOW_OPEN, division
-from runtime import attention, launch, select, session
+from runtime.api import attention
+from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError, DriverError
+from runtime.load import select, session
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, reference

@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 import runtime
-from runtime import launch
+from runtime.call import launch
 from runtime.errors import ArgumentError
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import runtime
-from runtime import combine, launch, session
+from runtime.api import combine
+from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError
+from runtime.load import session
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs, reference

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import runtime
-from runtime import attention, fa4, launch
+from runtime import fa4
+from runtime.api import attention
+from runtime.call import launch
 from runtime.errors import ArgumentError
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend

@@ -13,9 +13,10 @@ import torch
 import runtime
 from registry.contract import canonical_json
 from registry.store import Store
-from runtime import __main__ as cli
-from runtime import lockfile, session, trust
+from runtime.cli import commands as cli
 from runtime.errors import ConfigError, NoKernelError, UntrustedError
+from runtime.load import session
+from runtime.trust import lockfile, resolve
 from tests.runtime.fakes import TABLE, FakeBackend, toy_index, write_registry
 from tests.runtime.test_cli import run, usage
 from tests.runtime.test_source import URL, Server, server
@@ -138,7 +139,7 @@ def test_a_yanked_index_that_is_locked_still_loads(backend, registry: Path, lock
     def yanked(*_, **__):
         raise UntrustedError("yanked", reason="yanked")
 
-    monkeypatch.setattr(trust, "resolve", yanked)
+    monkeypatch.setattr(resolve, "resolve", yanked)
     runtime.configure(registry=registry)
     with pytest.raises(UntrustedError):
         runtime.flash_attn(Q, Q, Q)

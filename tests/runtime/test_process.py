@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import runtime
-from runtime import launch, session
+from runtime.call import launch
+from runtime.load import session
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import inputs, reference
 
@@ -44,7 +45,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import contextlib, ctypes, json, struct, torch
 import runtime
-from runtime import session, verify
+from runtime.load import session, verify
 
 class Driver:  # not tests.runtime.fakes': that builds registries, so it imports kernels
     success, launches = 0, []
@@ -294,8 +295,8 @@ def test_a_fork_while_a_load_is_under_way(backend: FakeBackend, registry: Path):
 
 
 def test_cuda_in_a_bad_fork_is_a_typed_error(monkeypatch):
-    from runtime.backend import TorchBackend
     from runtime.errors import DriverError
+    from runtime.load.backend import TorchBackend
 
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(DriverError, match="spawn") as error:
@@ -304,7 +305,7 @@ def test_cuda_in_a_bad_fork_is_a_typed_error(monkeypatch):
 
 
 def test_configure_closes_what_the_last_settings_had_open(monkeypatch, tmp_path):
-    from runtime import session
+    from runtime.load import session
 
     closed = []
     monkeypatch.setattr(session.Session, "__init__", lambda self: setattr(self, "source", self))

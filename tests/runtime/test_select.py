@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from registry.contract import WINDOW_OPEN, Condition, ContractError, DispatchRow, Index, Variant
-from runtime import select
-from runtime.arguments import LENGTH_FACTS, facts
+from runtime.call.arguments import LENGTH_FACTS, facts
 from runtime.errors import NoKernelError
+from runtime.load import select
 from tests.runtime.fakes import TABLE, toy_index
 
 INDEX, _ = toy_index()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import runtime
-from runtime import __main__ as cli
 from runtime import config
-from runtime.cache import LIMIT
+from runtime.cli import commands as cli
 from runtime.errors import ConfigError
+from runtime.sources.cache import LIMIT
 from tests.project.shell import ROOT, environment
 
 PAGE = (ROOT / "docs/settings.md").read_text()
@@ -156,7 +156,7 @@ def test_flags_of_the_environment(text: str, value: bool, monkeypatch):
 
 
 def test_the_limit_reaches_the_cache(tmp_path: Path):
-    from runtime import session
+    from runtime.load import session
 
     runtime.configure(registry="http://registry.test", cache=tmp_path, cache_limit="5M", index=ONE)
     assert session.current().source.cache.limit == 5 << 20

@@ -27,10 +27,11 @@ import torch
 import runtime
 from registry.contract import sha256_hex
 from registry.store import Store
-from runtime import session, source
-from runtime.cache import DiskCache
 from runtime.errors import InstallError, IntegrityError, SourceError, UntrustedError
-from runtime.source import CachedSource, EmbeddedSource, HttpSource
+from runtime.load import session
+from runtime.sources import source
+from runtime.sources.cache import DiskCache
+from runtime.sources.source import CachedSource, EmbeddedSource, HttpSource
 from tests.runtime.fakes import FakeBackend, toy_index, write_registry
 
 Q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
@@ -97,7 +98,7 @@ def test_files_that_are_no_registry(tmp_path: Path):
 
 READ_AS_NOBODY = """
 import os, sys
-from runtime.source import EmbeddedSource
+from runtime.sources.source import EmbeddedSource
 if os.geteuid() == 0: os.setuid(65534)
 print(EmbeddedSource(sys.argv[1]).channel("stable")["sm_120"])
 """

@@ -23,10 +23,11 @@ import torch
 import runtime
 from registry.export import to_folder
 from registry.store import Store
-from runtime import answers, folder, session, source, verify
-from runtime.cache import DiskCache
 from runtime.errors import IntegrityError, SourceError, UntrustedError
-from runtime.source import CachedSource, EmbeddedSource, FolderSource, HttpSource, OfflineSource
+from runtime.load import session, verify
+from runtime.sources import answers, folder, source
+from runtime.sources.cache import DiskCache
+from runtime.sources.source import CachedSource, EmbeddedSource, FolderSource, HttpSource, OfflineSource
 from tests.runtime.fakes import FakeBackend, toy_index
 
 Q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
@@ -182,7 +183,7 @@ def test_only_regular_files_are_read_and_links_lead_to_bytes_that_are_verified(m
 
 READ_AS_NOBODY = """
 import os, sys
-from runtime.source import FolderSource
+from runtime.sources.source import FolderSource
 from runtime.errors import SourceError
 if os.geteuid() == 0: os.setuid(65534)
 try: FolderSource(sys.argv[1]).channel("stable")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.contract import WINDOW_OPEN, Variant
-from runtime import splits
-from runtime.splits import is_heavy, num_splits, visible_keys
+from runtime.call import splits
+from runtime.call.splits import is_heavy, num_splits, visible_keys
 
 
 @settings(deadline=None)

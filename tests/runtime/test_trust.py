@@ -1,4 +1,4 @@
-"""trust.resolve: which index may be loaded from where."""
+"""resolve.resolve: which index may be loaded from where."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 import runtime
-from runtime import config, session, trust
+from runtime import config
 from runtime.errors import ConfigError, IntegrityError, NoKernelError, SourceError, UntrustedError
-from runtime.source import EmbeddedSource, HttpSource, OfflineSource
+from runtime.load import session
+from runtime.sources.source import EmbeddedSource, HttpSource, OfflineSource
+from runtime.trust import resolve
 from tests.runtime.fakes import write_registry
 
 
 def test_a_file_of_our_own_is_local(registry: Path):
     embedded = EmbeddedSource(str(registry))
-    assert trust.why_remote(embedded) is None
-    assert trust.resolve(embedded, "stable") == embedded.channel("stable")
+    assert resolve.why_remote(embedded) is None
+    assert resolve.resolve(embedded, "stable") == embedded.channel("stable")
 
 
 @pytest.mark.parametrize("writable", ["file", "-wal", "-shm", "-journal", "folder", "link's folder"])
@@ -37,10 +39,10 @@ def test_what_others_can_write_is_remote(registry: Path, tmp_path: Path, writabl
     victim.chmod(victim.stat().st_mode | mode)
     embedded = EmbeddedSource(str(path))
     with pytest.raises(UntrustedError, match="chmod go-w") as error:
-        trust.resolve(embedded, "stable")
+        resolve.resolve(embedded, "stable")
     assert str(victim) in str(error.value) and "configure(index=" in str(error.value)
     (digest,) = embedded.channel("stable").values()
-    assert trust.resolve(embedded, "stable", (("sm_120", digest),)) == {"sm_120": digest}
+    assert resolve.resolve(embedded, "stable", (("sm_120", digest),)) == {"sm_120": digest}
 
 
 def test_what_others_own_is_remote(registry: Path, monkeypatch):
@@ -50,24 +52,24 @@ def test_what_others_own_is_remote(registry: Path, monkeypatch):
     else:
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     with pytest.raises(UntrustedError, match="belongs to user"):
-        trust.resolve(EmbeddedSource(str(registry)), "stable")
+        resolve.resolve(EmbeddedSource(str(registry)), "stable")
 
 
 def test_root_s_files_are_local(registry: Path, monkeypatch):
     owner = registry.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    assert (trust.why_remote(EmbeddedSource(str(registry))) is None) == (owner == 0)
+    assert (resolve.why_remote(EmbeddedSource(str(registry))) is None) == (owner == 0)
 
 
 def test_servers_are_remote():
     for remote in (HttpSource("http://127.0.0.1:9"), OfflineSource("https://r")):
         with pytest.raises(UntrustedError, match="it is a server"):
-            trust.resolve(remote, "stable")
+            resolve.resolve(remote, "stable")
 
 
 def test_a_missing_file_is_missing_not_untrusted(tmp_path: Path):
     with pytest.raises(SourceError) as error:
-        trust.resolve(EmbeddedSource(str(tmp_path / "none.db")), "stable")
+        resolve.resolve(EmbeddedSource(str(tmp_path / "none.db")), "stable")
     assert error.value.reason == "no_registry"
 
 
@@ -78,18 +80,18 @@ def test_a_missing_file_is_not_opened(tmp_path: Path, monkeypatch):
         open_folder.mkdir(exist_ok=True)
         open_folder.chmod(0o777)
         embedded = EmbeddedSource(str(path))
-        assert trust.why_remote(embedded)
+        assert resolve.why_remote(embedded)
         monkeypatch.setattr(embedded, "channel", lambda name: pytest.fail("opened"))
         with pytest.raises(SourceError) as error:
-            trust.resolve(embedded, "stable")
+            resolve.resolve(embedded, "stable")
         assert error.value.reason == "no_registry"
         monkeypatch.setattr(embedded, "check_present", lambda: None)  # there by now
         with pytest.raises(UntrustedError):
-            trust.resolve(embedded, "stable")
+            resolve.resolve(embedded, "stable")
 
 
 def test_a_folder_that_cannot_be_examined_is_remote(registry: Path):
-    assert "cannot be examined" in str(trust.why_remote(EmbeddedSource(str(registry / "r.db"))))
+    assert "cannot be examined" in str(resolve.why_remote(EmbeddedSource(str(registry / "r.db"))))
 
 
 def test_nobody_is_told_to_change_the_mode_of_tmp(tmp_path: Path):
@@ -98,7 +100,7 @@ def test_nobody_is_told_to_change_the_mode_of_tmp(tmp_path: Path):
     folder.chmod(0o1777)
     write_registry(folder / "r.db", only="bf16-d64")
     with pytest.raises(UntrustedError, match="move the registry to a folder of your own") as error:
-        trust.resolve(EmbeddedSource(str(folder / "r.db")), "stable")
+        resolve.resolve(EmbeddedSource(str(folder / "r.db")), "stable")
     assert "chmod" not in str(error.value)
 
 

@@ -13,8 +13,10 @@ import torch.autograd.forward_ad as fwAD
 
 import runtime
 from registry.contract import WINDOW_OPEN, division
-from runtime import arguments, attention, checks, launch, session
+from runtime.api import attention
+from runtime.call import arguments, checks, launch
 from runtime.errors import ArgumentError, CaptureError, NoKernelError
+from runtime.load import session
 from tests.runtime.fakes import FakeBackend, write_registry
 from tests.runtime.test_attention import BF16, reference
 

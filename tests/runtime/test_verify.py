@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from registry.contract import ContractError, sha256_hex
 from registry.store import compress
-from runtime import verify
 from runtime.errors import IntegrityError
+from runtime.load import verify
 from tests.runtime.fakes import TABLE, elf, toy_artifact, toy_index
 
 VARIANT = TABLE[0][-1]

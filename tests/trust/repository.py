@@ -13,10 +13,10 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 
 from registry.releases.client import Known
 from registry.releases.document import Channel
-from runtime import trust
 from runtime.config import Config
 from runtime.errors import SourceError, UntrustedError
-from runtime.state import State
+from runtime.trust import resolve
+from runtime.trust.state import State
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
 A, B, C = "a" * 64, "b" * 64, "c" * 64  # index digests
@@ -135,12 +135,12 @@ class Looker:
     def refresh(self, channel: str = "stable") -> dict[str, str]:
         """{arch: digest} as the repository has it now."""
         source: Any = self.repository
-        return trust.resolve(source, channel, (), None, self.settings, newest=True)
+        return resolve.resolve(source, channel, (), None, self.settings, newest=True)
 
     def digests(self) -> dict[str, str]:
         """{arch: digest} as a process would have it: asked for only if it must be."""
         source: Any = self.repository
-        return trust.resolve(source, "stable", (), None, self.settings)
+        return resolve.resolve(source, "stable", (), None, self.settings)
 
     def refused(self, channel: str = "stable") -> str:
         """The reason for which a refresh fails; fails itself if it does not."""

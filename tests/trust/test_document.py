@@ -15,7 +15,7 @@ import server.__main__
 from registry.releases import push
 from registry.releases.publish import DAYS
 from registry.store import Store
-from runtime import source
+from runtime.sources import source
 from server.app import create_app
 from server.upload import Settings
 from tests.runtime.fakes import write_registry

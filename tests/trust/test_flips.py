@@ -13,9 +13,10 @@ import pytest
 from registry.contract import CubineryError, Index
 from registry.releases import publish, signing
 from registry.store import Store
-from runtime import trust, verify
 from runtime.config import Config
 from runtime.errors import SourceError
+from runtime.load import verify
+from runtime.trust import resolve
 from tests.runtime.fakes import write_registry
 from tests.soak.size import size
 
@@ -84,9 +85,9 @@ def outcome(ask: Callable[[], Any]) -> Any:
         return error.reason
 
 
-def resolve(release: Release, settings: Config) -> dict[str, str]:
+def resolved(release: Release, settings: Config) -> dict[str, str]:
     source: Any = release
-    return trust.resolve(source, "stable", (), None, settings, newest=True)
+    return resolve.resolve(source, "stable", (), None, settings, newest=True)
 
 
 FILES = ("2.root.json", "timestamp.json", "1.snapshot.json", "1.targets.json", "targets/")
@@ -97,20 +98,20 @@ def test_metadata_as_served(release, tmp_path, name):
     """To a client that knows nothing, and to one that knows the release already."""
     (path,) = [path for path in release.files if path.startswith(name)]
     warm = settings_in(tmp_path / "warm", release.root)
-    assert resolve(release, warm) == release.digests
+    assert resolved(release, warm) == release.digests
     refused = 0
     for n, body in enumerate(flips(release.files[path], path)):
         release.flipped = {path: body}
         cold = settings_in(tmp_path / f"cold{n}", release.root)
         for settings in (cold, warm):
-            found = outcome(lambda settings=settings: resolve(release, settings))
+            found = outcome(lambda settings=settings: resolved(release, settings))
             refused += isinstance(found, str)
             assert isinstance(found, str) or found == release.digests
             source: Any = release
-            kept = trust.trusted(source, "stable", settings)
+            kept = resolve.trusted(source, "stable", settings)
             assert kept is None or kept.indexes == release.digests
         release.flipped = {}
-        assert resolve(release, cold) == release.digests, "what was refused has left nothing behind"
+        assert resolved(release, cold) == release.digests, "what was refused has left nothing behind"
         shutil.rmtree(tmp_path / f"cold{n}")
     assert refused, "flips are seen"
 
@@ -118,7 +119,7 @@ def test_metadata_as_served(release, tmp_path, name):
 def test_the_given_root(release, tmp_path):
     for n, body in enumerate(flips(release.root, "root")):
         settings = settings_in(tmp_path / str(n), body)
-        found = outcome(lambda settings=settings: resolve(release, settings))
+        found = outcome(lambda settings=settings: resolved(release, settings))
         assert isinstance(found, str) or found == release.digests
         shutil.rmtree(tmp_path / str(n))
 

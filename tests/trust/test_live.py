@@ -19,8 +19,8 @@ from registry.__main__ import main
 from registry.releases import publish, signing
 from registry.releases.client import Known
 from registry.store import Store
-from runtime import session
 from runtime.errors import UntrustedError
+from runtime.load import session
 from tests.runtime.fakes import write_registry
 from tests.soak.size import size
 
@@ -139,13 +139,14 @@ def test_session_refresh_brings_the_next_release(released):
 
 WORKER = """
 import json, sys, runtime
-from runtime import session, trust
+from runtime.load import session
+from runtime.trust import resolve
 runtime.configure(registry=sys.argv[1], root=sys.argv[2], state=sys.argv[3], cache=sys.argv[4])
 now = session.current()
 seen = []
 for _ in range(int(sys.argv[5])):
     now.refresh()
-    found = trust.trusted(now.source, "stable", now.config)
+    found = resolve.trusted(now.source, "stable", now.config)
     seen.append(found.version)
 print(json.dumps(seen))
 """

@@ -1,4 +1,4 @@
-"""The signed part of trust.resolve and runtime.refresh: when is asked, and what is refused."""
+"""The signed part of resolve.resolve and runtime.trust.refresh: when is asked, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_only_what_was_never_verified_is_asked_for(repository, client):
 
 
 def resolve(repository: Repository, settings: Config, newest: bool = False) -> dict[str, str]:
-    from runtime import trust
+    from runtime.trust import resolve
 
     source: object = repository
-    return trust.resolve(source, settings.channel, (), None, settings, newest)  # type: ignore[arg-type]
+    return resolve.resolve(source, settings.channel, (), None, settings, newest)  # type: ignore[arg-type]
 
 
 def test_max_age_bounds_how_old_a_warm_state_may_be(repository, client, monkeypatch):

@@ -1,4 +1,4 @@
-"""runtime.state: what a refresh leaves behind, for whom, and what damage does to it."""
+"""runtime.trust.state: what a refresh leaves behind, for whom, and what damage does to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from registry.releases.client import Known, merge
 from runtime.errors import SourceError
-from runtime.state import State, Trusted
+from runtime.trust.state import State, Trusted
 from tests.trust.repository import A, B, C
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""`flash_attn_with_kvcache`: FlashAttention-2's decode function."""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING, Any
+
+from runtime.api import dropin
+from runtime.api.attention import attend_cached
+from runtime.api.fa2 import window_of
+from runtime.call.cached import APPENDING, PAGED
+from runtime.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = {
+    "k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v",
+    "seqused_k": "cache_seqlens", "page_table": "block_table", "window": "window_size",
+    "return_lse": "return_softmax_lse",
+}  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sink: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> Any:
+    """Attention of new queries over a KV cache, to which new keys and values may be appended first.
+
+    q: (batch, seqlen_q, heads_q, head_dim), bf16 or fp16, as in `flash_attn`.
+    k_cache, v_cache: (pages, page_size, heads_kv, head_dim) and (…, head_dim_v) with block_table, any page_size; else
+        (entries, capacity, heads_kv, …) with at least `batch` entries. Of q's dtype or both float8_e4m3fn, then with
+        head dims and strides that are multiples of 16. They may be two parts of one array. The last dimension
+        contiguous, other strides multiples of 16 bytes.
+    k, v: (batch, seqlen_new, heads_kv, head_dim) and (…, head_dim_v) of q's dtype, memory apart from the cache: go into
+        the cache, in place, at positions cache_seqlens and on; what lies behind its capacity is dropped. Both or none;
+        they need cache_seqlens. In a float8 cache: value / descale, rounded to nearest even, saturated at ±448.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2), q's dtype, one row stride for both, rotary_dim a multiple of 16
+        up to head_dim: k and q are rotated, token i as of position cache_seqlens + i, but all of q as of position
+        cache_seqlens if there is neither causal nor a window. Positions behind the last row take it. They need k.
+    rotary_interleaved: True rotates dimensions 2i and 2i + 1 together, False i and i + rotary_dim / 2.
+    cache_seqlens: tokens in the cache before this call: (batch,) int32 on the device, which nothing reads on the host,
+        or an int for all, which takes a copy to the device in each call. None: caches are full.
+    cache_batch_idx: (batch,), int32: which entry of the cache each sequence has. Not with block_table.
+    cache_leftpad: must be None.
+    block_table: (batch, max_pages), int32, any row stride: key j of sequence b lies in row j % page_size of page
+        block_table[b, j // page_size]. Entries behind a sequence's length are not read, nor are rows of pages.
+    causal, window_size: as FlashAttention-2 has them; masks are aligned with the last of the keys, new ones included.
+    num_splits: how many blocks share the keys of one tile, 1 to 256; 0 chooses by shapes alone. Partial outputs take
+        num_splits · (head_dim_v + 1) · 4 bytes for each head of each query, from torch's allocator.
+    return_softmax_lse: also return the LSE, (batch, heads_q, seqlen_q).
+    sink, out: as in `flash_attn`. k_descale, v_descale: (heads_kv,) or (batch, heads_kv), fp32, factors of a float8
+        cache; None is 1.
+    softmax_scale, softcap, alibi_slopes: as in `flash_attn`.
+
+    Runs on torch's current stream, without synchronising: append, forward and combination, as far as they are needed.
+    Not differentiable.
+    Contents of cache_seqlens, block_table and cache may change between calls and between replays of a CUDA graph.
+    Returns out, (batch, seqlen_q, heads_q, head_dim_v), or (out, lse). Raises what flash_attn raises.
+    """
+    names = NAMES
+    try:
+        if cache_leftpad is not None:
+            dropin.refuse(cache_leftpad=cache_leftpad)
+        window = None if window_size == (-1, -1) else window_of(window_size)
+        if cache_batch_idx is not None:
+            names = NAMES | {"page_table": "cache_batch_idx"}
+            block_table = _as_table(cache_batch_idx, block_table)
+        if isinstance(cache_seqlens, numbers.Integral):
+            cache_seqlens = _on_device(int(cache_seqlens), q)
+        paged = (None, None, cache_seqlens, block_table, sink, alibi_slopes, k_descale, v_descale)
+        if k is None and v is None and rotary_cos is None and rotary_sin is None:
+            return attend_cached(q, k_cache, v_cache, causal, softmax_scale, window, softcap, return_softmax_lse, out,
+                                 PAGED, paged, num_splits)  # fmt: skip
+        optional = (*paged, k, v, rotary_cos, rotary_sin)
+        return attend_cached(q, k_cache, v_cache, causal, softmax_scale, window, softcap, return_softmax_lse, out,
+                             APPENDING, optional, num_splits, rotary_interleaved)  # fmt: skip
+    except ArgumentError as error:
+        raise dropin.renamed(error, names) from None
+
+
+def _as_table(cache_batch_idx: Any, block_table: Any) -> Any:
+    """A table of one page for each sequence."""
+    if block_table is not None:
+        message = "cannot be given with block_table, which says where each sequence lies"
+        raise ArgumentError("cache_batch_idx", message, reason="value")
+    if not hasattr(cache_batch_idx, "unsqueeze") or cache_batch_idx.dim() != 1:
+        raise ArgumentError("cache_batch_idx", "must be a torch.Tensor of shape (batch,), int32", reason="type")
+    return cache_batch_idx.unsqueeze(1)
+
+
+def _on_device(cache_seqlens: int, q: Any) -> Any:
+    """The same length for all sequences, as a tensor on q's device."""
+    import torch
+
+    if not isinstance(q, torch.Tensor) or q.dim() == 0:
+        raise ArgumentError("q", f"{type(q).__name__}, must be a torch.Tensor", reason="type")
+    if not 0 <= cache_seqlens < 2**31:
+        raise ArgumentError("cache_seqlens", f"{cache_seqlens}, must be from 0 to 2**31 - 1", reason="value")
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)

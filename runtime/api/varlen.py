@@ -1,0 +1,95 @@
+"""`flash_attn_varlen`: sequences of different lengths in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from runtime.api.attention import attend, attend_cached
+from runtime.call.arguments import check_flag
+from runtime.call.cached import PAGED
+from runtime.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def flash_attn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    sink: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    deterministic: bool = False,
+    pack_gqa: bool | None = None,
+    page_table: torch.Tensor | None = None,
+    num_splits: int = 0,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+) -> Any:
+    """`flash_attn` over sequences of different lengths, which stay on the device: nothing reads them on the host.
+
+    q: (total_q, heads_q, head_dim) with cu_seqlens_q, else (batch, seqlen_q, heads_q, head_dim). k and v: the same
+        with cu_seqlens_k and heads_kv, v with head_dim_v. total_q + total_k below 2**30.
+    cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32: where each sequence starts in the packed array, and the end.
+    seqused_q, seqused_k: (batch,), int32: how many tokens from a sequence's start count; the others neither attend
+        nor are attended to. Masks are aligned with these lengths. With or without cu_seqlens.
+    max_seqlen_q, max_seqlen_k: ints, a hint about the longest sequence of a packed array, by which a tile is chosen
+        and nothing else: any value gives the same result. None takes the mean, total / batch; a dense array's length
+        is known. Not tensors: reading one would synchronise. With page_table, max_seqlen_k guides num_splits too.
+    pack_gqa: whether the query heads of a key/value head share tiles, which changes no result; None is our choice.
+    page_table: (batch, max_pages), int32, any row stride: k and v then are a cache, (pages, page_size, heads_kv,
+        head_dim or head_dim_v) of any page size, and key j of sequence b lies in row j % page_size of page
+        page_table[b, j // page_size]. Lengths are seqused_k's, or max_pages · page_size without; entries of the table
+        behind a sequence's length are not read, nor are rows of pages. Pages may be shared, and k and v two parts of
+        one array. cu_seqlens_k must be None.
+    num_splits: how many blocks share the keys of one tile, 1 to 256, for few queries and long keys; 0 chooses by shapes
+        and hints alone, so that a CUDA graph keeps its choice. More than 1 needs k and v that are a cache or dense, and
+        no seqused_q; partial outputs take num_splits · (head_dim_v + 1) · 4 bytes for each head of each query, from
+        torch's allocator, and rows of `out` that belong to no sequence are written, too. Without page_table 0 is 1.
+    k_descale, v_descale: (heads_kv,) or (batch, heads_kv), fp32: factors of a k and v that are float8_e4m3fn (head dims
+        and strides multiples of 16); None is 1. A float8 k and v need page_table or one of these.
+    Everything else: as in `flash_attn`, whose errors this function raises as well. Without page_table, descales and
+        splits it is differentiable as that function is; a packed q has (total_q / 128 + batch) · 128 rows there.
+
+    Totals and hints may differ in every call; a batch size is prepared for once, like any other shape.
+    Lengths that point outside an array are cut to it. Rows that belong to no sequence, or lie beyond its seqused_q,
+    are not written: in a new tensor, or LSE, they hold anything. Gradients of such rows are zeros.
+    Returns out, (total_q or batch, seqlen_q, heads_q, head_dim_v), or (out, lse); the LSE is (heads_q, total_q) for a
+    packed q, else (batch, heads_q, seqlen_q).
+    """
+    if deterministic is not False:
+        check_flag("deterministic", deterministic)
+    if page_table is None and k_descale is None and v_descale is None and num_splits in (0, 1):
+        optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, sink, alibi_slopes)
+        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
+                      max_seqlen_k, pack_gqa, deterministic)  # fmt: skip
+    if cu_seqlens_k is not None:
+        raise _needs_cache(page_table, num_splits)
+    paged = (cu_seqlens_q, seqused_q, seqused_k, page_table, sink, alibi_slopes, k_descale, v_descale)
+    return attend_cached(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, PAGED, paged, num_splits,
+                         True, max_seqlen_q, max_seqlen_k, pack_gqa)  # fmt: skip
+
+
+def _needs_cache(page_table: Any, num_splits: Any) -> ArgumentError:
+    """For a packed k with something that only a cache has."""
+    if page_table is not None:
+        message = "cannot be given with cu_seqlens_k: seqused_k says how long the sequences of a cache are"
+        return ArgumentError("page_table", message, reason="unsupported")
+    if num_splits not in (0, 1):
+        message = f"{num_splits!r:.50}: keys that cu_seqlens_k places are not split, must be 1, or 0 for our choice"
+        return ArgumentError("num_splits", message, reason="unsupported")
+    message = "cannot be given with descales, which are of a cache"
+    return ArgumentError("cu_seqlens_k", message, reason="unsupported")

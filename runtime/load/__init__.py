@@ -1,0 +1,1 @@
+"""From an index to a kernel that can be launched."""

@@ -1,0 +1,268 @@
+"""What one configuration has open: its source, the indexes it may load, the kernels that are loaded."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from registry.contract import Artifact, Index
+from runtime import config, stages
+from runtime.call import launch
+from runtime.errors import CaptureError, ConfigError, IntegrityError
+from runtime.load import select, verify
+from runtime.load.backend import TorchBackend
+from runtime.load.kernel import Kernel, load
+from runtime.sources.source import Source, open_source
+from runtime.trust import lockfile, resolve
+
+BACKEND: Callable[[], Any] = TorchBackend  # made at the first call
+
+
+class Session:
+    """Made from the settings as they stand; `configure` replaces it. Its methods may be called from any thread."""
+
+    def __init__(self, settings: config.Config | None = None):
+        self.config = settings or config.current()
+        self.lock = lockfile.read(self.config.lock) if self.config.lock else None
+        self.source: Source = open_source(self.config)
+        self._lock = threading.RLock()
+        self._backend: Any = None
+        self._digests: dict[str, str] | None = None
+        self._indexes: dict[str, Index] = {}
+        self._kernels: dict[tuple[str, int], Kernel] = {}  # by variant and device
+        self._loading: dict[tuple[str, int], threading.Lock] = {}
+
+    @property
+    def backend(self) -> Any:
+        with self._lock:
+            if self._backend is None:
+                self._backend = BACKEND()
+            return self._backend
+
+    @property
+    def signed(self) -> bool:
+        """Whether signed releases, under the root that was given, say what may be loaded from this source."""
+        return bool(self.config.root) and not self.config.pins and resolve.why_remote(self.source) is not None
+
+    def digests(self) -> dict[str, str]:
+        """{arch: index digest} that may be loaded. Raises SourceError, UntrustedError."""
+        with self._lock:
+            if self._digests is None and self.lock is not None:
+                self._digests = self._locked_digests(self.lock)
+            if self._digests is None:
+                with stages.stage("resolve", self.source.where):
+                    self._digests = resolve.resolve(
+                        self.source, self.config.channel, self.config.pins, self._arch_of, self.config
+                    )
+            return self._digests
+
+    def refresh(self) -> dict[str, str]:
+        """As `digests`, after asking a signed remote source for its newest release (which others are believed or
+        pinned). Indexes and kernels that are loaded already stay, and under a lock file the new release is not loaded.
+        Raises SourceError, UntrustedError."""
+        with self._lock:
+            with stages.stage("refresh", self.source.where):
+                found = resolve.resolve(
+                    self.source, self.config.channel, self.config.pins, self._arch_of, self.config, newest=True
+                )
+            if self.lock is None:
+                self._digests = found
+            return found
+
+    def _locked_digests(self, lock: lockfile.LockFile) -> dict[str, str]:
+        """The lock file's; ConfigError if a digest was given that is not among them."""
+        others = [digest for _, digest in self.config.pins if digest not in lock.indexes.values()]
+        if others:
+            message = f"index: {others[0]} is not in the lock file {lock.path}; give one or the other, or lock it anew"
+            raise ConfigError(message)
+        return dict(lock.indexes)
+
+    def _arch_of(self, digest: str) -> str:
+        return self.index(digest).arch
+
+    def index(self, digest: str) -> Index:
+        """A verified index; a corrupt copy in the disk cache is set aside and fetched again, once."""
+
+        def read() -> Index:
+            return verify.index(self.source.index(digest), digest)
+
+        with self._lock:
+            if digest not in self._indexes:
+                with stages.stage("index", digest[:12]):
+                    self._indexes[digest] = self._once_more(read, "indexes", digest)
+            return self._indexes[digest]
+
+    def index_of(self, arch: str) -> Index:
+        """The index that may be loaded for an architecture, which `digests()` lists. IntegrityError ('index') if it is
+        for another one."""
+        index = self.index(self.digests()[arch])
+        if index.arch != arch:
+            raise IntegrityError(f"the index given for {arch} is for {index.arch}", reason="index")
+        return index
+
+    def index_for(self, capability: tuple[int, int]) -> Index:
+        """The index whose cubins run on a device of this capability. NoKernelError ('arch') if there is none."""
+        digests = self.digests()
+        arch = select.pick_arch(digests, capability)
+        if arch is None and self.lock is not None:
+            raise self.lock.no_arch(capability)
+        if arch is None:
+            raise select.no_arch(capability, digests, self.source.where)
+        return self.index_of(arch)
+
+    def cubin(self, artifact: Artifact) -> bytes:
+        """Verified bytes, ready to load; a corrupt copy in the disk cache is set aside and fetched again, once.
+
+        NoKernelError ('not_locked') if there is a lock file and they are not in it.
+        """
+        if self.lock is not None:
+            self.lock.check(artifact)
+
+        def read() -> bytes:
+            with stages.stage("fetch", artifact.variant):
+                frame = self.source.frame(artifact)
+            with stages.stage("verify", artifact.variant):
+                return verify.cubin(frame, artifact)
+
+        return self._once_more(read, "blobs", artifact.frame_sha256)
+
+    def kernel(self, op: str, facts: dict[str, Any], device: int, capturing: bool) -> tuple[Kernel, bool, bool]:
+        """(kernel, pack, fresh) for a call on a device, which is torch's current one.
+
+        The kernel is loaded; pack is the dispatch row's, and fresh says whether this call loaded it.
+        capturing: whether this thread is capturing a CUDA graph. Raises every error of the tree but ArgumentError;
+        CaptureError, before disk, network or driver are touched, if it would have to load while capturing. Waits for
+        a fetch by another thread only if it needs the same kernel.
+        """
+        if capturing and not any(where == device for _, where in list(self._kernels)):
+            raise _unloaded("no kernel is loaded yet on this device")
+        index = self.index_for(self.backend.capability(device))
+        start = perf_counter()
+        artifact, pack = select.select(index, op, facts)
+        spent = (perf_counter() - start) * 1e3
+        place = artifact.variant, device
+        found = self._kernels.get(place)
+        if found is not None:
+            return found, pack, False
+        if capturing:
+            raise _unloaded(f"{artifact.variant} is not loaded yet")
+        with self._lock:
+            loading = self._loading.setdefault(place, threading.Lock())
+        with loading:
+            if place in self._kernels:  # by another thread, meanwhile
+                return self._kernels[place], pack, False
+            stages.record("select", artifact.variant, spent)
+            kernel = self._kernels[place] = self._load(artifact, index, device)
+            return kernel, pack, True
+
+    def _load(self, artifact: Artifact, index: Index, device: int) -> Kernel:
+        cubin = self.cubin(artifact)
+        padding = launch.SMEM_PADDING(artifact) if launch.SMEM_PADDING else 0
+        driver = self.backend.driver
+        with stages.stage("load", artifact.variant):
+            return load(driver, cubin, artifact, index.abi(artifact.abi), device, padding)
+
+    def _once_more(self, read: Callable[[], Any], kind: str, digest: str) -> Any:
+        try:
+            return read()
+        except IntegrityError:
+            if not self.source.discard(kind, digest):
+                raise
+            return read()
+
+
+def _unloaded(what: str) -> CaptureError:
+    return CaptureError(
+        f"{what}, and nothing can be loaded while a CUDA graph is being captured: make this call once before it"
+    )
+
+
+_current: Session | None = None
+_lock = threading.Lock()  # of _current, and of the settings that it was made from
+
+
+def current() -> Session:
+    """The session of the settings as they stand, made on first need."""
+    global _current
+    with _lock:
+        if _current is None:
+            _current = Session()
+        return _current
+
+
+def reset() -> None:
+    """Drop the session and every plan. Loaded code stays in the driver; calls in flight finish with what they hold."""
+    with _lock:
+        _drop()
+
+
+def _drop() -> None:
+    """With the lock held: nobody may store a session of settings that have just been replaced."""
+    global _current
+    if _current is not None:
+        _current.source.close()
+    _current = None
+    launch.drop_plans()
+
+
+def configure(
+    *,
+    registry: Any = None,
+    index: Any = None,
+    cache: Any = None,
+    channel: str | None = None,
+    offline: bool | None = None,
+    root: Any = None,
+    state: Any = None,
+    max_age: float | None = None,
+    lock: Any = None,
+    cache_limit: int | str | None = None,
+) -> None:
+    """Settings that stand over the environment's and the configuration file's, see docs/settings.md; each call replaces
+    all of the last, and drops what was loaded.
+
+    registry: a registry file's path, a mirror folder's, or a server's http(s) URL. Else CUBINERY_REGISTRY, else
+        registry.db in the user's data folder, where the builder writes.
+    root: a file of TUF root metadata, whose releases may be loaded from a server, folder or foreign file. Else
+        CUBINERY_ROOT.
+    index: digests of the indexes that may be loaded, whatever is signed: '<digest>', 'sm_120=<digest>,sm_90=<digest>'
+        or a dict. Else CUBINERY_INDEX.
+    cache: folder of the disk cache, used with servers. Else CUBINERY_CACHE, else the user's cache folder.
+    channel: which of the registry's channels; 'stable' by default.
+    offline: True never opens a connection.
+    state: folder of what was trusted last. Else CUBINERY_STATE, else the user's state folder.
+    max_age: seconds after which a signed release must be asked for again; never by default. Else CUBINERY_MAX_AGE.
+    lock: a lock file, as `python -m runtime lock` writes it: nothing else is loaded. Else CUBINERY_LOCK.
+    cache_limit: bytes that the disk cache may hold, as a number or like '512M'; 4 GiB by default. Else
+        CUBINERY_CACHE_LIMIT.
+
+    Raises ConfigError, and then changes nothing.
+    """
+    with _lock:
+        config.give(
+            registry=registry,
+            index=index,
+            cache=cache,
+            channel=channel,
+            offline=offline,
+            root=root,
+            state=state,
+            max_age=max_age,
+            lock=lock,
+            cache_limit=cache_limit,
+        )
+        _drop()
+
+
+def _after_fork() -> None:
+    """A child starts afresh: its parent's driver handles, locks and connections are not its own."""
+    global _lock, _current
+    _lock = threading.Lock()
+    _current = None  # not closed: a goodbye on a connection that the parent still uses would end it there
+    launch.drop_plans()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,1 @@
+"""What may be loaded: `resolve`, and what it stands on."""
