@@ -26,7 +26,7 @@ class Ours:
 
     def __init__(self, registry: Path, mode: str):
         import runtime
-        from runtime.call import launch
+        from runtime.load import kernel
 
         self.runtime, self.mode = runtime, mode
         arch = measure.device_arch()
@@ -34,7 +34,7 @@ class Ours:
         ops = sorted({row.op for row in self.index.rows})
         self.candidates = {c.key: c for op in ops for c in read(registry, arch, op)}
         self.occupancy: dict[str, str] = {}
-        launch.SMEM_PADDING = self._padding if mode == "sm120" else None
+        kernel.SMEM_PADDING = self._padding if mode == "sm120" else None
         self._scratch = tempfile.TemporaryDirectory()
         runtime.configure(registry=private_copy(registry, Path(self._scratch.name) / "registry.db"))
 

@@ -17,7 +17,6 @@ PACKED_V = layout("total_k heads_kv head_dim_v", when="cu_seqlens_k")
 PAGES_K = layout("pages page_size heads_kv head_dim")
 PAGES_V = layout("pages page_size heads_kv head_dim_v")
 LSE = (layout("batch heads_q seqlen_q", unless="cu_seqlens_q"), layout("heads_q total_q", when="cu_seqlens_q"))
-ROWS = (layout("batch seqlen_q heads_q", unless="cu_seqlens_q"), layout("total_q heads_q", when="cu_seqlens_q"))
 BSH = ("b", "s", "h")
 
 # Dimensions whose sizes may change under a kept plan: lengths, and never what a kernel is chosen or compiled by.

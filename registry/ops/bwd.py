@@ -39,6 +39,7 @@ BWD = Op(
         Letter("u", "1: scores are computed of all rows at once, before the chunks", "1", optional=True),
     ),
     grid="key_tiles_heads_batch",
+    shared_by="splits",
     facts=a.BACKWARD_FACTS,
     ptx="sm_90",
     launched_with=("bwd_preprocess", "bwd_sum", "bwd_postprocess"),

@@ -12,7 +12,7 @@ BWD_PREPROCESS = Op(
         a.rows("o", "in", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the forward's output", argument="out"),
         w.DOUT,
         Tensor("lse", "in", ("fp32",), a.LSE, "the forward's LSE", strides=("b", "h"), access="anywhere"),
-        Tensor("dlse", "in", ("fp32",), a.ROWS, "its gradient", strides=a.BSH, access="anywhere", optional=True),
+        Tensor("dlse", "in", ("fp32",), a.LSE, "its gradient", strides=a.BSH, access="anywhere", optional=True),
         *(w.LSE_LOG2, w.DELTA, w.DQ_ACCUM, w.SEMAPHORES, a.CU_SEQLENS_Q, a.SEQUSED_Q),
     ),
     scalars=(*a.numbers("rows batch heads_q seqlen_q head_dim_v"), w.HEAD_DIM_ACCUM),

@@ -129,7 +129,9 @@ class Op:
 
     computes: what a block does. grid: rule of registry.contract.Grid. ptx: the target that its PTX is written for;
     features: name -> (about, target that it needs instead, or ''). launched_with: the ops that a call launches beside
-    this one. after: those that ran before such a call. facts: what its dispatch rows may ask.
+    this one. after: those that ran before such a call. shared_by: the
+    scalar that says how many blocks share what one would compute. backward: the op that computes its gradients; ''
+    where there are none: then no_gradient says of what, for an error. facts: what its dispatch rows may ask.
     """
 
     name: str
@@ -145,6 +147,9 @@ class Op:
     features: tuple[Feature, ...] = ()
     launched_with: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    shared_by: str = ""
+    backward: str = ""
+    no_gradient: str = ""
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tensors]

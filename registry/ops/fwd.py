@@ -24,5 +24,6 @@ FWD = Op(
         Letter("a", "1: addresses of K and V are carried from block to block", "1", optional=True),
     ),
     grid="tiles_heads_batch",
+    backward="bwd",
     facts=a.CALL_FACTS,
 )

@@ -30,6 +30,7 @@ FWD_COMBINE = Op(
     ),
     letters=(Letter("m", "rows of a block"),),
     grid="rows",
+    no_gradient="of combined outputs",
     facts=(Fact("dtype", "'bf16', 'fp16' or 'fp32': of the output"), *a.HEAD_DIMS, a.COUNTED_ROWS),
     dtypes=ALL_DTYPES,
 )  # fmt: skip

@@ -30,6 +30,8 @@ FWD_PAGED = Op(
     letters=(*a.TILE, a.Q_STEPS),
     features=(Feature(a.E4M3, "the cache is float8_e4m3fn", ptx="sm_89"),),
     grid="tiles_heads_batch",
+    shared_by="num_splits",
+    no_gradient="over a cache",
     facts=(*a.CALL_FACTS, a.KV_DTYPE),
     launched_with=("kv_append", "fwd_combine"),
 )

@@ -7,7 +7,8 @@ from typing import Any
 
 from runtime.api.attention import attend, flash_attn
 from runtime.api.varlen import flash_attn_varlen
-from runtime.call.arguments import check_flag
+from runtime.call.checks import check_flag
+from runtime.call.request import Options
 from runtime.errors import ArgumentError
 
 # FlashAttention's arguments that this package does not serve: each must be None, which is upstream's default.
@@ -63,9 +64,9 @@ def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair 
             return flash_attn(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap,
                               sink=sink, alibi_slopes=alibi_slopes, return_lse=return_lse,
                               deterministic=deterministic)  # fmt: skip
-        optional = (None, None, None, None, None, sink, alibi_slopes)
-        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, None, optional, None, None, pack_gqa,
-                      deterministic)  # fmt: skip
+        options = Options(causal, softmax_scale, window, softcap, return_lse, pack_gqa=pack_gqa)
+        optional = {"sink": sink, "alibi_slopes": alibi_slopes}
+        return attend("fwd", q, k, v, None, optional, options, deterministic)
     except ArgumentError as error:
         raise renamed(error) from None
 

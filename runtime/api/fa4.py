@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
-from runtime.call.arguments import check_flag
+from runtime.call.checks import check_flag
 from runtime.errors import ArgumentError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
-from runtime.api.attention import attend_cached
+from runtime.api.attention import attend
 from runtime.api.fa2 import window_of
-from runtime.call.cached import APPENDING, PAGED
+from runtime.call.request import Options
 from runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v",
-    "seqused_k": "cache_seqlens", "page_table": "block_table", "window": "window_size",
+    "seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad", "page_table": "block_table", "window": "window_size",
     "return_lse": "return_softmax_lse",
 }  # fmt: skip
 
@@ -64,7 +64,8 @@ def flash_attn_with_kvcache(
     cache_seqlens: tokens in the cache before this call: (batch,) int32 on the device, which nothing reads on the host,
         or an int for all, which takes a copy to the device in each call. None: caches are full.
     cache_batch_idx: (batch,), int32: which entry of the cache each sequence has. Not with block_table.
-    cache_leftpad: must be None.
+    cache_leftpad: (batch,), int32: each sequence's first key in its cache: those before it are padding, neither read
+        nor attended to. Positions, rotary ones too, stay as they are without it.
     block_table: (batch, max_pages), int32, any row stride: key j of sequence b lies in row j % page_size of page
         block_table[b, j // page_size]. Entries behind a sequence's length are not read, nor are rows of pages.
     causal, window_size: as FlashAttention-2 has them; masks are aligned with the last of the keys, new ones included.
@@ -82,21 +83,18 @@ def flash_attn_with_kvcache(
     """
     names = NAMES
     try:
-        if cache_leftpad is not None:
-            dropin.refuse(cache_leftpad=cache_leftpad)
         window = None if window_size == (-1, -1) else window_of(window_size)
         if cache_batch_idx is not None:
             names = NAMES | {"page_table": "cache_batch_idx"}
             block_table = _as_table(cache_batch_idx, block_table)
         if isinstance(cache_seqlens, numbers.Integral):
             cache_seqlens = _on_device(int(cache_seqlens), q)
-        paged = (None, None, cache_seqlens, block_table, sink, alibi_slopes, k_descale, v_descale)
-        if k is None and v is None and rotary_cos is None and rotary_sin is None:
-            return attend_cached(q, k_cache, v_cache, causal, softmax_scale, window, softcap, return_softmax_lse, out,
-                                 PAGED, paged, num_splits)  # fmt: skip
-        optional = (*paged, k, v, rotary_cos, rotary_sin)
-        return attend_cached(q, k_cache, v_cache, causal, softmax_scale, window, softcap, return_softmax_lse, out,
-                             APPENDING, optional, num_splits, rotary_interleaved)  # fmt: skip
+        optional = {"seqused_k": cache_seqlens, "leftpad_k": cache_leftpad, "page_table": block_table, "sink": sink,
+                    "alibi_slopes": alibi_slopes, "k_descale": k_descale, "v_descale": v_descale, "k_new": k,
+                    "v_new": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}  # fmt: skip
+        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, None, None, num_splits,
+                          rotary_interleaved)  # fmt: skip
+        return attend("fwd_paged", q, k_cache, v_cache, out, optional, options)
     except ArgumentError as error:
         raise dropin.renamed(error, names) from None
 

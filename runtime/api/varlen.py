@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.api.attention import attend, attend_cached
-from runtime.call.arguments import check_flag
-from runtime.call.cached import PAGED
+from runtime.api.attention import attend
+from runtime.call.checks import check_flag
+from runtime.call.request import Options
 from runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def flash_attn_varlen(
     num_splits: int = 0,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    zero_unused: bool = False,
 ) -> Any:
     """`flash_attn` over sequences of different lengths, which stay on the device: nothing reads them on the host.
 
@@ -61,26 +63,35 @@ def flash_attn_varlen(
         torch's allocator, and rows of `out` that belong to no sequence are written, too. Without page_table 0 is 1.
     k_descale, v_descale: (heads_kv,) or (batch, heads_kv), fp32: factors of a k and v that are float8_e4m3fn (head dims
         and strides multiples of 16); None is 1. A float8 k and v need page_table or one of these.
+    leftpad_k: (batch,), int32: each sequence's first key, counted from its start: those before it are padding, which is
+        neither read nor attended to. Where keys end stays as cu_seqlens_k or seqused_k has it, and masks stay aligned
+        with that end.
+    zero_unused: True or False (or 1 or 0): rows of a new output and LSE that belong to no sequence are zeros, for one
+        more pass over them; where an input requires grad they always are.
     Everything else: as in `flash_attn`, whose errors this function raises as well. Without page_table, descales and
         splits it is differentiable as that function is; a packed q has (total_q / 128 + batch) · 128 rows there.
 
     Totals and hints may differ in every call; a batch size is prepared for once, like any other shape.
     Lengths that point outside an array are cut to it. Rows that belong to no sequence, or lie beyond its seqused_q,
-    are not written: in a new tensor, or LSE, they hold anything. Gradients of such rows are zeros.
+    are not written: in a new tensor, or LSE, they hold anything unless zero_unused. Gradients of such rows are zeros.
     Returns out, (total_q or batch, seqlen_q, heads_q, head_dim_v), or (out, lse); the LSE is (heads_q, total_q) for a
     packed q, else (batch, heads_q, seqlen_q).
     """
     if deterministic is not False:
         check_flag("deterministic", deterministic)
-    if page_table is None and k_descale is None and v_descale is None and num_splits in (0, 1):
-        optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, sink, alibi_slopes)
-        return attend(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, optional, max_seqlen_q,
-                      max_seqlen_k, pack_gqa, deterministic)  # fmt: skip
-    if cu_seqlens_k is not None:
-        raise _needs_cache(page_table, num_splits)
-    paged = (cu_seqlens_q, seqused_q, seqused_k, page_table, sink, alibi_slopes, k_descale, v_descale)
-    return attend_cached(q, k, v, causal, softmax_scale, window, softcap, return_lse, out, PAGED, paged, num_splits,
-                         True, max_seqlen_q, max_seqlen_k, pack_gqa)  # fmt: skip
+    if zero_unused is not False:
+        check_flag("zero_unused", zero_unused)
+    optional = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q,
+                "seqused_k": seqused_k, "leftpad_k": leftpad_k, "page_table": page_table, "sink": sink,
+                "alibi_slopes": alibi_slopes, "k_descale": k_descale, "v_descale": v_descale}  # fmt: skip
+    op = "fwd"
+    if page_table is not None or k_descale is not None or v_descale is not None or num_splits not in (0, 1):
+        if cu_seqlens_k is not None:
+            raise _needs_cache(page_table, num_splits)
+        op = "fwd_paged"
+    options = Options(causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa,
+                      num_splits)  # fmt: skip
+    return attend(op, q, k, v, out, optional, options, deterministic, zero_unused)
 
 
 def _needs_cache(page_table: Any, num_splits: Any) -> ArgumentError:

@@ -1,59 +1,67 @@
-"""What torch's autograd sees of `flash_attn`. Imports torch, and so is imported where something first requires grad."""
+"""What torch's autograd sees of a call. Imports torch, and so is imported where something first requires grad."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from registry import ops
 from runtime.call import backward, checks, memory
-from runtime.call.arguments import Arguments, Call
+from runtime.call.request import Call
+from runtime.call.tensors import described
 from runtime.errors import ArgumentError
 
-INPUTS = ("q", "k", "v", "sink", "alibi_slopes")  # those with gradients, as `Attention.apply` takes them
+Run = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 
 
-def apply(given: Arguments, call: Call, deterministic: Any, run: Callable[[], tuple[Any, Any]]) -> Any:
-    """out, or (out, lse), with the backward behind them.
+def apply(call: Call, given: Mapping[str, Any], return_lse: Any, deterministic: Any, run: Run) -> Any:
+    """(out, lse), with the backward behind them; lse None if it is not wanted.
 
-    given: tensors and return_lse of a call of which one requires grad. run: makes (out, lse). Raises ArgumentError
+    given: the call's tensors by name, of which one requires grad. run: makes (out, lse) of them. Raises ArgumentError
     where there are no gradients, and what flash_attn raises.
     """
-    tensors, optional = given.tensors, given.optional or backward.NOTHING
-    main = ("q", given.q), ("k", given.k), ("v", given.v)
-    if given.is_cached:
-        checks.check_no_grad([*main, ("out", given.out)], list(tensors.items()))
-    if given.out is not None:
+    op = ops.get(call.op)
+    if not op.backward:
+        named = ", ".join(name for name, tensor in given.items() if tensor.requires_grad)
+        message = f"requires grad, and gradients are not implemented {op.no_gradient}; call under torch.no_grad() or "
+        raise ArgumentError(named, message + ".detach() it", reason="requires_grad")
+    if "out" in given:
         message = "cannot be given where it or an input requires grad; leave it out, or call under torch.no_grad()"
         raise ArgumentError("out", message, reason="requires_grad")
-    memory.check_storage(*main)
-    checks.check_tangents(forward_ad, *main, *tensors.items())
-    inputs = given.q, given.k, given.v, tensors["sink"], tensors["alibi_slopes"]
-    return Attention.apply(*inputs, call, optional, bool(deterministic), bool(given.return_lse), run)
+    memory.check_storage(*given.items())
+    checks.check_tangents(forward_ad, given.items())
+    names = tuple(given)
+    found = Attention.apply(call, names, bool(deterministic), bool(return_lse), run, *given.values())
+    return found if return_lse else (found, None)
 
 
 class Attention(torch.autograd.Function):
-    """Keeps q, k, v, the optional tensors, out and lse."""
+    """Keeps all tensors of the call, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Any:
-        q, k, v, _, _, call, optional, deterministic, return_lse, run = given
-        out, lse = run()  # grad mode is off here
+    def forward(ctx: Any, call: Call, names: tuple[str, ...], deterministic: bool, return_lse: bool, run: Run,
+                *given: Any) -> Any:  # fmt: skip
+        out, lse = run(dict(zip(names, given, strict=True)))  # grad mode is off here
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *optional)
-        ctx.call, ctx.deterministic = call, deterministic
+        ctx.save_for_backward(*given, out, lse)
+        ctx.call, ctx.names, ctx.deterministic = call, names, deterministic
         return (out, lse) if return_lse else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
-        nothing = (None,) * 5  # for the arguments that are no tensors
+        first = len(ctx.needs_input_grad) - len(ctx.names)  # of the tensors among the arguments
+        nothing = (None,) * first
         if dout is None and dlse is None:
-            return (*(None for _ in INPUTS), *nothing)
-        needs = backward.Needs(*ctx.needs_input_grad[: len(INPUTS)])
+            return (*nothing, *(None for _ in ctx.names))
+        known = described(ctx.call.op)
+        wanted = zip(ctx.names, ctx.needs_input_grad[first:], strict=True)
+        needs = frozenset(name for name, needed in wanted if needed and known[name].differentiable)
+        saved = dict(zip((*ctx.names, "out", "lse"), ctx.saved_tensors, strict=True))
         deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
-        saved = backward.Saved(*ctx.saved_tensors)
-        return (*backward.gradients(ctx.call, saved, dout, dlse, needs, deterministic), *nothing)
+        found = backward.gradients(ctx.call, saved, dout, dlse, needs, deterministic)
+        return (*nothing, *(found.get(name) for name in ctx.names))

@@ -1,167 +1,195 @@
 """The backward: from a forward's call and tensors to gradients. Imported with `runtime.call.autograd`.
 
 `bwd_preprocess` makes the sums over rows that each query needs and clears dQ's fp32 accumulator, `bwd` makes dK and dV
-and adds to the accumulator, `bwd_postprocess` makes dQ of it. What little is left is torch's.
+and adds to the accumulator, `bwd_sum` adds up what splits of `bwd` made, `bwd_postprocess` makes dQ. What little is
+left is torch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from registry.contract import Variant
-from runtime.call import arguments, checks, launch, memory, params, planning, splits
-from runtime.call.arguments import Call
-from runtime.load import session
-from runtime.load.kernel import Kernel
+from registry.ops.bwd_sum import UNIT
+from runtime.call import checks, memory, numbers, plan, splits, tensors
+from runtime.call.launch import Launch
+from runtime.call.numbers import Numbers
+from runtime.call.plan import Chain, Maker, Outputs, Plan, Workspace
+from runtime.call.request import Call, Options, Request
+from runtime.load import plans
 
-NOTHING = (None,) * len(arguments.OPTIONAL)
-OPS = ("bwd_preprocess", "bwd", "bwd_postprocess")
 SUMS = 64  # floats to whose multiples partial sums are rounded: 256 bytes
 SEMAPHORE_ROWS = 16
+NO_OUTPUTS = Outputs(*(lambda *_: None,) * 4)
+VARYING = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
 
 
-class Saved(NamedTuple):
-    """What autograd keeps of a forward: its tensors, then arguments.OPTIONAL."""
+class Backward(NamedTuple):
+    """What a backward's calls look like, beside their tensors: a role of `runtime.call.plan`.
 
-    q: Any
-    k: Any
-    v: Any
-    out: Any
-    lse: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    seqused_q: Any
-    seqused_k: Any
-    page_table: Any
-    sink: Any
-    alibi_slopes: Any
-
-    @property
-    def varied(self) -> bool:
-        """Whether rows may belong to no sequence, which the kernels do not write."""
-        return any(t is not None for t in (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k))
-
-
-class Needs(NamedTuple):
-    """Whose gradients are wanted."""
-
-    q: bool
-    k: bool
-    v: bool
-    sink: bool
-    alibi_slopes: bool
-
-
-class _Ready:
-    """What calls that look alike need. Belongs to one thread."""
-
-    __slots__ = ("accum", "keys", "known", "lengths", "plans", "rows", "splits", "tiles")
-    lengths: tuple[Any, ...] | None  # that the rest is for
-    plans: tuple[launch.Plan, launch.Plan, launch.Plan]  # of OPS
-    known: dict[str, launch.Plan]  # by variant, also those of other lengths
-    rows: int  # of a head in the workspaces
-    accum: int  # head_dim of dq_accum
-    splits: int  # blocks that share the query heads of a key/value head
-    keys: int  # of a tile
-    tiles: int  # of keys, of all entries
-
-
-def gradients(call: Call, saved: Saved, dout: Any, dlse: Any, needs: Needs, deterministic: bool) -> tuple[Any, ...]:
-    """Of q, k, v, sink and alibi_slopes; None where they are not needed.
-
-    dout, dlse: of out and lse, with their shapes and dtypes; None: nothing depends on it. Raises what flash_attn
-    raises.
+    call: the forward's. needs: names of the tensors whose gradients are wanted.
     """
-    launches = _launches(saved, needs)
-    new = torch.zeros_like if launches < 2 or saved.varied else torch.empty_like
-    new = partial(new, memory_format=torch.contiguous_format)
-    dq, dk, dv = new(saved.q) if needs.q else None, new(saved.k), new(saved.v)
-    dsink = torch.zeros_like(saved.sink) if needs.sink and not launches else None
-    dslopes = torch.zeros_like(saved.alibi_slopes) if needs.alibi_slopes and launches < 2 else None
-    if launches:
-        dout = _readable(torch.zeros_like(saved.out) if dout is None else dout)
-        dlse = None if dlse is None else dlse.resolve_neg()
-        ready = _find(call, saved, dout, dlse)
-        lse_log2, delta, dalibi = _run(ready, saved, dout, dlse, (dq, dk, dv), launches, needs, deterministic)
-        if needs.sink:
-            dsink = _of_sink(saved.sink, lse_log2, delta)
-        if dalibi is not None:
-            dslopes = _of_slopes(ready, saved, dalibi)
-    return (dq, dk if needs.k else None, dv if needs.v else None, dsink, dslopes)
+
+    call: Call
+    needs: frozenset[str]
+    deterministic: bool
+
+    def fixed(self, request: Request) -> Any:
+        scores = tuple(self.call.numbers[name] for name in ("scale_log2", "softcap_scale"))
+        return self.call.window, scores, self.needs, self.deterministic
+
+    def check(self, request: Request, torch: Any, device_type: str) -> Call:
+        """As hooks of saved tensors may have changed them, all tensors are looked at again."""
+        given, forward = request.tensors, self.call
+        sizes = tensors.sizes("bwd", given)
+        tensors.check_memory("bwd", given)
+        total_k = sizes.get("total_k")
+        facts = forward.facts | {"heads_kv": sizes["heads_kv"], "group": sizes["heads_q"] // max(sizes["heads_kv"], 1)}
+        found = forward.numbers | {"heads_kv": sizes["heads_kv"], "rows": numbers.workspace_rows(sizes)}
+        return forward._replace(
+            op="bwd",
+            facts=numbers.backward_facts(facts, total_k),
+            numbers=found | _strides(given, sizes),
+            sizes=sizes,
+            given=tuple(given),
+        )
+
+    def chain(self, call: Call, request: Request, maker: Maker) -> Chain:
+        """No more than `needs` asks for: without dq no postprocess, with the sink alone the preprocess only."""
+        found, sizes = dict(call.numbers), call.sizes
+        steps = _steps(sizes, self.needs)
+        shared = 1
+
+        def of_main(launch: Launch) -> tuple[Numbers, int, int]:
+            nonlocal shared
+            grid, facts = launch.kernel.artifact.grid, call.facts
+            found["head_dim_accum"] = Variant.parse(launch.kernel.artifact.variant).head_dim
+            blocks = grid.blocks(facts)
+            shared = splits.group_splits(blocks, facts["group"], *launch.resident, bool(facts["causal"]))
+            stride = _room(sizes, "head_dim") + _room(sizes, "head_dim_v") if shared > 1 else 0
+            found.update(splits=shared, dk_partial_stride_split=stride, dv_partial_stride_split=stride)
+            return found, 1, shared
+
+        main = maker.launch("bwd", call.facts, of_main)  # its head_dim is that of dq_accum, whatever else is launched
+        launches = [maker.launch("bwd_preprocess", call.facts, lambda _: (found, 1, 1))]
+        spaces = self._workspaces(call, main, shared if "bwd" in steps else 1)
+        if "bwd" in steps:
+            launches.append(main)
+            main.rename({} if shared == 1 else {"dk": "", "dv": ""})
+            if shared > 1:
+                launches.append(_sum(call, found, maker))
+        if "bwd_postprocess" in steps:
+            launches.append(maker.launch("bwd_postprocess", call.facts, lambda _: (found, 1, 1)))
+        return Chain(tuple(launches), spaces)
+
+    def _workspaces(self, call: Call, main: Launch, shared: int) -> tuple[Workspace, ...]:
+        sizes, rows = call.sizes, int(call.numbers["rows"])
+        n = sizes["heads_q"] * rows
+        found = [
+            Workspace("dq_accum", 4 * n * Variant.parse(main.kernel.artifact.variant).head_dim),
+            Workspace("lse_log2", 4 * n),
+            Workspace("delta", 4 * n),
+        ]
+        if self.deterministic:
+            found.append(Workspace("semaphores", 4 * n // SEMAPHORE_ROWS))
+        if shared > 1:
+            of_k, of_v = 4 * _room(sizes, "head_dim"), 4 * _room(sizes, "head_dim_v")
+            varied = not set(VARYING).isdisjoint(call.given)  # then rows may belong to no sequence
+            found.append(Workspace("dk_partial", shared * (of_k + of_v), zeros=varied))
+            found.append(Workspace("dv_partial", 0, inside=("dk_partial", of_k)))
+        if "alibi_slopes" in self.needs and "bwd" in _steps(sizes, self.needs):
+            found.append(Workspace("dalibi", 4 * _key_tiles(call, main) * sizes["heads_q"], zeros=True))
+        return tuple(found)
+
+    def outputs(self, call: Call, request: Request, torch: Any) -> Outputs:
+        """`gradients` makes them itself: which there are depends on `needs`."""
+        return NO_OUTPUTS
 
 
-def _launches(saved: Saved, needs: Needs) -> int:
-    """How many of OPS are needed."""
-    if saved.q.numel() == 0 or saved.lse.numel() == 0:
-        return 0
-    if saved.k.numel() == 0:
-        return 1 if needs.sink else 0
-    if needs.q:
-        return 3
-    return 2 if needs.k or needs.v or needs.alibi_slopes else 1
+def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs: frozenset[str],
+              deterministic: bool) -> dict[str, Any]:  # fmt: skip
+    """{name: gradient} of the tensors that `needs` names.
+
+    saved: the forward's tensors, out and lse among them, by name. dout, dlse: of out and lse, with their shapes and
+    dtypes; None: nothing depends on it. Raises what flash_attn raises.
+    """
+    sizes = tensors.sizes("bwd", saved)
+    steps = _steps(sizes, needs)
+    varied = not set(VARYING).isdisjoint(saved)
+    made = ("q", "k", "v") if "q" in needs else ("k", "v")
+    found = {f"d{name}": _new(saved[name], varied or "bwd" not in steps) for name in made}
+    sums: dict[str, Any] = {name: torch.zeros_like(saved[name]) for name in ("sink", "alibi_slopes") if name in needs}
+    if steps:
+        given = dict(saved) | {"lse": saved["lse"].contiguous()}
+        given["dout"] = _readable(torch.zeros_like(saved["out"]) if dout is None else dout)
+        if dlse is not None:
+            given["dlse"] = dlse.resolve_neg()
+        sums |= _run(_find(Backward(call, needs, deterministic), given), given, found, needs)
+    return {name: sums[name] if name in sums else found[f"d{name}"] for name in needs}
 
 
-def _run(ready: _Ready, saved: Saved, dout: Any, dlse: Any, grads: tuple[Any, Any, Any], launches: int, needs: Needs,
-         deterministic: bool) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Launch, and sum up dk and dv. (lse_log2, delta, dalibi): (heads_q, rows) twice, and (tiles, heads_q) or None."""
-    q, heads, rows = saved.q, saved.q.shape[-2], ready.rows
-    dq, dk, dv = grads
-    lse = saved.lse.contiguous()  # which a hook of saved tensors may have changed
-    qp, kp, vp, op = (t.data_ptr() for t in saved[:4])
-    if (qp | kp | vp | op) % memory.ALIGNMENT:
-        memory.check_alignment(memory.ALIGNMENT, ("q", qp), ("k", kp), ("v", vp), ("out", op))
+def _steps(sizes: Mapping[str, int], needs: frozenset[str]) -> tuple[str, ...]:
+    """The ops that are needed."""
+    queries = sizes["total_q"] if "total_q" in sizes else sizes["batch"] * sizes["seqlen_q"]
+    keys = sizes["total_k"] if "total_k" in sizes else sizes["batch"] * sizes["seqlen_k"]
+    if queries * sizes["heads_q"] == 0:
+        return ()
+    if keys * sizes["heads_kv"] == 0 or needs == {"sink"}:
+        return ("bwd_preprocess",) if "sink" in needs else ()
+    return ("bwd_preprocess", "bwd", *(("bwd_postprocess",) if "q" in needs else ()))
 
-    n = heads * rows
-    accum = n * ready.accum
-    space = q.new_empty(accum + 2 * n + (n // SEMAPHORE_ROWS if deterministic else 0), dtype=torch.float32)
-    dq_accum: int = space.data_ptr()
-    lse_log2 = dq_accum + 4 * accum
-    delta = lse_log2 + 4 * n
-    semaphores = delta + 4 * n if deterministic else 0
-    dalibi = None
-    if needs.alibi_slopes and launches > 1:
-        dalibi = torch.zeros((ready.tiles, heads), dtype=torch.float32, device=q.device)
-    sums = _sums(ready, saved) if ready.splits > 1 and launches > 1 else None
 
-    pre, middle, post = ready.plans
-    of_q = _address(saved.cu_seqlens_q), _address(saved.seqused_q)
-    pre.pack(op, dout.data_ptr(), lse.data_ptr(), _address(dlse), lse_log2, delta, dq_accum, semaphores, *of_q)
-    middle.pack(qp, kp, vp, dout.data_ptr(), lse_log2, delta, dq_accum,
-                *((dk.data_ptr(), dv.data_ptr(), 0, 0) if sums is None else (0, 0, *map(_address, sums))),
-                of_q[0], _address(saved.cu_seqlens_k), of_q[1], _address(saved.seqused_k),
-                _address(saved.alibi_slopes), _address(dalibi), semaphores)  # fmt: skip
-    post.pack(dq_accum, _address(dq), *of_q)
-    launch.launch_all(ready.plans[:launches])
-    if sums is not None:
-        for grad, partial_sums in zip((dk, dv), sums, strict=True):
-            _add_up(partial_sums, grad)
-    return space[accum : accum + n].view(heads, rows), space[accum + n : accum + 2 * n].view(heads, rows), dalibi
+def _find(role: Backward, given: Mapping[str, Any]) -> Plan:
+    """This thread's plan for such a call, made or changed if need be."""
+    facts = role.call.facts
+    hints = facts["seqlen_q"], facts["seqlen_k"]
+    layouts = [(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()]
+    request = Request("bwd", dict(given), Options())
+    key = ("bwd", role.fixed(request), hints, *layouts)
+    kept: Plan | None = plans.plans.by_call.get(key)
+    return kept or plan.prepare(role, request, key)
+
+
+def _run(kept: Plan, given: Mapping[str, Any], grads: Mapping[str, Any], needs: frozenset[str]) -> dict[str, Any]:
+    """Launch; the gradients of what is summed over rows, by name."""
+    at = plan.addresses(kept, given)
+    at |= {name: tensor.data_ptr() for name, tensor in grads.items()}
+    space = plan.allocate(kept, at, given["q"].device)
+    plan.fire(kept.launches, at)
+    sums, heads = {}, kept.call.sizes["heads_q"]
+    if "sink" in needs:
+        lse_log2, delta = (plan.floats(kept, space, name).view(heads, -1) for name in ("lse_log2", "delta"))
+        sums["sink"] = _of_sink(given["sink"], lse_log2, delta)
+    if "dalibi" in kept.offsets:
+        sums["alibi_slopes"] = _of_slopes(kept, given, plan.floats(kept, space, "dalibi").view(-1, heads))
+    return sums
 
 
 def _of_sink(sink: Any, lse_log2: Any, delta: Any) -> Any:
     """A row's sink has the weight exp(sink - lse), and no value. lse_log2 is +inf for rows that do not exist."""
-    weights = (sink.float()[:, None] * params.LOG2E - lse_log2).exp2_()
+    weights = (sink.float()[:, None] * numbers.LOG2E - lse_log2).exp2_()
     return weights.mul_(delta).sum(1).neg_().to(sink.dtype)
 
 
-def _of_slopes(ready: _Ready, saved: Saved, dalibi: Any) -> Any:
+def _of_slopes(kept: Plan, given: Mapping[str, Any], dalibi: Any) -> Any:
     """dalibi: of each tile of keys; the sums' order does not change from run to run."""
-    slopes = saved.alibi_slopes
+    slopes, starts = given["alibi_slopes"], given.get("cu_seqlens_k")
     if slopes.dim() == 1:
         return dalibi.sum(0)
-    if saved.cu_seqlens_k is None:
+    if starts is None:
         return dalibi.view(slopes.shape[0], -1, slopes.shape[1]).sum(1)
-    firsts = saved.cu_seqlens_k // ready.keys + torch.arange(slopes.shape[0] + 1, device=slopes.device)
-    firsts = firsts.clamp_(0, ready.tiles).cummax(0).values  # whatever the lengths say, inside dalibi
+    tile = next(one for one in kept.launches if one.kernel.abi.op == "bwd").kernel.artifact.grid.tile_m
+    firsts = starts // tile + torch.arange(slopes.shape[0] + 1, device=slopes.device)
+    firsts = firsts.clamp_(0, dalibi.shape[0]).cummax(0).values  # whatever the lengths say, inside dalibi
     return torch.segment_reduce(dalibi, "sum", offsets=firsts, axis=0, initial=0, unsafe=True)
 
 
-def _address(tensor: Any) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _new(tensor: Any, zeros: bool) -> Any:
+    make = torch.zeros_like if zeros else torch.empty_like
+    return make(tensor, memory_format=torch.contiguous_format)
 
 
 def _readable(dout: Any) -> Any:
@@ -174,114 +202,41 @@ def _readable(dout: Any) -> Any:
     return dout
 
 
-def _sums(ready: _Ready, saved: Saved) -> tuple[Any, Any]:
-    """(splits, elements): what is summed up to dk, and to dv."""
-    n = [_room(t) for t in (saved.k, saved.v)]
-    new = torch.zeros if saved.varied else torch.empty
-    space = new((ready.splits, sum(n)), dtype=torch.float32, device=saved.q.device)
-    return space[:, : saved.k.numel()], space[:, n[0] : n[0] + saved.v.numel()]
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _add_up(partial_sums: Any, grad: Any) -> None:
-    """One addition after the other: a first `sum` would load a module of torch's for longer than all else takes."""
-    total, *others, last = partial_sums
-    for other in others:
-        total.add_(other)
-    torch.add(total, last, out=grad.view(-1))
+def _strides(given: Mapping[str, Any], sizes: Mapping[str, int]) -> Numbers:
+    found: Numbers = {}
+    for name, tensor in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"), ("dout", "dout")):
+        found |= numbers.strides(name, given[tensor].shape, given[tensor].stride())
+    for name in "qkv":
+        found |= numbers.contiguous(f"d{name}", given[name].shape)
+    found |= numbers.of_lse(sizes, sizes["heads_q"])
+    found |= dict.fromkeys(("dlse_stride_b", "dlse_stride_s", "dlse_stride_h"), 0)
+    if "dlse" in given:
+        by_row = given["dlse"].transpose(-1, -2)  # (…, seqlen_q, heads_q)
+        found |= numbers.strides("dlse", (*by_row.shape, 1), (*by_row.stride(), 1))
+    return found
 
 
-def _room(tensor: Any) -> int:
-    """Floats of a split's sums."""
-    n: int = tensor.numel()
-    return -(-n // SUMS) * SUMS
+def _elements(sizes: Mapping[str, int], dim: str) -> int:
+    tokens = sizes["total_k"] if "total_k" in sizes else sizes["batch"] * sizes["seqlen_k"]
+    return tokens * sizes["heads_kv"] * sizes[dim]
 
 
-# -- plans ------------------------------------------------------------------------------------------------------------
+def _room(sizes: Mapping[str, int], dim: str) -> int:
+    """Floats of a split's sums of k (dim head_dim) or v (head_dim_v)."""
+    return -(-_elements(sizes, dim) // SUMS) * SUMS
 
 
-def _find(call: Call, saved: Saved, dout: Any, dlse: Any) -> _Ready:
-    """This thread's plans for such a call, made or changed if need be."""
-    q, k, v, out = saved[:4]
-    packed_q, packed_k, slopes = saved.cu_seqlens_q is not None, saved.cu_seqlens_k is not None, saved.alibi_slopes
-    facts, plans = call.facts, launch.plans
-    # As attention._shapes: of packed tokens one and more are told apart.
-    q_shape = (facts["batch"], min(q.shape[0], 2), q.shape[1:]) if packed_q else q.shape
-    k_shape = (min(k.shape[0], 2), k.shape[1:], v.shape[1:]) if packed_k else (k.shape, v.shape)
-    key = ("backward", q_shape, k_shape, packed_q, packed_k, q.dtype, q.get_device(),
-           q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(), dlse is None,
-           None if slopes is None else slopes.stride(), call.window, call.scale, call.softcap)  # fmt: skip
-    of_lse = None if dlse is None else dlse.stride()
-    lengths = (call.seqlen_q, call.seqlen_k, facts["seqlen_q"], facts["seqlen_k"], of_lse)
-    ready: _Ready | None = plans.by_call.get(key)
-    if ready is not None and ready.lengths == lengths:
-        return ready
-    fresh = ready is None
-    if ready is None:
-        ready = _Ready()
-        ready.known = {}
-    ready.lengths = None  # of no call, should anything below fail
-    _prepare(ready, call, saved, dout, dlse)
-    ready.lengths = lengths
-    if fresh:
-        plans.keep(key, ready)
-    return ready
+def _key_tiles(call: Call, main: Launch) -> int:
+    """Of all entries."""
+    return main.kernel.artifact.grid.blocks(call.facts) // call.facts["heads_kv"]
 
 
-def _prepare(ready: _Ready, call: Call, saved: Saved, dout: Any, dlse: Any) -> None:
-    """Find and load the kernels, and make plans for these lengths."""
-    q, k, v, out = saved[:4]
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):  # hooks of saved tensors may have changed them
-        checks.check_rows(name, tensor)
-    call = call._replace(alibi_stride_b=arguments.alibi_stride_b(saved.alibi_slopes, call.facts["batch"]))
-    facts = arguments.backward_facts(call.facts, None if saved.cu_seqlens_k is None else k.shape[0])
-    read = {"q": q, "k": k, "v": v, "o": out, "dout": dout}
-    steps = {name: params.steps(t.shape, t.stride()) for name, t in read.items()}
-    steps |= {f"d{name}": params.contiguous(read[name].shape, read[name].shape[-1]) for name in "qkv"}
-    steps["dlse"] = (0, 0, 0)
-    if dlse is not None:
-        by_row = dlse.transpose(-1, -2)  # (…, seqlen_q, heads_q)
-        steps["dlse"] = params.steps((*by_row.shape, 1), (*by_row.stride(), 1))
-    now = session.current()
-
-    def middle(kernel: Kernel, resident: tuple[int, int]) -> tuple[params.Typed, int]:
-        grid = kernel.artifact.grid
-        blocks = grid.blocks(facts)
-        ready.accum = Variant.parse(kernel.artifact.variant).head_dim
-        ready.keys, ready.tiles = grid.tile_m, blocks // facts["heads_kv"]
-        ready.splits = splits.group_splits(blocks, facts["group"], *resident, bool(facts["causal"]))
-        stride = _room(k) + _room(v) if ready.splits > 1 else 0
-        return params.bwd(call, _only(steps, "q k v dout dk dv"), ready.splits, stride), ready.splits
-
-    make = partial(_plan, now, ready.known, facts, q.get_device())
-    of_middle = make("bwd", middle)
-    before = params.bwd_preprocess(call, _only(steps, "o dout dlse"), ready.accum)
-    after = params.bwd_postprocess(call, steps["dq"], ready.accum)
-    ready.plans = (make("bwd_preprocess", lambda *_: (before, 1)), of_middle,
-                   make("bwd_postprocess", lambda *_: (after, 1)))  # fmt: skip
-    ready.rows = params.backward_rows(call)
-
-
-def _only(steps: dict[str, params.Steps], names: str) -> dict[str, params.Steps]:
-    return {name: steps[name] for name in names.split()}
-
-
-def _plan(now: session.Session, known: dict[str, launch.Plan], facts: dict[str, Any], device: int, op: str,
-          values_of: Callable[[Kernel, tuple[int, int]], tuple[params.Typed, int]]) -> launch.Plan:  # fmt: skip
-    """A plan, that of `known` if there is one. values_of: from a kernel, and multiprocessors with the blocks that each
-    holds at once, to parameters and splits."""
-    backend = now.backend
-
-    def build(kernel: Kernel, _: bool) -> launch.Plan:
-        artifact = kernel.artifact
-        plan = known.get(artifact.variant)
-        if plan is not None:
-            values, shared = values_of(kernel, plan.resident)
-            plan.rewrite(values, facts, shared)
-            return plan
-        resident = backend.driver.resident_blocks(device, kernel.function, artifact.threads, kernel.smem)
-        values, shared = values_of(kernel, resident)
-        plan = known[artifact.variant] = launch.Plan(kernel, values, facts, 1, device, backend, shared)
-        plan.resident = resident
-        return plan
-
-    return planning.make(now, op, facts, device, build)
+def _sum(call: Call, found: Numbers, maker: Maker) -> Launch:
+    elements = _elements(call.sizes, "head_dim"), _elements(call.sizes, "head_dim_v")
+    facts = {name: call.facts[name] for name in ("dtype", "head_dim", "head_dim_v")}
+    facts["rows"] = sum(-(-n // UNIT) for n in elements)
+    found = found | {"dk_elements": elements[0], "dv_elements": elements[1]}
+    return maker.launch("bwd_sum", facts, lambda _: (found, 1, 1))

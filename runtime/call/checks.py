@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from runtime.call import memory
@@ -10,21 +11,16 @@ from runtime.errors import ArgumentError
 STRIDE = 8  # elements: 16 bytes, what one copy of the kernels moves
 MAX_HEAD_DIM = 256
 MAX_I32 = 2**31 - 1
-Named = list[tuple[str, Any]]
 
 
-def check_tensor(name: str, tensor: Any, torch: Any, device_type: str, dtypes: tuple[Any, ...],
-                 layouts: dict[int, str]) -> None:  # fmt: skip
-    """layouts: dimensions -> what they are."""
+def check_tensor(name: str, tensor: Any, torch: Any, device_type: str, layouts: dict[int, str]) -> None:
+    """A plain tensor of one of these ranks on the right kind of device. layouts: dimensions -> their names."""
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentError(name, f"{type(tensor).__name__}, must be a torch.Tensor", reason="type")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ArgumentError(name, f"layout {tensor.layout}, must be a plain strided tensor", reason="layout")
     if tensor.is_neg():  # not asked again by warm calls: only as_strided gives one a contiguous head_dim
         raise ArgumentError(name, "is a view still to be negated (is_neg); .resolve_neg() it", reason="layout")
-    if tensor.dtype not in dtypes:
-        message = f"dtype {tensor.dtype}, must be {' or '.join(dict.fromkeys(map(str, dtypes)))}"
-        raise ArgumentError(name, message, reason="dtype")
     if tensor.dim() not in layouts:
         wanted = " or ".join(f"the {n} of {layout}" for n, layout in layouts.items())
         raise ArgumentError(name, f"{tensor.dim()} dimensions, must be {wanted}", reason="rank")
@@ -32,10 +28,11 @@ def check_tensor(name: str, tensor: Any, torch: Any, device_type: str, dtypes: t
         raise ArgumentError(name, f"is on {tensor.device}, must be on a {device_type} device", reason="device")
 
 
-def check_device(tensors: Named) -> None:
+def check_device(tensors: Iterable[tuple[str, Any]]) -> None:
     """All on the first one's device."""
-    first, device = tensors[0][0], tensors[0][1].device
-    for name, tensor in tensors[1:]:
+    (first, tensor), *others = tensors
+    device = tensor.device
+    for name, tensor in others:
         if tensor.device != device:
             raise ArgumentError(name, f"is on {tensor.device}, must be on {first}'s device, {device}", reason="device")
 
@@ -46,13 +43,7 @@ def check_head_dim(name: str, head_dim: int, step: int = STRIDE) -> None:
         raise ArgumentError(name, message, reason="head_dim")
 
 
-def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
-    if tensor.shape not in shapes:
-        message = f"shape {tuple(tensor.shape)}, must be {' or '.join(map(str, shapes))}"
-        raise ArgumentError(name, message, reason="shape")
-
-
-def check_rows(name: str, tensor: Any) -> None:
+def check_vectors(name: str, tensor: Any) -> None:
     """What the kernels copy 16 bytes at a time: strides, storage and alignment."""
     step = memory.ALIGNMENT // tensor.element_size()
     *shape, last_size = tensor.shape
@@ -90,16 +81,14 @@ def wants_grad(names: str, where: str) -> ArgumentError:
     return ArgumentError(names, message, reason="requires_grad")
 
 
-def check_no_grad(tensors: Named, others: Named) -> None:
-    """Of a call over a cache. A None among the tensors is passed over."""
-    for name, tensor in (*tensors, *others):
-        if tensor is not None and tensor.requires_grad:
-            raise wants_grad(name, "over a cache")
-
-
-def check_tangents(forward_ad: Any, *tensors: tuple[str, Any]) -> None:
-    """ArgumentError for a tensor whose tangent of forward-mode AD would be lost. A None is passed over."""
+def check_tangents(forward_ad: Any, tensors: Iterable[tuple[str, Any]]) -> None:
+    """ArgumentError for a tensor whose tangent of forward-mode AD would be lost."""
     for name, tensor in tensors:
-        if forward_ad._current_level >= 0 and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             message = "has a forward-mode tangent, which is not implemented; pass its primal (fwAD.unpack_dual)"
             raise ArgumentError(name, message, reason="forward_ad")
+
+
+def check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, int) or flag not in (0, 1):
+        raise ArgumentError(name, f"{flag!r:.100} is neither True nor False", reason="type")

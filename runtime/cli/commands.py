@@ -13,7 +13,8 @@ from typing import Any
 import runtime
 from registry.contract import DTYPES, Artifact, ContractError, Index, check_arch
 from runtime import config
-from runtime.call import arguments
+from runtime.call import numbers, options
+from runtime.call.forward import MAX_TOKENS
 from runtime.cli import doctor
 from runtime.errors import ArgumentError, ConfigError, CubineryError, NoKernelError
 from runtime.load import select, session
@@ -22,7 +23,7 @@ from runtime.trust import lockfile, resolve
 DOWNLOADS = 8  # at a time
 COUNTS = ("head_dim", "head_dim_v", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k", "total_q")
 FLAGS = ("causal", "varlen", "window")
-LARGEST = arguments.MAX_TOKENS
+LARGEST = MAX_TOKENS
 EXPLAINED = ("fwd", "bwd", "bwd_preprocess", "bwd_postprocess")
 
 
@@ -386,13 +387,13 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
     seqlen_k = args.seqlen_k or args.seqlen_q
     if args.heads_q % heads_kv:
         raise ArgumentError("--heads-q", f"{args.heads_q} is not a multiple of --heads-kv {heads_kv}", reason="heads")
-    if args.seqlen_q + seqlen_k > arguments.MAX_TOKENS:
-        message = f"with --seqlen-k it is {args.seqlen_q + seqlen_k}, must be at most {arguments.MAX_TOKENS}"
+    if args.seqlen_q + seqlen_k > MAX_TOKENS:
+        message = f"with --seqlen-k it is {args.seqlen_q + seqlen_k}, must be at most {MAX_TOKENS}"
         raise ArgumentError("--seqlen-q", message, reason="too_large")
     if args.total_q is not None and not args.varlen:
         raise ArgumentError("--total-q", "is a packed q's; add --varlen", reason="value")
     total_q = (args.total_q or args.batch * args.seqlen_q) if args.varlen else None
-    facts = arguments.facts(
+    facts = numbers.facts(
         dtype=args.dtype,
         head_dim=args.head_dim,
         head_dim_v=args.head_dim_v or args.head_dim,
@@ -401,12 +402,12 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         heads_kv=heads_kv,
         seqlen_q=args.seqlen_q,
         seqlen_k=seqlen_k,
-        window=arguments.window_bounds(args.causal, args.window),
+        window=options.window_bounds(args.causal, args.window),
         total_q=total_q,
     )
     if args.op == EXPLAINED[0]:
         return facts
-    return arguments.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
+    return numbers.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
 
 
 def _show_explain(report: dict[str, Any]) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 import runtime
 from registry.contract import WINDOW_OPEN
 from runtime import stages
-from runtime.call import arguments
+from runtime.call import numbers
 from runtime.errors import CubineryError, NoKernelError
 from runtime.load import backend, select, session
 from runtime.load.driver import CudaDriver
 from runtime.trust import resolve
 
 # doctor's call
-SAMPLE = arguments.facts(dtype="bf16", head_dim=128, head_dim_v=128, batch=1, heads_q=8, heads_kv=8, seqlen_q=256,
+SAMPLE = numbers.facts(dtype="bf16", head_dim=128, head_dim_v=128, batch=1, heads_q=8, heads_kv=8, seqlen_q=256,
                          seqlen_k=256, window=(WINDOW_OPEN, WINDOW_OPEN))  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from registry.contract import Abi, Artifact
@@ -11,6 +12,11 @@ from runtime.load.driver import Driver
 DEFAULT_SMEM = (
     48 << 10
 )  # bytes of shared memory, static and dynamic, that a function may use without being allowed more
+
+
+# For benchmarks: artifact -> bytes to add to the dynamic shared memory, so that an H200 SM holds as many blocks as an
+# SM120 SM would. Set it before the first call; configure() forgets the kernels that were loaded before.
+SMEM_PADDING: Callable[[Artifact], int] | None = None
 
 
 class Kernel(NamedTuple):
@@ -66,3 +72,8 @@ def _difference(found: tuple[tuple[int, int], ...], abi: Abi) -> str:
 
 def _cuda(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def padding(artifact: Artifact) -> int:
+    """Bytes that SMEM_PADDING adds."""
+    return SMEM_PADDING(artifact) if SMEM_PADDING else 0

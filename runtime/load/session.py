@@ -10,11 +10,10 @@ from typing import Any
 
 from registry.contract import Artifact, Index
 from runtime import config, stages
-from runtime.call import launch
 from runtime.errors import CaptureError, ConfigError, IntegrityError
-from runtime.load import select, verify
+from runtime.load import plans, select, verify
 from runtime.load.backend import TorchBackend
-from runtime.load.kernel import Kernel, load
+from runtime.load.kernel import Kernel, load, padding
 from runtime.sources.source import Source, open_source
 from runtime.trust import lockfile, resolve
 
@@ -160,10 +159,9 @@ class Session:
 
     def _load(self, artifact: Artifact, index: Index, device: int) -> Kernel:
         cubin = self.cubin(artifact)
-        padding = launch.SMEM_PADDING(artifact) if launch.SMEM_PADDING else 0
         driver = self.backend.driver
         with stages.stage("load", artifact.variant):
-            return load(driver, cubin, artifact, index.abi(artifact.abi), device, padding)
+            return load(driver, cubin, artifact, index.abi(artifact.abi), device, padding(artifact))
 
     def _once_more(self, read: Callable[[], Any], kind: str, digest: str) -> Any:
         try:
@@ -205,7 +203,7 @@ def _drop() -> None:
     if _current is not None:
         _current.source.close()
     _current = None
-    launch.drop_plans()
+    plans.drop()
 
 
 def configure(
@@ -262,7 +260,7 @@ def _after_fork() -> None:
     global _lock, _current
     _lock = threading.Lock()
     _current = None  # not closed: a goodbye on a connection that the parent still uses would end it there
-    launch.drop_plans()
+    plans.drop()
 
 
 os.register_at_fork(after_in_child=_after_fork)
