@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from registry.contract import division
+from registry.contract import fast_divmod
 from runtime.arguments import Arguments, Call
 from runtime.cached import Cached
 
@@ -57,7 +57,7 @@ def forward(call: Call, tensors: Mapping[str, Steps], pack: int, splits: int = 1
     """
     facts = call.facts
     left, right = call.window
-    magic, shift = division(pack)
+    magic, shift = fast_divmod(pack)
     packed = bool(facts["varlen"])
     i32 = {name: facts[name] for name in ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")}
     i32 |= {"seqlen_q": call.seqlen_q, "seqlen_k": call.seqlen_k, "window_left": left, "window_right": right}
@@ -76,7 +76,7 @@ def forward(call: Call, tensors: Mapping[str, Steps], pack: int, splits: int = 1
         row = heads * head_dim_v
         tensors = {**tensors, "o": (0 if packed else call.seqlen_q * row, row, head_dim_v)}
     i64 |= {"o_stride_split": rows * head_dim_v, "lse_stride_split": rows} if splits > 1 else NO_SPLIT
-    i64["page_magic"], i32["page_shift"] = division(max(cache.page_size, 1))
+    i64["page_magic"], i32["page_shift"] = fast_divmod(max(cache.page_size, 1))
     i32 |= {"page_size": cache.page_size, "page_table_stride": cache.page_table_stride, "num_splits": splits}
     i32 |= {"k_descale_stride_b": cache.k_descale_stride_b, "v_descale_stride_b": cache.v_descale_stride_b}
     i32["seqlen_k_new"] = cache.seqlen_new
@@ -120,7 +120,7 @@ def combine(shape: tuple[int, int, int, int, int], splits: tuple[int, int], lse_
 
 def append(call: Call, cache: Cached, tensors: Mapping[str, Steps]) -> Typed:
     """Of op `kv_append`. tensors: of k_new, v_new, k, v, q and q_out."""
-    magic, shift = division(max(cache.page_size, 1))
+    magic, shift = fast_divmod(max(cache.page_size, 1))
     facts = call.facts
     i32 = {name: facts[name] for name in ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")}
     seqlen_q = call.seqlen_q if cache.rotary_dim else 0
