@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.occupancy import padded_smem
 from kernels.abi import ABIS
-from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, division, sha256_hex
+from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, fast_divmod, sha256_hex
 from registry.frames import decompress
 
 LOG2_E = 1.4426950408889634
@@ -170,7 +170,7 @@ def fwd_values(
     values["seqlen_k"], values["heads_kv"], values["head_dim_v"] = v.shape[-3:]
     values["window_left"], values["window_right"] = window
     values["pack"] = pack
-    values["pack_magic"], values["pack_shift"] = division(pack)
+    values["pack_magic"], values["pack_shift"] = fast_divmod(pack)
     values["num_splits"], values["scale_log2"] = 1, scale * LOG2_E
     return values
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.cubins import LOG2_E, OPEN, BenchmarkError, Candidate, Kernel, Launch, read
 from benchmarks.decode_cases import HEAD_DIM, HEADS_KV, HEADS_Q, Caches, DecodeCase, every
-from registry.contract import Abi, division
+from registry.contract import Abi, fast_divmod
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MAX_ERROR = 1e-2  # relative, of norms, from float64
@@ -40,8 +40,8 @@ class Step:
             values |= {"page_table": table.data_ptr(), "page_table_stride": table.stride(0)}
         if case.kv == "e4m3":
             values |= {f"{x}_descale": caches.descale[i].data_ptr() for i, x in enumerate("kv")}
-        values["page_size"], (values["page_magic"], values["page_shift"]) = page, division(page)
-        values["pack"], (values["pack_magic"], values["pack_shift"]) = group, division(group)
+        values["page_size"], (values["page_magic"], values["page_shift"]) = page, fast_divmod(page)
+        values["pack"], (values["pack_magic"], values["pack_shift"]) = group, fast_divmod(group)
         values |= {"batch": case.batch, "heads_q": HEADS_Q, "heads_kv": HEADS_KV, "seqlen_q": 1}
         values |= {"seqlen_k": case.context, "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "num_splits": num_splits}
         values["window_left"], values["window_right"] = OPEN

@@ -24,6 +24,9 @@ DSL_DISTRIBUTIONS = tuple(
 NVDISASM = "nvidia-cuda-nvdisasm"
 # What of ours may shape a PTX text: sources outside these do not count towards a fingerprint.
 SOURCE_PACKAGES = ("kernels", "registry.contract")
+# Packages whose files define names and do nothing else (tests/registry/contract/test_package.py), and whose __init__
+# hands these on: importing one file runs all, but those that it does not import cannot shape what it does.
+FACADES = ("registry.contract",)
 # These turn a PTX text into an artifact's fields, so a change to them makes stored artifacts stale.
 ARTIFACT_SOURCES = ("nvjitlink.py", "inspect.py", "sass.py", "checks.py", "examine.py")
 
@@ -103,8 +106,9 @@ def nvdisasm_path() -> Path:
 def closure(roots: Iterable[str], packages: Iterable[str] = SOURCE_PACKAGES, folder: Path = ROOT) -> dict[str, str]:
     """Module name → SHA-256 of its source, for `roots` and all they import, directly or not, of `packages`.
 
-    Reads the import statements with ast and runs nothing. Names are relative to `folder`, so equal sources in
-    different folders give equal results. ToolchainError if a root is not there or a source does not parse.
+    A package's __init__ counts with each of its modules; a facade's does not, unless something is imported from it.
+    Reads the import statements with ast and runs nothing. Names are relative to `folder`, so equal sources in different
+    folders give equal results. ToolchainError if a root is not there or a source does not parse.
     """
     packages = tuple(packages)
     found: dict[str, str] = {}
@@ -121,7 +125,7 @@ def closure(roots: Iterable[str], packages: Iterable[str] = SOURCE_PACKAGES, fol
         found[name] = sha256_hex(text)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         waiting += _imports(_parse(text, path), package)
-        waiting += _parents(name)
+        waiting += (parent for parent in _parents(name) if parent not in FACADES)
     return dict(sorted(found.items()))
 
 
@@ -140,7 +144,8 @@ def _parse(text: bytes, path: Path) -> ast.AST:
 
 def _source(name: str, folder: Path) -> Path | None:
     base = folder.joinpath(*name.split("."))
-    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+    # Python takes the package where there are both.
+    return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if p.is_file()), None)
 
 
 def _inside(name: str, packages: tuple[str, ...]) -> bool:
@@ -153,11 +158,15 @@ def _parents(name: str) -> list[str]:
 
 
 def _imports(tree: ast.AST, package: str) -> list[str]:
-    """Every name that the module may import; `from a import b` gives both a and a.b, since b may be a module."""
+    """Every name that the module may import; `from a import b` gives both a and a.b, since b may be a module.
+
+    `import a.b` gives both too: the module can reach what a holds then, unlike with `import a.b as c`.
+    """
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            for alias in node.names:
+                names += [alias.name, *([] if alias.asname else _parents(alias.name))]
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])

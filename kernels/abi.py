@@ -5,7 +5,7 @@ Strides are in elements and multiples of 8 unless said otherwise; lengths are in
 is `registry.contract.WINDOW_OPEN`.
 """
 
-from registry.contract import Abi, Param
+from registry.contract.abi import Abi, Param
 
 
 def _params(kind: str, names: str) -> tuple[Param, ...]:
@@ -26,7 +26,7 @@ FWD = Abi(
         *_params("i64", "v_stride_b v_stride_s v_stride_h o_stride_b o_stride_s o_stride_h"),
         # The LSE is contiguous along seqlen_q; its strides may be any number.
         *_params("i64", "lse_stride_b lse_stride_h"),
-        # n // pack is n · pack_magic >> pack_shift for 0 ≤ n < 2**31 (`registry.contract.division`).
+        # n // pack is n · pack_magic >> pack_shift for 0 ≤ n < 2**31 (`registry.contract.fast_divmod`).
         *_params("i64", "pack_magic"),
         # seqlen_q, seqlen_k: of an entry, or of the whole array (total tokens) where cu_seqlens is given; what
         # cu_seqlens and seqused say is clamped to that. head_dim, head_dim_v: at most the variant's.

@@ -18,7 +18,9 @@ from kernels.generate import Generated
 from kernels.place import divided, element
 from kernels.tiles import VECTOR, vector_at
 from kernels.validity import E4M3, append_invalid
-from registry.contract import ContractError, Grid, Variant
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 
 class Append:

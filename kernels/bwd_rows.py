@@ -17,7 +17,9 @@ from kernels.generate import Generated
 from kernels.place import element, entry_of, first_tile, sequence
 from kernels.tiles import VECTOR
 from kernels.validity import rows_invalid
-from registry.contract import ContractError, Grid, Variant
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 THREADS = 256
 STEPS = 4  # a warp takes 4 rows at once, 8 lanes each

@@ -17,7 +17,9 @@ from kernels.generate import Generated
 from kernels.place import element
 from kernels.softmax import LN2
 from kernels.validity import combine_invalid
-from registry.contract import ContractError, Grid, Variant
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 LANE = 4  # columns a lane takes at once: 16 bytes of fp32
 AHEAD = 16  # loads in flight; divides 32

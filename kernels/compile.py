@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass.cute.runtime import make_ptr
 
 from kernels.tiles import VECTOR
-from registry.contract import Abi
+from registry.contract.abi import Abi
 
 SCALARS = {"i32": cutlass.Int32(1), "i64": cutlass.Int64(VECTOR), "f32": cutlass.Float32(1)}
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from kernels.abi import ROWS
 from kernels.validity import E4M3, bwd_invalid, fwd_invalid, paged_invalid
-from registry.contract import ALL_DTYPES, DTYPES, Condition, ContractError, DispatchRow, Variant
+from registry.contract.dispatch import Condition, DispatchRow
+from registry.contract.errors import ContractError
+from registry.contract.variant import ALL_DTYPES, DTYPES, Variant
 
 FWD_TILES = Path(__file__).with_name("fwd_tiles.json")
 PAGED_TILES = Path(__file__).with_name("paged_tiles.json")

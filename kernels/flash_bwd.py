@@ -24,7 +24,9 @@ from kernels.mma import as_a_operand, gemm_rs, gemm_ss, gemm_st, load_a, rows_co
 from kernels.place import element, reread_tid
 from kernels.tiles import load_tile, matrix_of, smem_layout, thread_view, tile_copy
 from kernels.validity import BWD_NOTES, bwd_invalid, bwd_smem, dq_warps, v_lent
-from registry.contract import ContractError, Grid, Variant
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 
 class FlashBackward(Outputs):

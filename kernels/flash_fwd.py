@@ -27,7 +27,10 @@ from kernels.tiles import (
     tile_copy,
 )
 from kernels.validity import NOTES, fwd_invalid, fwd_smem
-from registry.contract import Abi, ContractError, Grid, Variant
+from registry.contract.abi import Abi
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 LOG2E = 1.4426950408889634

@@ -21,7 +21,9 @@ from kernels.pages import GROUP, load_pages, read_table, rows_of
 from kernels.place import element, token_head
 from kernels.tiles import load_rows, smem_layout, store_rows, swizzle_columns, tile_copy
 from kernels.validity import E4M3, PAGED_NOTES, paged_invalid, paged_smem
-from registry.contract import ContractError, Grid, Variant
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 
 class PagedForward(FlashForward):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from registry.contract import Grid, Variant
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 # op -> the module whose `generate(variant, symbol, dump_dir) -> Generated` compiles it.
 MODULES = {

@@ -7,7 +7,8 @@ Apart from the table: a change of the table is then no change of a kernel's sour
 """
 
 from kernels.abi import ROWS
-from registry.contract import MAX_SMEM, Variant
+from registry.contract.arch import MAX_SMEM
+from registry.contract.variant import Variant
 
 E4M3 = "e4m3kv"  # the feature of a cache in float8_e4m3fn
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from registry.contract import WINDOW_OPEN, division
+from registry.contract import WINDOW_OPEN, fast_divmod
 from registry.ops.describe import stride
 from registry.ops.workspaces import ROWS
 
@@ -52,13 +52,13 @@ def of_scores(softmax_scale: float, softcap: float) -> Numbers:
 
 
 def of_pages(page_size: int) -> Numbers:
-    magic, shift = division(max(page_size, 1))
+    magic, shift = fast_divmod(max(page_size, 1))
     return {"page_size": page_size, "page_magic": magic, "page_shift": shift}
 
 
 def of_pack(pack: int) -> Numbers:
     """pack: query heads that share a tile."""
-    magic, shift = division(pack)
+    magic, shift = fast_divmod(pack)
     return {"pack": pack, "pack_magic": magic, "pack_shift": shift}
 
 

@@ -78,7 +78,8 @@ TRAPS = {
 
 
 ELSEWHERE = {
-    "tile sizes missing from a cache key": "registry/test_contract.py::test_different_variants_have_different_keys",
+    "tile sizes missing from a cache key": "registry/contract/test_variant.py::"
+    "test_different_variants_have_different_keys",
     "can-implement checked with other stages": "kernels/test_validity.py::test_the_table_is_valid",
 }
 

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from builder import ROOT, misplaced, nvjitlink
+from builder.build import Table
 from builder.errors import ToolchainError
 from builder.toolchain import Toolchain, closure, min_driver, nvdisasm_path
 from tests.builder import toys
@@ -29,16 +31,18 @@ def test_closure_follows_every_form_of_import_inside_the_packages(tmp_path: Path
         kernels__unused="import kernels.c",
         kernels__sub__d="from ..f import Z\n",
         kernels__f="",
-        registry__contract="import json\n",
+        registry__contract__grid="import json\n",
         registry__store="import kernels.unused\n",
     )
     (tmp_path / "kernels" / "__init__.py").write_text("")
     (tmp_path / "kernels" / "sub" / "__init__.py").write_text("from . import g\n")
     (tmp_path / "kernels" / "sub" / "g.py").write_text("")
+    (tmp_path / "registry" / "contract" / "__init__.py").write_text("from registry.contract.grid import Grid\n")
     found = closure(["kernels.main"], folder=tmp_path)
     letters = {f"kernels.{x}" for x in "abcef"}
     assert found.keys() == letters | {"kernels", "kernels.main", "kernels.sub", "kernels.sub.d", "kernels.sub.g"} | {
-        "registry.contract"
+        "registry.contract",
+        "registry.contract.grid",
     }
 
 
@@ -55,8 +59,61 @@ def test_closure_depends_on_contents_and_not_on_the_folder(tmp_path: Path) -> No
 
 def test_closure_of_the_forward_covers_its_device_code_and_not_the_table() -> None:
     found = closure(["kernels.generate", "kernels.flash_fwd"])
-    assert {"kernels.flash_fwd", "kernels.softmax", "kernels.mask", "kernels.mma", "registry.contract"} <= found.keys()
+    assert {"kernels.flash_fwd", "kernels.softmax", "kernels.mask", "kernels.mma"} <= found.keys()
     assert not {"kernels.dispatch", "registry.store", "registry"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("statement", "whole"),
+    [
+        ("from registry.contract.abi import Abi", False),
+        ("import registry.contract.abi as abi", False),
+        ("import registry.contract.abi", True),  # registry.contract.index is in reach
+        ("from registry.contract import Abi", True),
+        ("from registry.contract import abi", True),
+        ("from registry import contract", True),
+    ],
+)
+def test_closure_leaves_a_facade_out_of_which_nothing_is_taken(statement: str, whole: bool, tmp_path: Path) -> None:
+    package(
+        tmp_path,
+        kernels__toy=statement,
+        registry__contract__abi="from registry.contract.errors import E\n",
+        registry__contract__errors="",
+        registry__contract__index="from registry.contract.abi import Abi\n",
+    )
+    hands_on = "from registry.contract.abi import Abi\nfrom registry.contract.index import Index\n"
+    (tmp_path / "registry" / "contract" / "__init__.py").write_text(hands_on)
+    parts = {"kernels.toy", "registry.contract.abi", "registry.contract.errors"}
+    rest = {"registry.contract", "registry.contract.index"}
+    assert closure(["kernels.toy"], folder=tmp_path).keys() == (parts | rest if whole else parts)
+
+
+def test_closure_takes_the_package_where_there_is_a_module_of_that_name_too(tmp_path: Path) -> None:
+    package(tmp_path, kernels__toy="from kernels import two", kernels__two="import kernels.stale", kernels__stale="")
+    before = closure(["kernels.toy"], folder=tmp_path)
+    package(tmp_path, kernels__two__part="")
+    (tmp_path / "kernels" / "two" / "__init__.py").write_text("")
+    assert before.keys() - closure(["kernels.toy"], folder=tmp_path).keys() == {"kernels.stale"}
+
+
+def test_which_files_of_the_contract_change_a_kernels_fingerprint(tmp_path: Path) -> None:
+    contract = tmp_path / "registry" / "contract"
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    shutil.copytree(ROOT / "registry" / "contract", contract)
+    table, toolchain = Table.ours(), Toolchain.current()
+
+    def fingerprints() -> dict[str, str]:
+        found = {op: closure(modules, folder=tmp_path) for op, modules in table.sources.items()}
+        return {op: toolchain.ptx_fingerprint(op, sources) for op, sources in found.items()}
+
+    before = fingerprints()
+    for file, ops in (("index", set()), ("dispatch", set()), ("__init__", set()), ("abi", set(before))):
+        text = (contract / f"{file}.py").read_text()
+        (contract / f"{file}.py").write_text(text + "# edited\n")
+        after = fingerprints()
+        assert {op for op in before if after[op] != before[op]} == ops, file
+        (contract / f"{file}.py").write_text(text)
 
 
 def test_closure_of_a_missing_module_is_a_typed_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kernels.abi import FWD
-from registry.contract import WINDOW_OPEN, Artifact, Variant, division
+from registry.contract import WINDOW_OPEN, Artifact, Variant, fast_divmod
 from tests.ptx.interpreter import Device, Kernel
 from tests.reference import Array, Reference, Scores, Window, decode, encode, join, reference
 
@@ -284,7 +284,7 @@ def scalars(case: Case, variant: Variant) -> dict[str, Any]:
     """Sizes, window and scale."""
     dim, dim_v = case.dims(variant)
     left, right = (WINDOW_OPEN if side is None else side for side in case.window)
-    magic, shift = division(pack(case))
+    magic, shift = fast_divmod(pack(case))
     scale = softmax_scale(case, variant)
     values = {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv}
     values |= {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k + skipped_keys(case)}

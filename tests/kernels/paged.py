@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kernels.abi import FWD_PAGED
-from registry.contract import Variant, division
+from registry.contract import Variant, fast_divmod
 from tests.kernels import launch
 from tests.kernels.launch import Case, Compiled, Statistics, Tensor, Tokens, put_exact
 from tests.ptx.interpreter import Device, Kernel
@@ -185,7 +185,7 @@ def lengths_on(device: Device, case: PagedCase) -> dict[str, int]:
     for name in ("cu_seqlens_q", "seqused_q", "seqused_k"):
         if lengths := getattr(case, name):
             values[name] = put_exact(device, np.array([lengths], np.int32))
-    magic, shift = division(max(case.rows_of_a_page, 1))
+    magic, shift = fast_divmod(max(case.rows_of_a_page, 1))
     values |= {"page_size": case.rows_of_a_page, "page_magic": magic, "page_shift": shift}
     if not case.page_size:
         return values

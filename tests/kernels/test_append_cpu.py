@@ -11,7 +11,7 @@ import pytest
 
 from kernels import dispatch
 from kernels.abi import KV_APPEND
-from registry.contract import Variant, division
+from registry.contract import Variant, fast_divmod
 from tests.kernels.arrays import Strided
 from tests.kernels.cases import of
 from tests.kernels.faults import Switchable, shifted
@@ -93,7 +93,7 @@ class Call:
         self.case, self.dtype, self.cache = case, variant.dtype, kv_dtype(variant)
         self.device, self.random = Device(), np.random.default_rng(0)
         self.values: dict[str, Any] = dict.fromkeys((p.name for p in KV_APPEND.params), 0)
-        magic, shift = division(case.page_size or case.room)
+        magic, shift = fast_divmod(case.page_size or case.room)
         self.values |= {"page_magic": magic, "page_shift": shift, "page_size": case.page_size or case.room}
         self.values |= {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv}
         self.values |= {"seqlen_new": case.new, "seqlen_q": case.queries, "seqlen_k": case.room}
@@ -269,8 +269,8 @@ FALSE_PARAMETERS: list[tuple[str, str, dict[str, int]]] = [
     ("interleaved", "interleaved", {"interleaved": 0}),
     ("still", "interleaved", {"q_still": 1}),
     ("page-size", "interleaved", {"page_size": 4}),
-    ("page-division", "interleaved", {"page_magic": division(4)[0]}),
-    ("page-shift", "interleaved", {"page_shift": division(3)[1] + 1}),
+    ("page-division", "interleaved", {"page_magic": fast_divmod(4)[0]}),
+    ("page-shift", "interleaved", {"page_shift": fast_divmod(3)[1] + 1}),
     ("lengths", "plain", {"seqused_k": 0}),
     ("table", "plain", {"page_table": 0}),
     ("no-new", "plain", {"k_new": 0}),

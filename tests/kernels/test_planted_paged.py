@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kernels.abi import FWD_PAGED
-from registry.contract import Variant, division
+from registry.contract import Variant, fast_divmod
 from tests.kernels import faults
 from tests.kernels.cases import of, packed
 from tests.kernels.faults import Fault
@@ -157,8 +157,8 @@ FALSE_PARAMETERS: list[tuple[str, PagedCase, dict[str, int]]] = [
     ("table", CALL, {"page_table": 0}),
     ("table-stride", CALL, {"page_table_stride": 0}),
     ("page-size", CALL, {"page_size": 15}),
-    ("page-division", CALL, {"page_magic": division(11)[0]}),
-    ("page-shift", CALL, {"page_shift": division(16)[1] + 1}),
+    ("page-division", CALL, {"page_magic": fast_divmod(11)[0]}),
+    ("page-shift", CALL, {"page_shift": fast_divmod(16)[1] + 1}),
     ("used", CALL, {"seqused_k": 0}),
     ("new-missing", replace(CALL, new=2), {"seqlen_k_new": 1}),
     ("new-beyond", CALL, {"seqlen_k_new": 1}),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kernels.abi import ABIS, FWD
-from registry.contract import WINDOW_OPEN, Condition, DispatchRow, Grid, Index, Variant, division, sha256_hex
+from registry.contract import WINDOW_OPEN, Condition, DispatchRow, Grid, Index, Variant, fast_divmod, sha256_hex
 
 LN2 = 0.6931471805599453
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,7 +50,7 @@ def keys(p: dict[str, Any], name: str, dtype: torch.dtype, dim: int, b: int, n: 
 
 def cache_row(p: dict[str, Any], name: str, dtype: torch.dtype, dim: int, b: int, j: int) -> torch.Tensor:
     """(heads_kv, dim): key or value j of entry b, where the page table says."""
-    assert (p["page_magic"], p["page_shift"]) == division(p["page_size"])
+    assert (p["page_magic"], p["page_shift"]) == fast_divmod(p["page_size"])
     page, row = divmod(j, p["page_size"])
     if p["page_table"]:
         page = view(p["page_table"] + 4 * (b * p["page_table_stride"] + page), INT, (1,), (1,)).item()
@@ -78,7 +78,9 @@ def kv_dtype(variant: Variant) -> torch.dtype:
 
 def forward(variant: Variant, p: dict[str, Any]) -> None:
     assert p["head_dim"] <= variant.head_dim and p["head_dim_v"] <= variant.head_dim_v
-    assert p["pack"] in (1, p["heads_q"] // p["heads_kv"]) and (p["pack_magic"], p["pack_shift"]) == division(p["pack"])
+    assert p["pack"] in (1, p["heads_q"] // p["heads_kv"]) and (p["pack_magic"], p["pack_shift"]) == fast_divmod(
+        p["pack"]
+    )
     assert p["num_splits"] == 1 or (p["lse"] and not p["seqused_q"])
     for b in range(p["batch"]):
         first, tokens = 0, p["seqlen_q"]

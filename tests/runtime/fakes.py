@@ -22,7 +22,7 @@ from registry.contract import (
     Grid,
     Index,
     Variant,
-    division,
+    fast_divmod,
     sha256_hex,
 )
 from registry.store import Store, compress
@@ -175,7 +175,7 @@ def attend(variant: Variant, p: dict[str, Any]) -> None:
     """The kernel: attention from nothing but its parameters, one entry after the other."""
     assert p["head_dim"] <= variant.head_dim and p["head_dim_v"] <= variant.head_dim_v
     assert p["pack"] in (1, p["heads_q"] // max(p["heads_kv"], 1))
-    assert (p["pack_magic"], p["pack_shift"]) == division(p["pack"])
+    assert (p["pack_magic"], p["pack_shift"]) == fast_divmod(p["pack"])
     for b in range(p["batch"]):
         _attend_entry(DTYPES[variant.dtype], p, b)
 

@@ -10,7 +10,7 @@ import torch
 
 import runtime
 from kernels.abi import FWD
-from registry.contract import WINDOW_OPEN, Index, division
+from registry.contract import WINDOW_OPEN, Index, fast_divmod
 from runtime import stages
 from runtime.api import attention
 from runtime.call import launch
@@ -148,7 +148,7 @@ def test_the_table_packs_heads_of_short_queries(backend: FakeBackend, registry: 
         made = backend.driver.launches[-1]
         pack = group if group > 1 and seqlen_q * group <= 64 else 1
         p = made["params"]
-        assert (p["pack"], p["pack_magic"], p["pack_shift"]) == (pack, *division(pack))
+        assert (p["pack"], p["pack_magic"], p["pack_shift"]) == (pack, *fast_divmod(pack))
         tile_m = 64 if seqlen_q <= 64 else 128
         assert made["grid"][0] == -(-seqlen_q * pack // tile_m) * (heads[0] // pack) * 2
 

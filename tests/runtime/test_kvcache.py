@@ -9,7 +9,7 @@ import torch
 
 import runtime
 from kernels.abi import FWD_PAGED
-from registry.contract import WINDOW_OPEN, division
+from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
 from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError, DriverError
@@ -164,7 +164,7 @@ def test_the_parameter_buffers(backend: FakeBackend):
         t.data_ptr() for t in (q, cache.k, cache.v, cache.lengths, cache.table, slopes, descale, descale)]  # fmt: skip
     assert (p["cu_seqlens_q"], p["seqused_q"], p["sink"]) == (0, 0, 0)
     assert (p["page_size"], p["page_table_stride"], p["num_splits"]) == (4, 20, 3)
-    assert (p["page_magic"], p["page_shift"]) == division(4) and (p["pack_magic"], p["pack_shift"]) == division(2)
+    assert (p["page_magic"], p["page_shift"]) == fast_divmod(4) and (p["pack_magic"], p["pack_shift"]) == fast_divmod(2)
     assert (p["seqlen_k"], p["seqlen_k_new"], p["seqlen_q"]) == (80, 0, 2)
     assert (p["k_descale_stride_b"], p["v_descale_stride_b"], p["alibi_stride_b"]) == (2, 0, 4)
     assert (p["k_stride_b"], p["k_stride_s"], p["k_stride_h"]) == (4 * 2 * 64, 2 * 64, 64)

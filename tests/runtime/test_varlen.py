@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 import runtime
-from registry.contract import WINDOW_OPEN, division
+from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
 from runtime.call import arguments, checks, launch
 from runtime.errors import ArgumentError, CaptureError, NoKernelError
@@ -99,7 +99,7 @@ def test_the_parameter_buffer_of_packed_arrays(backend: FakeBackend, registry: P
     (made,) = backend.driver.launches
     p = made["params"]
     assert made["grid"] == ((78 * 2 // 64 + 4) * 2, 1, 1)  # a mean of 20 tokens in 2 heads: packed into tiles of 64
-    assert (p["pack"], p["pack_magic"], p["pack_shift"]) == (2, *division(2))
+    assert (p["pack"], p["pack_magic"], p["pack_shift"]) == (2, *fast_divmod(2))
     assert [p[n] for n in ("q", "k", "v", "o", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")] == [
         t.data_ptr() for t in (given["q"], given["k"], given["v"], out, lse, given["cu_seqlens_q"],
                                given["cu_seqlens_k"], used_q, used_k)]  # fmt: skip
