@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 PARSERS = {"candidates": command_lines.candidates_parser, "accept": command_lines.accept_parser}
 SIGTERM_CODE = 128 + signal.SIGTERM
 # What --json states of every run; null where a run ended before it was known. An `error` object comes on top.
-FIELDS = ("variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "index", "moved", "lacking")
+FIELDS = (
+    "variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "verified", "index", "moved", "lacking"
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None, table: Callable[[], Table] | None = None) -> int:
@@ -252,6 +254,8 @@ def report(result: Result, options: argparse.Namespace, table_size: int, path: P
     """The end table, the failures, the digests."""
     from rich.console import Console
 
+    from builder.verified import where
+
     console = Console(stderr=options.json, soft_wrap=True)
     console.width = max(console.width, 120)  # a log or a narrow terminal gets whole rows, not ellipses
     console.print(_table(result))
@@ -264,6 +268,8 @@ def report(result: Result, options: argparse.Namespace, table_size: int, path: P
         f"of {result.variants} variants in {path}",
         highlight=False,
     )
+    if result.verified:
+        console.print(where(result.verified, result.indexed), highlight=False)
     if result.unverified:
         console.print(f"not verified: {len(result.unverified)} variants of the index", highlight=False)
     for arch, digest in result.indexes.items():
@@ -312,6 +318,7 @@ def summary(result: Result, archs: list[str]) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "failed": _reasons(result.failed),
         "unverified": _reasons(result.unverified),
+        "verified": result.verified,
         "index": index,
         "moved": result.moved,
         "lacking": result.lacking,

@@ -71,7 +71,8 @@ class Result:
     """What a build did. built + cached + failed are the `variants` selected, unless it was interrupted.
 
     artifacts: of the selected variants, by (variant key, arch). unverified: indexed variants, selected or not, that
-    the ledger does not show as verified. indexes: arch → digest, indexed: arch → how many variants. moved: the
+    the ledger does not show as verified; verified: on which architectures it shows each of them, None if that was not
+    asked for. indexes: arch → digest, indexed: arch → how many variants. moved: the
     architectures whose channel points at the new index now. lacking: those whose channel was left alone because its
     index has these variants of the table and the new one has not. formats: where the channel's index was of another
     format than this release writes, that format's number; an older one is replaced, a newer one only if allowed.
@@ -83,6 +84,7 @@ class Result:
     cached: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
+    verified: dict[str, list[str]] | None = None
     indexes: dict[str, str] = field(default_factory=dict)
     indexed: dict[str, int] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
@@ -151,6 +153,7 @@ class Build:
             result.seconds = time.monotonic() - started
         if verified is not None:
             result.unverified = unverified(stored, verified)
+            result.verified = verified_on(stored, verified)
         self._index(result, stored, channel, allow_partial)
         result.seconds = time.monotonic() - started
         return result
@@ -287,3 +290,8 @@ def unverified(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified
         if lacking := verified.lacking(a.ptx_sha256, Variant.parse(key).op):
             reasons[key] = f"PTX {a.ptx_sha256}: {'; '.join(lacking)}"
     return reasons
+
+
+def verified_on(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified) -> dict[str, list[str]]:
+    """Variant key → the architectures on which the ledger shows its PTX as verified, whichever it is built for."""
+    return {key: verified.architectures(a.ptx_sha256, Variant.parse(key).op) for (key, _), a in artifacts.items()}

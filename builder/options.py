@@ -49,7 +49,11 @@ def build_parser() -> Parser:
     p.add_argument("--dry-run", action="store_true", help="list what would be built, build nothing")
     p.add_argument("--json", action="store_true", help="print one JSON object last on stdout; all else goes to stderr")
     p.add_argument(
-        "--require-verified", action="store_true", help="fail if the ledger lacks a pass for any indexed PTX"
+        "--require-verified",
+        action="store_true",
+        help="fail unless the ledger shows each indexed PTX as verified: a pass of every test on at least one "
+        "architecture, which need not be --arch, and no architecture whose latest result is a fail or a hang; says on "
+        "which architectures each is verified",
     )
     return p
 

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.derived import one_variant_each, read_index
+from builder.errors import LedgerError
 from kernels import dispatch
 from runtime.load.select import select
 from tests.benchmarks.fakes import write_registry
-from tests.gpu import conftest, ledger
+from tests.gpu import conftest, every_variant, ledger
 from tests.gpu.covering import covering
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,15 +31,45 @@ def test_rows_are_appended_with_every_field(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBINERY_LEDGER_DIR", str(tmp_path / "deep" / "ledger"))
     run = ledger.Ledger(ledger.new_run(), "a GPU", "1.2")
     assert ledger.read(run.path) == []
-    run.add(ARTIFACT, "yardstick", True)
-    run.add(ARTIFACT, "memcheck", False)
+    run.add(ARTIFACT, "yardstick", "pass")
+    run.add(ARTIFACT, "memcheck", "hang")
     rows = ledger.read(run.path)
     assert run.path.parent == tmp_path / "deep" / "ledger" and run.path.suffix == ".jsonl"
     assert list(rows[0]) == ["ptx_sha256", "variant", "arch", "test", "suite", "result", "gpu", "driver", "date"]
     told = [(r["test"], r["result"], r["suite"]) for r in rows]
-    assert told == [("yardstick", "pass", SUITE), ("memcheck", "fail", SUITE)]
+    assert told == [("yardstick", "pass", SUITE), ("memcheck", "hang", SUITE)]
     with pytest.raises(ValueError, match="none of yardstick"):
-        run.add(ARTIFACT, "speed", True)
+        run.add(ARTIFACT, "speed", "pass")
+    with pytest.raises(ValueError, match="'slow' is none of hang, fail, pass"):
+        run.add(ARTIFACT, "yardstick", "slow")
+
+
+def test_a_row_that_does_not_read_is_named(tmp_path):
+    path = tmp_path / "run.jsonl"
+    ledger.append(path, {"result": "pass"})
+    with pytest.raises(LedgerError, match=r"run\.jsonl:1: ptx_sha256, variant"):
+        ledger.read(path)
+
+
+def test_what_need_not_run_is_of_the_same_ptx_suite_and_architecture(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBINERY_LEDGER_DIR", str(tmp_path))
+    run, before = (ledger.Ledger(tmp_path / f"{name}.jsonl", "a GPU", "1") for name in ("run", "before"))
+    old, elsewhere = (SimpleNamespace(**{**vars(ARTIFACT), **changed}) for changed in (
+        {"ptx_sha256": "b" * 64}, {"arch": "sm_120"}))  # fmt: skip
+    for test, result in (("lse", "pass"), ("strided", "fail"), ("windows", "hang")):
+        run.add(ARTIFACT, test, result)
+        before.add(elsewhere, test, result)
+    run.add(old, "empty", "pass")
+    run.add(elsewhere, "drawn", "pass")
+    before.add(ARTIFACT, "varlen", "pass")
+    before.add(ARTIFACT, "streams", "hang")
+    ledger.append(before.path, {**before.row(ARTIFACT, "determinism", "pass"), "suite": SUITE - 1})
+    of_this_run = {(ARTIFACT.variant, test) for test in ("lse", "strided", "windows")}
+    assert ledger.done(run.path, [ARTIFACT], resume=False) == of_this_run
+    assert ledger.done(run.path, [ARTIFACT], resume=True) == of_this_run | {(ARTIFACT.variant, "varlen")}
+    assert ledger.done(tmp_path / "new.jsonl", [ARTIFACT], resume=False) == set()
+    passed = {(ARTIFACT.variant, test) for test in ("lse", "varlen")}
+    assert ledger.done(tmp_path / "new.jsonl", [ARTIFACT], resume=True) == passed
 
 
 def test_runs_are_named_alike(tmp_path, monkeypatch):
@@ -54,6 +85,11 @@ def test_runs_are_named_alike(tmp_path, monkeypatch):
         assert path == tmp_path / f"{name}.jsonl" and re.fullmatch(pattern, path.stem)
         assert ledger.sanitizers_report(path) == tmp_path / f"{name}.sanitizers.json"
         path.touch()
+    for part in ("", "-part2", "-part3"):  # of a run that goes on
+        report = ledger.sanitizers_report(path)
+        assert report == tmp_path / f"{path.stem}{part}.sanitizers.json"
+        assert re.fullmatch(pattern, report.name.removesuffix(".sanitizers.json"))
+        report.touch()
 
 
 def test_a_gpu_names_its_runs():
@@ -124,6 +160,16 @@ def test_how_a_check_ends_is_recorded(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), conftest._recorded(run, ARTIFACT, "windows"):
         raise KeyboardInterrupt
     assert [(row["test"], row["result"]) for row in ledger.read(run.path)] == [("lse", "pass"), ("strided", "fail")]
+
+
+def test_a_variant_that_does_not_load_fails_its_tests(tmp_path, monkeypatch):
+    monkeypatch.setattr(conftest, "_context_lost", lambda: False)
+    monkeypatch.setitem(sys.modules, "tests.gpu.checks", SimpleNamespace())
+    run = ledger.Ledger(tmp_path / "run.jsonl", "a GPU", "1.2")
+    dut = SimpleNamespace(artifacts={ARTIFACT.variant: ARTIFACT}, force=lambda key: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        every_variant.run(dut, set(), lambda *given: conftest._recorded(run, *given), ARTIFACT.variant, "lse")
+    assert [(row["test"], row["result"]) for row in ledger.read(run.path)] == [("lse", "fail")]
 
 
 def test_a_lost_context_is_recorded_and_ends_the_process(tmp_path, monkeypatch):

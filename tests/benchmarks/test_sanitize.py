@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from registry.contract import Variant
-from tests.benchmarks.fakes import write_registry
+from tests.benchmarks.fakes import artifact, write_registry
 from tests.gpu import ledger, plant_race, sanitize, small_calls, verify
 from tests.gpu.sanitize import TOOLS, Run, judge, parse, read_output
 
@@ -93,6 +93,36 @@ def test_a_finding_in_a_variant_that_ended_fails_it_too():
     run, _ = scripted(Run(ended=set(SYMBOLS), named={*PLANT, "cubinery_c_0"}), Run(ended={"a", "ab"}, named=set(PLANT)))
     verdict = judge(run, SYMBOLS, "racecheck")
     assert (verdict.passed, verdict.failed) == (["a", "ab"], ["c"])
+
+
+def test_a_variant_that_hangs_is_told_from_one_that_fails():
+    run, asked = scripted(Run(ended={"a"}, hung=True), Run(ended={"a"}), Run(ended={"a"}, named=set(PLANT)))
+    verdict = judge(run, SYMBOLS, "memcheck")
+    assert (verdict.passed, verdict.failed, verdict.hung) == (["a"], ["c"], ["ab"])
+    assert asked == [["a", "ab", "c"], ["a", "c"], ["a"]]
+
+
+def test_a_planted_fault_may_hang_once_it_is_seen():
+    seen = judge(scripted(Run(ended=set(SYMBOLS), named=set(PLANT), hung=True))[0], SYMBOLS, "racecheck")
+    assert (seen.passed, seen.hung, seen.blind) == (list(SYMBOLS), [], "")
+    unseen = judge(scripted(Run(ended=set(SYMBOLS), hung=True))[0], SYMBOLS, "racecheck")
+    assert not unseen.passed and not unseen.hung and "did not see" in unseen.blind and "hung" in unseen.blind
+
+
+@pytest.mark.parametrize("hung", [True, False])
+def test_a_process_that_launched_nothing_is_no_variants_fault(hung):
+    verdict = judge(scripted(Run(hung=hung))[0], SYMBOLS, "memcheck")
+    assert not verdict.failed and not verdict.hung and "before it launched anything" in verdict.blind
+
+
+def test_variants_for_which_there_was_no_time_are_left():
+    run, asked = scripted(Run(ended={"a"}, named={"cubinery_c_0"}), Run(ended={"a"}, named=set(PLANT), stopped=True))
+    verdict = judge(run, SYMBOLS, "memcheck")
+    assert (verdict.passed, verdict.failed, verdict.left) == (["a"], ["c"], ["ab"]) and len(asked) == 2
+    blind = judge(scripted(Run(ended={"a"}, stopped=True))[0], SYMBOLS, "memcheck")
+    assert not blind.passed and "did not see" in blind.blind
+    none = judge(scripted(Run(stopped=True))[0], SYMBOLS, "memcheck")
+    assert (none.passed, none.left, none.blind) == ([], list(SYMBOLS), "")
 
 
 @pytest.mark.parametrize("key", ["fwd-bf16-d64-dv64-m64-n64-w4-s1", "fwd-fp16-d192-dv128-m128-n64-w8-s1"])
@@ -190,10 +220,10 @@ def test_one_barrier_goes_and_the_rest_stays():
 
 def test_the_summary_counts_by_test(tmp_path):
     run = ledger.Ledger(tmp_path / "r.jsonl", "G", "1")
-    for key, passed in (("fwd-a", True), ("fwd-b", False)):
-        run.add(SimpleNamespace(ptx_sha256="0" * 64, variant=key, arch="sm_90"), "lse", passed)
+    for key, result in (("fwd-a", "pass"), ("fwd-b", "fail"), ("fwd-c", "hang")):
+        run.add(SimpleNamespace(ptx_sha256="0" * 64, variant=key, arch="sm_90"), "lse", result)
     text = verify.summary(run.path)
-    assert "2 results for 2 variants" in text and "1 passed, 1 failed fwd-b" in text
+    assert "3 results for 3 variants" in text and "1 passed, 2 failed fwd-b fwd-c (hang)" in text
 
 
 FWD = ledger.CONFORMANCE["ops"]["fwd"]
@@ -201,32 +231,36 @@ ON_PYTEST = [test for test in FWD if test not in TOOLS]
 VARIANTS = [Variant.parse(f"fwd-bf16-d64-dv64-m{m}-n64-w4-s1") for m in (64, 128)]
 
 
-def record(path, variants, tests, passed=True):
+def record(path, variants, tests, result="pass", arch="sm_120"):
     run = ledger.Ledger(path, "G", "1")
     for variant, test in product(variants, tests):
-        run.add(SimpleNamespace(ptx_sha256="0" * 64, variant=variant.key, arch="sm_120"), test, passed)
+        run.add(artifact(variant.key, arch)[0], test, result)
 
 
-def test_what_a_run_lacks_is_told(tmp_path):
-    path = tmp_path / "r.jsonl"
-    assert verify.missing(path, VARIANTS) == [f"NOT verified: {', '.join(FWD)} missing for all 2 variants"]
-    record(path, VARIANTS, ON_PYTEST)
-    assert verify.missing(path, VARIANTS) == ["NOT verified: memcheck, racecheck missing for all 2 variants"]
-    record(path, VARIANTS[:1], TOOLS)
-    assert verify.missing(path, VARIANTS) == [f"NOT verified: memcheck, racecheck missing for {VARIANTS[1].key}"]
-    record(path, VARIANTS[1:], TOOLS)
-    assert verify.missing(path, VARIANTS) == []
+def test_what_a_run_lacks_is_told():
+    def missing(*done):
+        return verify.missing({(v.key, test) for variants, tests in done for v, test in product(variants, tests)},
+                              VARIANTS, "sm_120")  # fmt: skip
+
+    told = "NOT verified on sm_120: memcheck, racecheck missing for"
+    assert missing() == [f"NOT verified on sm_120: {', '.join(FWD)} missing for all 2 variants"]
+    assert missing((VARIANTS, ON_PYTEST)) == [f"{told} all 2 variants"]
+    assert missing((VARIANTS, ON_PYTEST), (VARIANTS[:1], TOOLS)) == [f"{told} {VARIANTS[1].key}"]
+    assert missing((VARIANTS, FWD)) == []
 
 
 @pytest.fixture
 def on_gpu(tmp_path, monkeypatch):
     """`verify` where everything that it starts passes: (its ledger file, the commands of the sanitizers)."""
     path, commands = tmp_path / "r.jsonl", []
+    registry = write_registry(tmp_path / "r.db", [variant.key for variant in VARIANTS])
     monkeypatch.setenv("CUBINERY_GPU_RUN", str(path))
-    monkeypatch.setenv("CUBINERY_REGISTRY", "r.db")
+    monkeypatch.setenv("CUBINERY_LEDGER_DIR", str(tmp_path))
+    monkeypatch.setenv("CUBINERY_REGISTRY", str(registry))
     monkeypatch.setattr(verify, "why_not", lambda: None)
+    monkeypatch.setattr(verify.measure, "device_arch", lambda: "sm_120")
     monkeypatch.setattr(verify.dispatch, "variants", lambda: VARIANTS)
-    monkeypatch.setattr(verify, "run_pytest", lambda more: record(path, VARIANTS, ON_PYTEST) or 0)
+    monkeypatch.setattr(verify, "run_pytest", lambda *_: record(path, VARIANTS, ON_PYTEST) or 0)
 
     def sanitizers(command, **_):
         commands.append(command)
@@ -239,22 +273,74 @@ def on_gpu(tmp_path, monkeypatch):
 
 def test_without_sanitizers_nothing_counts_as_verified(on_gpu, capsys):
     assert verify.main([]) == 1 and not on_gpu[1]
-    *_, what, hint = capsys.readouterr().out.splitlines()
-    assert what == "NOT verified: memcheck, racecheck missing for all 2 variants" and "give --planted" in hint
+    *_, where, what, hint = capsys.readouterr().out.splitlines()
+    assert (
+        where == "0 variants verified on sm_120"
+        and what == "NOT verified on sm_120: memcheck, racecheck missing for all 2 variants"
+    )
+    assert "give --planted" in hint
 
 
 def test_with_sanitizers_all_is_verified(on_gpu, capsys):
-    assert verify.main(["--planted", "planted.db"]) == 0
-    ((*_, flag, arch),) = on_gpu[1]
-    assert (flag, arch) == ("--arch", "sm_120")  # that of the rows
-    assert "NOT verified" not in capsys.readouterr().out
+    assert verify.main(["--planted", "planted.db", "--hang-after", "7", "--ops", "fwd,bwd", "--resume"]) == 0
+    (command,) = on_gpu[1]
+    options = sanitize._parser().parse_args(command[3:])
+    assert (options.arch, options.ops, options.resume) == ("sm_120", ("fwd", "bwd"), True)
+    assert (options.hang_after, options.stop_after) == (14, float("inf"))
+    out = capsys.readouterr().out
+    assert "NOT verified" not in out and out.endswith("\n2 variants verified on sm_120\n")
 
 
-def test_a_failed_test_is_no_missing_one(on_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "run_pytest", lambda more: record(on_gpu[0], VARIANTS, ON_PYTEST, False) or 1)
+def test_what_is_verified_elsewhere_is_told_from_what_is_verified_here(on_gpu, tmp_path, capsys):
+    record(tmp_path / "before.jsonl", VARIANTS, FWD, arch="sm_90")
+    assert verify.main([]) == 1
+    assert "\n2 variants verified on sm_90; 0 on sm_120\nNOT verified on sm_120: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("result", ["fail", "hang"])
+def test_a_failed_test_is_no_missing_one(result, on_gpu, monkeypatch, capsys):
+    """Not even where no process of this call failed: the run's ledger has it from an earlier one."""
+    monkeypatch.setattr(verify, "run_pytest", lambda *_: record(on_gpu[0], VARIANTS, ON_PYTEST, result) or 0)
     assert verify.main(["--planted", "planted.db"]) == 1
     out = capsys.readouterr().out
     assert "NOT verified" not in out and "0 passed, 2 failed" in out
+
+
+def test_what_earlier_runs_show_on_this_architecture_is_not_missing(on_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "run_pytest", lambda *_: 0)
+    record(tmp_path / "before.jsonl", VARIANTS, FWD, arch="sm_90")
+    assert verify.main(["--resume"]) == 1 and "missing for all 2 variants" in capsys.readouterr().out
+    record(tmp_path / "before.jsonl", VARIANTS, FWD)
+    assert verify.main(["--resume"]) == 0
+    assert verify.main([]) == 1  # nothing in this run
+    assert verify.main(["--ops", "bwd"]) == 0  # of which the table has no variant here
+
+
+def test_when_the_time_is_over_the_sanitizers_wait(on_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "run_pytest", lambda *_: verify.UNFINISHED)
+    assert verify.main(["--planted", "planted.db", "--stop-after", "9"]) == verify.UNFINISHED and not on_gpu[1]
+    out = capsys.readouterr().out
+    assert "go on with --resume" in out and "NOT verified" in out
+
+
+def test_sanitizers_that_did_not_come_to_their_end_leave_it_unfinished(on_gpu, monkeypatch):
+    unfinished = SimpleNamespace(returncode=verify.UNFINISHED)
+    monkeypatch.setattr(verify.subprocess, "run", lambda command, **_: on_gpu[1].append(command) or unfinished)
+    assert verify.main(["--planted", "planted.db", "--stop-after", "900"]) == verify.UNFINISHED
+    options = sanitize._parser().parse_args(on_gpu[1][0][3:])
+    assert 0 < options.stop_after <= 900
+
+
+def test_a_ledger_that_does_not_read_ends_it_at_once(on_gpu, capsys):
+    on_gpu[0].write_text("{}\n")
+    assert verify.main([]) == 2 and "r.jsonl:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--ops", "fwd,bvd"), ("--hang-after", "-1"), ("--stop-after", "soon")])
+def test_options_that_make_no_sense_are_refused(option, on_gpu, capsys):
+    with pytest.raises(SystemExit) as ended:
+        verify.main(list(option))
+    assert ended.value.code == 2 and option[0] in capsys.readouterr().err
 
 
 def test_the_report_lies_beside_the_run(tmp_path, monkeypatch, capsys):
@@ -269,12 +355,6 @@ def test_the_report_lies_beside_the_run(tmp_path, monkeypatch, capsys):
     told = json.loads(report.read_text())
     assert set(told) == {"version", *TOOLS}
     assert all("is not installed" in told[tool]["blind"] and not told[tool]["passed"] for tool in TOOLS)
-
-
-def test_pytest_is_started_again_after_a_lost_context(monkeypatch):
-    codes = [verify.LOST, verify.LOST, 0]
-    monkeypatch.setattr(verify.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=codes.pop(0)))
-    assert verify.run_pytest([]) == verify.LOST and not codes
 
 
 def test_without_a_gpu_nothing_is_verified(monkeypatch, capsys):

@@ -291,8 +291,13 @@ def test_verification_is_required_of_every_indexed_variant(store: Store, good: T
     assert nothing.unverified.keys() == {v.key for v in good.variants} and store.channels() == {}
     assert all("yardstick: never run" in reason for reason in nothing.unverified.values())
     assert (len(nothing.built), nothing.failed, nothing.moved) == (3, {}, [])
-    passes = {(a.ptx_sha256, "yardstick"): "pass" for a in nothing.artifacts.values()}
-    assert run(store, good, verified=Verified(conformance, passes)).unverified == {}
+    assert nothing.verified == {v.key: [] for v in good.variants}
+    passes = {(a.ptx_sha256, "yardstick", "sm_90"): "pass" for a in nothing.artifacts.values()}
+    failing = {**passes, (next(iter(passes))[0], "yardstick", "sm_120"): "fail"}
+    (reason,) = run(store, good, verified=Verified(conformance, failing)).unverified.values()
+    assert reason.endswith("yardstick: fail on sm_120") and store.channels() == {}
+    result = run(store, good, verified=Verified(conformance, passes))
+    assert result.unverified == {} and result.verified == {v.key: ["sm_90"] for v in good.variants}
     assert store.channel("stable") == nothing.indexes
 
 

@@ -31,9 +31,11 @@ def test_json_is_printed_last_and_states_the_build(
     code, first = run_json(capsys, good, "--registry", str(path))
     assert code == 0
     assert first.keys() == {
-        *("variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "index", "moved", "lacking")
+        *("variants", "built", "cached", "bytes", "seconds", "failed", "unverified", "verified", "index", "moved"),
+        "lacking",
     }
-    assert (first["moved"], first["lacking"], first["unverified"]) == (["sm_120"], {}, [])
+    assert (first["moved"], first["lacking"]) == (["sm_120"], {})
+    assert (first["unverified"], first["verified"]) == ([], None)  # that was not asked for
     assert (first["variants"], first["built"], first["cached"], first["failed"]) == (3, 3, 0, [])
     with Store(path, readonly=True) as store:
         index = Index.from_bytes(store.get_index(first["index"]) or b"")
@@ -219,6 +221,7 @@ def test_require_verified_names_each_variant(
     out = capsys.readouterr().out
     assert "0 built, 1 cached, 0 failed of 1 variants" in out
     assert "not verified: 3 variants of the index" in out and f"UNVERIFIED {good.variants[2].key}: PTX " in out
+    assert "0 variants verified on sm_120\n" in out
     with Store(os.environ["CUBINERY_REGISTRY"], readonly=True) as store:
         assert store.channels() == {}
         rows = [
@@ -229,6 +232,13 @@ def test_require_verified_names_each_variant(
     (tmp_path / "gpu" / "ledger" / "run.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, found = run_json(capsys, good, "--require-verified")
     assert code == 0 and found["failed"] == found["unverified"] == [] and found["moved"] == ["sm_120"]
+    assert found["verified"] == {v.key: ["sm_90"] for v in good.variants}
+    assert main(["--require-verified"], lambda: good) == 0
+    assert "3 variants verified on sm_90; 0 on sm_120\n" in capsys.readouterr().out
+    (tmp_path / "gpu" / "ledger" / "new.jsonl").write_text(json.dumps({**rows[0], "arch": "sm_120", "result": "hang"}))
+    code, found = run_json(capsys, good, "--require-verified")
+    assert code == 1 and [f["key"] for f in found["unverified"]] == [rows[0]["variant"]]
+    assert found["verified"] == {v.key: ["sm_90"] for v in good.variants}
 
 
 @pytest.mark.parametrize(

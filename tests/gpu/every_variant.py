@@ -23,12 +23,12 @@ def cases(*ops: str) -> list[tuple[str, str]]:
 
 
 def run(dut: Any, done: Any, recorded: Any, key: str, name: str) -> None:
-    """One check, into the ledger; of a run that goes on after a break, only what its ledger lacks."""
+    """One check, into the ledger; of a run that goes on after a break, only what the ledger lacks."""
     if (key, name) in done:
-        pytest.skip("this run's ledger has it already")
+        pytest.skip("the ledger has it already")
     from tests.gpu import checks
 
     assert key in dut.artifacts, f"{key} is in the dispatch table, not in the registry's index: build it"
-    dut.force(key)
     with recorded(dut.artifacts[key], name):
+        dut.force(key)
         checks.OPS[key.split("-")[0]][name](dut, key, checks.FULL)

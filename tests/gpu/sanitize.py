@@ -7,6 +7,8 @@ memcheck, kernels without one of their barriers for racecheck (tests/gpu/plant_r
 kernels of ours are instrumented, and a finding names its kernel, so each variant gets its own verdict: it passes when
 its launches ended, nothing names its symbol, and a planted fault was seen, of racecheck one of each op that is planted.
 A tool that cannot run here, or that is blind, gives no verdict: the report says so and the ledger stays as it is.
+A process in which nothing happens for too long is killed; the variant that it was at hangs.
+Exit codes: 0 every variant passed, 1 one did not or has no verdict, 3 --stop-after left some out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,9 +30,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks import measure
 from benchmarks.derived import private_copy, read_index
+from builder.verified import FAILS
 from registry.contract import Artifact, Variant
-from tests.gpu import ledger
+from tests.gpu import ledger, watchdog
+from tests.gpu.watchdog import HANG_AFTER, SLOWER, UNFINISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck")
@@ -39,21 +45,27 @@ REFUSALS = ("Device not supported", "Unable to", "not supported on", "insufficie
 
 @dataclass
 class Run:
-    """What one process under one tool showed. ended: keys whose launches ended; named: symbols that findings name."""
+    """What one process under one tool showed. ended: keys whose launches ended; named: symbols that findings name;
+    hung: it was killed; stopped: it left the keys that had not ended, since the time was over."""
 
     ended: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
     device: dict[str, str] = field(default_factory=dict)
     summary: str = ""
     refused: str = ""
+    hung: bool = False
+    stopped: bool = False
 
 
 @dataclass
 class Verdict:
-    """passed, failed: variant keys; blind: why there is no verdict on the others ('' if there are none)."""
+    """passed, failed, hung: variant keys, and left: those that the time was over for; blind: why there is no verdict on
+    the others ('' if there are none)."""
 
     passed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     blind: str = ""
     planted_seen: list[str] = field(default_factory=list)
     device: dict[str, str] = field(default_factory=dict)
@@ -61,31 +73,57 @@ class Verdict:
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    options.stop_at = time.monotonic() + options.stop_after
     if options.child:
         _child(options)
         return 0
     artifacts = _artifacts(options)
     path = Path(os.environ.get("CUBINERY_GPU_RUN") or ledger.new_run())
-    report = {}
-    races = planted_symbols(options.planted, options.arch) if options.planted else {}
+    done = ledger.done(path, artifacts.values(), options.resume)
+    verdicts = {}
     for tool in options.tools:
-        symbols = {key: artifacts[key].symbol for key in sorted(artifacts)}
-        verdict = judge(partial(_run, tool, options), symbols, tool, races if tool == "racecheck" else {})
-        run = ledger.Ledger(path, verdict.device.get("gpu", "unknown"), ledger.driver_version())
-        for key in verdict.passed + verdict.failed:
-            run.add(artifacts[key], tool, key in verdict.passed)
-        report[tool] = vars(verdict)
-        print(f"{tool}: {len(verdict.passed)} passed, {len(verdict.failed)} failed {verdict.failed} {verdict.blind}")
-        print(f"{tool}: planted faults seen: {', '.join(verdict.planted_seen) or 'none'}")
-    written = options.report or ledger.sanitizers_report(path)
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(json.dumps({"version": _version(), **report}, indent=1) + "\n")
-    print(f"sanitizers' report: {written}")
-    return 0 if all(r["passed"] and not r["failed"] and not r["blind"] for r in report.values()) else 1
+        symbols = {key: artifacts[key].symbol for key in sorted(artifacts) if (key, tool) not in done}
+        if symbols or not artifacts:
+            verdicts[tool] = _verdict(tool, options, symbols)
+            _record(path, tool, verdicts[tool], artifacts)
+        else:
+            print(f"{tool}: the ledger has all of it already")
+    if verdicts:
+        written = options.report or ledger.sanitizers_report(path)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        report = {tool: vars(verdict) for tool, verdict in verdicts.items()}
+        written.write_text(json.dumps({"version": _version(), **report}, indent=1) + "\n")
+        print(f"sanitizers' report: {written}")
+    if any(verdict.left for verdict in verdicts.values()):
+        return UNFINISHED
+    failed = any(row["result"] in FAILS for row in ledger.read(path) if row["test"] in options.tools)
+    return int(failed or any(verdict.blind or not verdict.passed for verdict in verdicts.values()))
+
+
+def _verdict(tool: str, options: argparse.Namespace, symbols: Mapping[str, str]) -> Verdict:
+    races = planted_symbols(options.planted, options.arch) if options.planted and tool == "racecheck" else {}
+    verdict = judge(partial(_run, tool, options), symbols, tool, races)
+    bad = verdict.failed + [f"{key} (hang)" for key in verdict.hung]
+    print(f"{tool}: {len(verdict.passed)} passed, {len(bad)} failed {bad} {verdict.blind}")
+    print(f"{tool}: planted faults seen: {', '.join(verdict.planted_seen) or 'none'}")
+    if verdict.left:
+        print(f"{tool}: the time was over for {len(verdict.left)} variants")
+    return verdict
+
+
+def _record(path: Path, tool: str, verdict: Verdict, artifacts: Mapping[str, Artifact]) -> None:
+    run = ledger.Ledger(path, verdict.device.get("gpu", "unknown"), ledger.driver_version())
+    for result, keys in {"pass": verdict.passed, "fail": verdict.failed, "hang": verdict.hung}.items():
+        for key in keys:
+            run.add(artifacts[key], tool, result)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu.sanitize",
+        description=__doc__.splitlines()[0],
+        parents=[watchdog.options(HANG_AFTER * SLOWER)],
+    )
     parser.add_argument("--registry", type=Path, required=True, help="registry file with cubins for this GPU")
     parser.add_argument(
         "--planted", type=Path, help="registry file of tests.gpu.plant_race; without it there is no verdict"
@@ -93,8 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="sm_90", help="architecture of the index whose variants are run")
     parser.add_argument("--only", default="*", help="glob over variant keys")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one process under a tool")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the tools' logs")
+    parser.add_argument("--logs", type=Path, help="folder that keeps what the tools and the variants wrote")
     parser.add_argument(
         "--report", type=Path, help="JSON file for the verdicts and refusals; by default beside the run's ledger file"
     )
@@ -105,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _artifacts(options: argparse.Namespace) -> dict[str, Artifact]:
     found = read_index(options.registry, options.arch).by_variant
-    return {key: a for key, a in found.items() if fnmatchcase(key, options.only)}
+    matching = {key: a for key, a in found.items() if fnmatchcase(key, options.only)}
+    return {key: a for key, a in matching.items() if Variant.parse(key).op in options.ops}
 
 
 # ---- verdicts ----
@@ -119,23 +157,29 @@ def judge(
     verdict, pending = Verdict(), list(symbols)
     while pending and not verdict.blind:
         seen = run(pending)
+        if seen.stopped and not seen.ended:
+            verdict.left = pending
+            break
         verdict.device = verdict.device or seen.device
         verdict.planted_seen = sorted(name for name in seen.named if name.startswith(PLANTED))
         guilty = [key for key in pending if symbols[key] in seen.named]
         clean = [key for key in pending if key in seen.ended and key not in guilty]
-        stuck = [key for key in pending if key not in seen.ended and key not in guilty][:1]
+        others = [key for key in pending if key not in seen.ended and key not in guilty]
         if seen.refused:
             verdict.blind = f"{tool} cannot run here: {seen.refused}"
-        elif len(clean) == len(pending) and (lacking := _unseen(verdict.planted_seen, planted or {})):
-            verdict.blind = f"{tool} did not see the planted {lacking} ({seen.summary or 'no summary'})"
         elif guilty:
             verdict.failed += guilty
             pending = [key for key in pending if key not in guilty]
-        elif stuck:  # it ended the process without a finding of its own: a crash or a hang is a fail
-            verdict.failed += stuck
-            pending = [key for key in pending if key not in stuck]
+        elif others and not (seen.stopped or seen.ended or seen.device):
+            verdict.blind = f"{tool}'s process {'hung' if seen.hung else 'ended'} before it launched anything"
+        elif others and not seen.stopped:  # the first ended the process without a finding of its own: by a crash or so
+            (verdict.hung if seen.hung else verdict.failed).append(others[0])
+            pending = [key for key in pending if key != others[0]]
+        elif lacking := _unseen(verdict.planted_seen, planted or {}):
+            how = f"{'hung, ' if seen.hung else ''}{seen.summary or 'no summary'}"
+            verdict.blind = f"{tool} did not see the planted {lacking} ({how})"
         else:
-            verdict.passed, pending = clean, []
+            verdict.passed, verdict.left, pending = clean, others, []
     return verdict
 
 
@@ -178,11 +222,14 @@ def parse(log: str) -> tuple[set[str], str, str]:
 
 
 def _run(tool: str, options: argparse.Namespace, keys: list[str]) -> Run:
+    if (left := options.stop_at - time.monotonic()) <= 0:
+        return Run(stopped=True)
     folder = options.logs or Path(tempfile.mkdtemp(prefix="cubinery-sanitize-"))
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{tool}-{len(list(folder.glob(f'{tool}-*.log')))}.log"
+    output, errors = log.with_suffix(".out"), log.with_suffix(".err")
     child = [sys.executable, "-m", "tests.gpu.sanitize", "--child", "--registry", str(options.registry)]
-    child += ["--arch", options.arch, "--tools", tool, "--keys", *keys]
+    child += ["--arch", options.arch, "--tools", tool, "--stop-after", str(left), "--keys", *keys]
     child += ["--planted", str(options.planted)] if options.planted else []
     # API errors are left out: the runtime itself asks for parameters until there is no next one.
     command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), "--report-api-errors", "no"]
@@ -190,31 +237,32 @@ def _run(tool: str, options: argparse.Namespace, keys: list[str]) -> Run:
     # Without the caching allocator, memory beyond a tensor is not mapped and memcheck can tell.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=options.timeout)
-        output, errors = done.stdout, done.stderr
+        with output.open("wb") as out, errors.open("wb") as err:
+            code = watchdog.watch(command, options.hang_after, output, cwd=ROOT, env=env, stdout=out, stderr=err)
     except FileNotFoundError:
         return Run(refused="compute-sanitizer is not installed")
-    except subprocess.TimeoutExpired as error:
-        output, errors = ((x or b"").decode(errors="replace") for x in (error.stdout, error.stderr))
-    seen = read_output(output, log.read_text(errors="replace") if log.exists() else "")
+    said, complained = (path.read_text(errors="replace") for path in (output, errors))
+    seen = read_output(said, log.read_text(errors="replace") if log.exists() else "", hung=code is None)
     if seen.refused or len(seen.ended) < len(keys):
-        print(f"{tool}: {seen.refused or 'unfinished'}\n{output[-500:]}\n{errors[-2000:]}", file=sys.stderr)
+        print(f"{tool}: {seen.refused or 'unfinished'}\n{said[-500:]}\n{complained[-2000:]}", file=sys.stderr)
     return seen
 
 
-def read_output(output: str, log: str) -> Run:
-    """A Run from the child's stdout (JSON lines among others) and the tool's log."""
+def read_output(output: str, log: str, hung: bool = False) -> Run:
+    """A Run from the child's stdout (JSON lines among others) and the tool's log. hung: the child had to be killed."""
     named, summary, refused = parse(log)
-    run = Run(named=named, summary=summary, refused=refused)
+    run = Run(named=named, summary=summary, refused=refused, hung=hung)
     for line in output.splitlines():
         if line.startswith("{"):
             event = json.loads(line)
             if event["event"] == "end":
                 run.ended.add(event["variant"])
+            elif event["event"] == "stop":
+                run.stopped = True
             else:
                 run.device = {name: event[name] for name in ("gpu", "arch")}
-    if run.ended:
-        run.refused = ""  # it ran: words that look like a refusal were about something else
+    if run.ended or (hung and run.device):
+        run.refused = ""  # it ran: words that look like a refusal were about something else, and a kill leaves no log
     return run
 
 
@@ -246,11 +294,16 @@ def _child(options: argparse.Namespace) -> None:
     from tests.gpu import small_calls
     from tests.gpu.dut import Gpu
 
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    _say(event="device", gpu=torch.cuda.get_device_name(), arch=arch)
+    arch = measure.device_arch()
     with tempfile.TemporaryDirectory() as scratch:
         dut = Gpu(options.registry, Path(scratch), arch)
-        for key in options.keys:
+        _say(event="device", gpu=torch.cuda.get_device_name(), arch=arch)
+        for number, key in enumerate(options.keys):
+            if time.monotonic() >= options.stop_at:
+                _say(event="stop")
+                if not number:
+                    return
+                break
             dut.force(key, pack=True)
             small_calls.launch(dut, key)
             _say(event="end", variant=key)
