@@ -34,7 +34,8 @@ FWD = Abi(
         *_params("i32", "batch heads_q heads_kv seqlen_q seqlen_k head_dim head_dim_v window_left window_right"),
         # pack: query heads that share a tile's rows (1, or all of a group: row r is head r % pack of token r // pack).
         *_params("i32", "pack pack_shift"),
-        # sink is fp32 or, with sink_low = 1, of q's dtype. alibi_stride_b (any number) is 0 for slopes per head alone.
+        # sink is fp32 or, with sink_low = 1, of q's dtype. alibi_stride_b (any number ≥ 0) is 0 for slopes per head
+        # alone; batch · alibi_stride_b + heads_q is below 2**31, as are batch and heads_q by themselves.
         *_params("i32", "sink_low alibi_stride_b"),
         # A score s·scale_log2 is a power of 2. With softcap_scale ≠ 0, s first becomes tanh(s·softcap_scale / 2·ln 2):
         # scale_log2 = softcap · log2(e) and softcap_scale = 2 · log2(e) · softmax_scale / softcap then.
@@ -73,7 +74,7 @@ FWD_COMBINE = Abi(
     version=1,
     params=(
         # o_partial: fp32, (splits, rows, head_dim_v), row = (b · seqlen + s) · heads + h, contiguous but for its first
-        # stride. lse: null if it is not wanted. rows: at most 2**31 − 32.
+        # stride. lse: null if it is not wanted. rows and num_splits: at most 2**31 − 32.
         *_params("ptr", "o_partial lse_partial o lse"),
         *_params("i64", "o_partial_stride_split lse_partial_stride_split"),
         *_params("i64", "lse_partial_stride_b lse_partial_stride_s lse_partial_stride_h"),

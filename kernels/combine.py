@@ -44,7 +44,8 @@ class Combine:
         call = named(parameters, FWD_COMBINE)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        row = block * self.rows + tid // 32  # below 2**31 (`kernels.abi`)
+        # rows and num_splits are at most 2**31 − 32 (`kernels.abi`): what is added to them here does not wrap around.
+        row = block * self.rows + tid // 32
         if row < call.rows:
             self.row(call, row, tid % 32)
 
@@ -76,11 +77,10 @@ class Combine:
     def highest(self, call: SimpleNamespace, start: Int64, lane: Int32) -> Float32:
         """The largest LSE of a row's parts, in all lanes."""
         highest = -Float32.inf
-        left = call.num_splits - lane
-        while left > 0:
-            split = call.num_splits - left
+        split = lane
+        while split < call.num_splits:
             highest = cute.arch.fmax(highest, element(call.lse_partial, start + split * call.lse_partial_stride_split))
-            left = left - 32
+            split = split + 32
         for step in cutlass.range_constexpr(5):
             highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << step))
         return highest
@@ -100,17 +100,16 @@ class Combine:
         parts = cute.make_rmem_tensor((LANE, AHEAD), Float32)
         column = cutlass.min((chunk * 32 + lane) * LANE, call.head_dim_v - LANE)
         o_start = Int64(row) * call.head_dim_v + column
-        left = call.num_splits
-        while left > 0:
-            first = call.num_splits - left
+        first = Int32(0)
+        while first < call.num_splits:
             own = Float32(0.0)
-            if lane < left:
+            if first + lane < call.num_splits:
                 split = first + lane
                 lse = element(call.lse_partial, start + split * call.lse_partial_stride_split)
                 own = cute.math.exp2(lse * LOG2E - base, fastmath=True)
-            for step in cutlass.range(0, cutlass.min(32, left), AHEAD, unroll=1):
+            for step in cutlass.range(0, cutlass.min(32, call.num_splits - first), AHEAD, unroll=1):
                 for i in cutlass.range_constexpr(AHEAD):
-                    split = first + cutlass.min(step + i, left - 1)
+                    split = cutlass.min(first + step + i, call.num_splits - 1)
                     there = call.o_partial + cute.assume(o_start + split * call.o_partial_stride_split, divby=LANE)
                     cute.copy(copy, cute.make_tensor(there, cute.make_layout(LANE)), parts[None, i])
                 for i in cutlass.range_constexpr(AHEAD):
@@ -118,7 +117,7 @@ class Combine:
                     total = total + weight
                     for c in cutlass.range_constexpr(LANE):
                         acc[c] = acc[c] + (parts[c, i] * weight if weight != 0.0 else Float32(0.0))
-            left = left - 32
+            first = first + 32
         return total
 
     @cute.jit

@@ -330,7 +330,8 @@ class FlashForward:
     def add_alibi(self, state: SimpleNamespace, acc_S: cute.Tensor, n_start: Int32):
         call, rows = state.call, recall(state)
         tScS = self.coordinates(state, self.tile_n)
-        start = call.alibi_slopes + (Int64(rows.entry) * call.alibi_stride_b + rows.head)
+        # The ABI bounds the sum to 31 bits; with 64 here, the tile of 128 x 32 would spill in its loops.
+        start = call.alibi_slopes + (rows.entry * call.alibi_stride_b + rows.head)
         slopes = cute.make_rmem_tensor(cute.size(state.row_max), Float32)
         for r in cutlass.range_constexpr(cute.size(slopes)):
             _, head = token_head(rows, rows.start + row_of(tScS, r))

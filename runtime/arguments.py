@@ -139,7 +139,13 @@ def check(given: Arguments, torch: Any, device_type: str) -> Call:
 
 def alibi_stride_b(slopes: Any, batch: int) -> int:
     """Elements from one entry's slopes to the next one's."""
-    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 and batch > 1 else 0
+    if slopes is None or slopes.dim() < 2 or batch < 2:
+        return 0
+    stride: int = slopes.stride(0)
+    if stride <= checks.MAX_I32 < batch * stride + slopes.shape[1]:  # a longer stride is `check_elements` matter
+        message = f"{batch} rows with a stride of {stride}, must be below 2**31 elements"
+        raise ArgumentError("alibi_slopes", message, reason="too_large")
+    return stride
 
 
 def resized(call: Call, given: Arguments) -> Call:

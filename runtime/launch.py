@@ -17,14 +17,19 @@ from runtime.load import Kernel
 
 MAX_PLANS = 1024  # a thread keeps; the oldest goes first
 MAX_BLOCKS = 2**31 - 1  # of grid.x
+MAX_ROWS = 2**31 - 32  # of `fwd_combine` and `kv_append`, `kernels/abi.py`
 
 # The parameters that change with every call. They lead the ABI, so that one pack_into of all addresses suffices, or two
 # where there are optional tensors.
 MAIN_SLOTS = ("q", "k", "v", "o", "lse")
 CALL_SLOTS = MAIN_SLOTS + OPTIONAL
+# Nothing gives leftpad_k yet: in `fwd` it has the place of OPTIONAL's page_table, which is null there, in `fwd_paged` 8
+# bytes that nobody writes.
+FWD_SLOTS = tuple("leftpad_k" if name == "page_table" else name for name in OPTIONAL)
+PAGED_SLOTS = (*PAGED[:3], "leftpad_k", *PAGED[3:])
 SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # op -> (written always, where a call has any of them)
-    "fwd": (MAIN_SLOTS, OPTIONAL),
-    "fwd_paged": (MAIN_SLOTS, PAGED),
+    "fwd": (MAIN_SLOTS, FWD_SLOTS),
+    "fwd_paged": (MAIN_SLOTS, PAGED_SLOTS),
     "fwd_combine": (("o_partial", "lse_partial", "o", "lse"), ()),
     "kv_append": (("k_new", "v_new", "k", "v", "q", "q_out", "rotary_cos", "rotary_sin", "seqused_k", "page_table",
                    "k_descale", "v_descale"), ()),
@@ -87,7 +92,10 @@ class Plan:
         places = kernel.abi.layout
         self.pointers = (ctypes.c_void_p * len(places))(*(start + offset for offset, _ in places))
         self.params = ctypes.addressof(self.pointers)
-        main, optional = (struct.Struct(f"<{len(names)}Q") for names in SLOTS[kernel.abi.op])
+        main, optional = (
+            struct.Struct("<" + "".join("8x" if names is PAGED_SLOTS and name == "leftpad_k" else "Q" for name in names))
+            for names in SLOTS[kernel.abi.op]
+        )
         self.pack: Callable[..., None] = partial(main.pack_into, buffer, 0)
         self.pack_optional: Callable[..., None] = partial(optional.pack_into, buffer, main.size)
         self.slots: dict[str, Callable[[int], None]] = {
@@ -118,6 +126,9 @@ class Plan:
         blocks = artifact.grid.blocks(facts, self.tile_heads) * splits
         if blocks > MAX_BLOCKS:
             message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
+            raise ArgumentError("q", message, reason="too_large")
+        if facts.get("rows", 0) > MAX_ROWS:
+            message = f"the call has {facts['rows']} rows for {artifact.variant}, at most {MAX_ROWS} may be; split it"
             raise ArgumentError("q", message, reason="too_large")
         self.fire: Callable[[int, int, int], tuple[Any]] = partial(
             self.launch, self.kernel.function, blocks, 1, 1, artifact.threads, 1, 1, self.kernel.smem

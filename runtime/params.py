@@ -10,7 +10,6 @@ from runtime.arguments import Arguments, Call
 from runtime.cached import Cached
 
 LOG2E = math.log2(math.e)
-ABSENT = ("o_partial", "lse_partial", "k_descale", "v_descale")  # of op `fwd`, which leaves them to fwd_paged
 Steps = tuple[int, int, int]  # strides in elements of batch, seqlen, heads
 Typed = dict[str, tuple[str, int | float]]  # name -> (type, value)
 ROWS = 128  # of queries, to whose multiples the backward's workspaces round
@@ -66,8 +65,6 @@ def forward(call: Call, tensors: Mapping[str, Steps], pack: int, splits: int = 1
     i64["lse_stride_b"] = 0 if packed else facts["heads_q"] * call.seqlen_q
     found = _scales(call)
     if call.cached is None:
-        found |= {name: ("ptr", 0) for name in ABSENT}
-        i32 |= {"page_size": 0, "page_table_stride": 0, "num_splits": 1}
         return found | _strides(tensors) | _typed("i64", i64) | _typed("i32", i32)
     cache, rows, heads, head_dim_v = call.cached, partial_rows(call), facts["heads_q"], facts["head_dim_v"]
     if cache.rotary_dim:

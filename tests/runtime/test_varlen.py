@@ -101,7 +101,7 @@ def test_the_parameter_buffer_of_packed_arrays(backend: FakeBackend, registry: P
     assert [p[n] for n in ("q", "k", "v", "o", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")] == [
         t.data_ptr() for t in (given["q"], given["k"], given["v"], out, lse, given["cu_seqlens_q"],
                                given["cu_seqlens_k"], used_q, used_k)]  # fmt: skip
-    assert (p["page_table"], p["sink"], p["alibi_slopes"]) == (0, 0, 0)
+    assert (p["leftpad_k"], p["sink"], p["alibi_slopes"]) == (0, 0, 0)
     assert [p[f"{t}_stride_b"] for t in ("q", "k", "v", "o", "lse")] == [0] * 5
     assert (p["q_stride_s"], p["k_stride_s"], p["v_stride_s"], p["o_stride_s"]) == (256, 128, 64, 128)
     assert (p["lse_stride_h"], p["batch"], p["seqlen_q"], p["seqlen_k"]) == (78, 4, 78, 20)
