@@ -142,7 +142,7 @@ def alibi_stride_b(slopes: Any, batch: int) -> int:
     if slopes is None or slopes.dim() < 2 or batch < 2:
         return 0
     stride: int = slopes.stride(0)
-    if stride <= checks.MAX_I32 < batch * stride + slopes.shape[1]:  # a longer stride is `check_elements` matter
+    if batch * stride + slopes.shape[1] > checks.MAX_I32:
         message = f"{batch} rows with a stride of {stride}, must be below 2**31 elements"
         raise ArgumentError("alibi_slopes", message, reason="too_large")
     return stride
