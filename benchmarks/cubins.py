@@ -171,7 +171,7 @@ def fwd_values(
     values["window_left"], values["window_right"] = window
     values["pack"] = pack
     values["pack_magic"], values["pack_shift"] = fast_divmod(pack)
-    values["num_splits"], values["scale_log2"] = 1, scale * LOG2_E
+    values["scale_log2"] = scale * LOG2_E
     return values
 
 

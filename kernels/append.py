@@ -23,6 +23,9 @@ from registry.contract.grid import Grid
 from registry.contract.variant import Variant
 
 
+BEHIND = 2**30  # behind every cache's last position; tokens added to it stay in 32 bits
+
+
 class Append:
     """One variant: the dtype of queries and new keys, and whether the cache is e4m3."""
 
@@ -44,7 +47,7 @@ class Append:
         call = named(parameters, KV_APPEND)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        row, column = block * self.rows + tid // 32, tid % 32 * VECTOR
+        row, column = block * self.rows + tid // 32, tid % 32 * VECTOR  # rows: below 2**31 (`kernels.abi`)
         new = Int32(0)
         if call.k_new.toint() != 0:
             new = call.batch * call.seqlen_new * call.heads_kv
@@ -65,7 +68,7 @@ class Append:
         entry = token // seqlen
         had = Int32(0)
         if call.seqused_k.toint() != 0:
-            had = element(call.seqused_k, entry)
+            had = cutlass.min(element(call.seqused_k, entry), BEHIND)
         return entry, token - entry * seqlen, head, had
 
     @cute.jit
@@ -73,22 +76,24 @@ class Append:
         entry, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
         position = had + token
         if (position >= 0) & (position < call.seqlen_k) & (column < call.head_dim):
-            start = entry * call.k_new_stride_b + token * call.k_new_stride_s + head * call.k_new_stride_h
-            values = self.rotated(call, call.k_new, start, column, position)
             page, slot = self.slot(call, entry, position)
-            there = page * call.k_stride_b + slot * call.k_stride_s + head * call.k_stride_h + column
-            self.keep(call.k, there, values, call.k_descale, entry * call.k_descale_stride_b + head)
+            if page >= 0:
+                start = entry * call.k_new_stride_b + token * call.k_new_stride_s + head * call.k_new_stride_h
+                values = self.rotated(call, call.k_new, start, column, position)
+                there = page * call.k_stride_b + slot * call.k_stride_s + head * call.k_stride_h + column
+                self.keep(call.k, there, values, call.k_descale, Int64(entry) * call.k_descale_stride_b + head)
 
     @cute.jit
     def value(self, call: SimpleNamespace, row: Int32, column: Int32):
         entry, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
         position = had + token
         if (position >= 0) & (position < call.seqlen_k) & (column < call.head_dim_v):
-            start = entry * call.v_new_stride_b + token * call.v_new_stride_s + head * call.v_new_stride_h
-            values = self.load(call.v_new, start + column)
             page, slot = self.slot(call, entry, position)
-            there = page * call.v_stride_b + slot * call.v_stride_s + head * call.v_stride_h + column
-            self.keep(call.v, there, values, call.v_descale, entry * call.v_descale_stride_b + head)
+            if page >= 0:
+                start = entry * call.v_new_stride_b + token * call.v_new_stride_s + head * call.v_new_stride_h
+                values = self.load(call.v_new, start + column)
+                there = page * call.v_stride_b + slot * call.v_stride_s + head * call.v_stride_h + column
+                self.keep(call.v, there, values, call.v_descale, Int64(entry) * call.v_descale_stride_b + head)
 
     @cute.jit
     def query(self, call: SimpleNamespace, row: Int32, column: Int32):
@@ -102,7 +107,7 @@ class Append:
 
     @cute.jit
     def slot(self, call: SimpleNamespace, entry: Int32, position: Int32) -> tuple[Int64, Int64]:
-        """(page, row in it) of a key."""
+        """(page, row in it) of a key. A page below 0 is none: graphs are padded with sequences of such."""
         number = divided(position, call.page_magic, call.page_shift)
         page = entry
         if call.page_table.toint() != 0:
@@ -127,7 +132,7 @@ class Append:
         """Columns column … column + 7 of the head at `start`, rotated as of `position`."""
         values = self.load(pointer, start + column)
         if column < call.rotary_dim:
-            at = cutlass.min(cutlass.max(position, 0), call.rotary_rows - 1) * call.rotary_stride
+            at = Int64(cutlass.min(cutlass.max(position, 0), call.rotary_rows - 1)) * call.rotary_stride
             if call.interleaved != 0:
                 for i in cutlass.range_constexpr(VECTOR // 2):
                     cos, sin = self.angle(call, at + column // 2 + i)
@@ -144,11 +149,11 @@ class Append:
         return values
 
     @cute.jit
-    def angle(self, call: SimpleNamespace, index: Int32) -> tuple[Float32, Float32]:
+    def angle(self, call: SimpleNamespace, index: Int64) -> tuple[Float32, Float32]:
         return Float32(element(call.rotary_cos, index)), Float32(element(call.rotary_sin, index))
 
     @cute.jit
-    def keep(self, pointer: cute.Pointer, offset: Int64, values: cute.Tensor, descales: cute.Pointer, index: Int32):
+    def keep(self, pointer: cute.Pointer, offset: Int64, values: cute.Tensor, descales: cute.Pointer, index: Int64):
         """Write to the cache, in its dtype."""
         if cutlass.const_expr(self.e4m3):
             if descales.toint() != 0:

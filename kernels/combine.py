@@ -46,6 +46,7 @@ class Combine:
         call = named(parameters, FWD_COMBINE)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
+        # rows and num_splits are at most 2**31 − 32 (`kernels.abi`): what is added to them here does not wrap around.
         row = block * self.rows + tid // 32
         if row < call.rows:
             self.row(call, row, tid % 32)

@@ -15,7 +15,17 @@ from kernels.abi import FWD
 from kernels.compile import to_ptx
 from kernels.generate import Generated
 from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, tiled_mma
-from kernels.place import divided, element, entry_of, first_tile, reread_tid, schedule, sequence, token_head
+from kernels.place import (
+    divided,
+    element,
+    entry_of,
+    first_tile,
+    left_padding,
+    reread_tid,
+    schedule,
+    sequence,
+    token_head,
+)
 from kernels.tiles import (
     VECTOR,
     load_rows,
@@ -103,7 +113,12 @@ class FlashForward:
 
     @cute.jit
     def place(self, call: SimpleNamespace, block: Int32) -> tuple[SimpleNamespace, Int32]:
-        """(the tile's rows, its batch entry): start and count of packed rows, first query head, lengths and offsets."""
+        """(the tile's rows, its batch entry): start and count of packed rows, first query head, lengths and offsets.
+
+        heads · batch · tiles, or heads · tiles of a packed array, is the grid's number of blocks, below 2**31; a tile's
+        first row is one of seqlen_q · pack, below 2**31 too. Where cu_seqlens is not sorted it may wrap around to
+        another row of the entry.
+        """
         heads = divided(call.heads_q, call.pack_magic, call.pack_shift)
         tiles = cute.ceil_div(call.seqlen_q * call.pack, self.tile_m)
         pairs = heads * call.batch
@@ -128,13 +143,25 @@ class FlashForward:
 
     @cute.jit
     def keys(self, call: SimpleNamespace, entry: Int32) -> tuple[Int32, Int32]:
-        """(first token, length) of an entry's keys."""
-        return sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
+        """(first token, length) of an entry's keys, those of its left padding left out."""
+        first, length = sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
+        padding = left_padding(call.leftpad_k, entry, length)
+        return first + padding, length - padding
+
+    @cute.jit
+    def head_of_keys(self, call: SimpleNamespace, rows: SimpleNamespace) -> Int32:
+        """The key/value head of the tile's query heads. head · heads_kv would pass 2**31 from 46,341 heads on."""
+        return rows.head // (call.heads_q // call.heads_kv)
+
+    @cute.jit
+    def last_row(self, rows: SimpleNamespace) -> Int32:
+        """The tile's last row that exists; start + tile_m may pass 2**31."""
+        return rows.start + cutlass.min(rows.count - rows.start, self.tile_m) - 1
 
     @cute.jit
     def tile(self, call: SimpleNamespace, rows: SimpleNamespace, entry: Int32, tid: Int32):
         """One query tile: Q, every key block that it sees, and the output."""
-        head_kv = rows.head * call.heads_kv // call.heads_q
+        head_kv = self.head_of_keys(call, rows)
         q_start = entry * call.q_stride_b + rows.q_first * call.q_stride_s + rows.head * call.q_stride_h
         k_start = entry * call.k_stride_b + rows.k_first * call.k_stride_s + head_kv * call.k_stride_h
         v_start = entry * call.v_stride_b + rows.k_first * call.v_stride_s + head_kv * call.v_stride_h
@@ -146,7 +173,7 @@ class FlashForward:
         state.tKgK = thread_view(state.copy_qk, mK, self.tile_n, tid)
         state.tVgV = thread_view(state.copy_v, mV, self.tile_n, tid)
         token_first, _ = token_head(rows, rows.start)
-        token_last, _ = token_head(rows, cutlass.min(rows.start + self.tile_m, rows.count) - 1)
+        token_last, _ = token_head(rows, self.last_row(rows))
         first, inner_first, inner_end, end = mask.block_ranges(
             token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right
         )
@@ -295,12 +322,18 @@ class FlashForward:
             tScS = self.coordinates(state, self.tile_n)
             keys_left = rows.seqlen_k - n_start
             diagonals = self.diagonals(rows, tScS, n_start)
-            mask.apply(acc_S, tScS, diagonals, keys_left, call.window_left, call.window_right)
+            first_key = self.first_key(state, n_start)
+            mask.apply(acc_S, tScS, diagonals, keys_left, call.window_left, call.window_right, first_key)
+
+    def first_key(self, state: SimpleNamespace, n_start: Int32) -> Int32 | None:
+        """The first column with a key, relative to n_start; None: left padding is no part of the keys."""
+        return None
 
     @cute.jit
     def add_alibi(self, state: SimpleNamespace, acc_S: cute.Tensor, n_start: Int32):
         call, rows = state.call, recall(state)
         tScS = self.coordinates(state, self.tile_n)
+        # The ABI bounds the sum to 31 bits; with 64 here, the tile of 128 x 32 would spill in its loops.
         start = call.alibi_slopes + (rows.entry * call.alibi_stride_b + rows.head)
         slopes = cute.make_rmem_tensor(cute.size(state.row_max), Float32)
         for r in cutlass.range_constexpr(cute.size(slopes)):
@@ -352,9 +385,8 @@ class FlashForward:
     def write_lse(self, state: SimpleNamespace, rows: SimpleNamespace, place: cute.Tensor, lse: cute.Pointer):
         """Write what softmax.finish left in row_sum. lse: where the tile head's first token has its own."""
         for r in cutlass.range_constexpr(cute.size(state.row_sum)):
-            row = rows.start + row_of(place, r)
-            token, head = token_head(rows, row)
-            if row < rows.count:
+            token, head = token_head(rows, rows.start + row_of(place, r))
+            if row_of(place, r) < rows.count - rows.start:
                 there = lse + (head * state.call.lse_stride_h + token)
                 cute.make_tensor(there, cute.make_layout(1))[0] = state.row_sum[r]
 
@@ -365,7 +397,8 @@ class FlashForward:
         sinks.fill(-Float32.inf)
         if call.sink.toint() != 0:
             for r in cutlass.range_constexpr(cute.size(sinks)):
-                _, head = token_head(rows, cutlass.min(rows.start + row_of(place, r), rows.count - 1))
+                row = cutlass.min(row_of(place, r), rows.count - rows.start - 1)
+                _, head = token_head(rows, rows.start + row)
                 if call.sink_low != 0:
                     low = cute.recast_ptr(call.sink, dtype=self.dtype)
                     sinks[r] = Float32(element(low, rows.head + head)) * LOG2E
@@ -378,6 +411,6 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     """Compile one variant to PTX (see `kernels.generate`)."""
     op = FlashForward(variant)
     elements = dict.fromkeys(("q", "k", "v", "o"), op.dtype)
-    elements |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table"), Int32)
+    elements |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"), Int32)
     ptx, entry = to_ptx(op, FWD, elements, symbol, dump_dir)
     return Generated(ptx, entry, op.threads, op.smem, Grid("tiles_heads_batch", op.tile_m))

@@ -17,8 +17,8 @@ from kernels.compile import to_ptx
 from kernels.flash_fwd import DTYPES, FIRST, FlashForward, aligned, named, note, recall, row_of
 from kernels.generate import Generated
 from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, tiled_mma
-from kernels.pages import GROUP, load_pages, read_table, rows_of
-from kernels.place import element, token_head
+from kernels.pages import GROUP, LOW, load_pages, read_table, rows_of
+from kernels.place import element, left_padding, token_head
 from kernels.tiles import load_rows, smem_layout, store_rows, swizzle_columns, tile_copy
 from kernels.validity import E4M3, PAGED_NOTES, paged_invalid, paged_smem
 from registry.contract.errors import ContractError
@@ -59,27 +59,31 @@ class PagedForward(FlashForward):
 
     @cute.jit
     def keys(self, call: SimpleNamespace, entry: Int32) -> tuple[Int32, Int32]:
+        """As of a dense array, but with the padding: a key's place in its page is that in the whole row."""
         length = call.seqlen_k
         if call.seqused_k.toint() != 0:
-            length = cutlass.min(cutlass.max(element(call.seqused_k, entry) + call.seqlen_k_new, 0), call.seqlen_k)
+            used = cutlass.min(element(call.seqused_k, entry), call.seqlen_k)  # below 2**30, as is seqlen_k_new
+            length = cutlass.min(cutlass.max(used + call.seqlen_k_new, 0), call.seqlen_k)
         return Int32(0), length
 
     @cute.jit
     def tile(self, call: SimpleNamespace, rows: SimpleNamespace, entry: Int32, tid: Int32):
         """One query tile and one split of the keys that it sees."""
-        head_kv = rows.head * call.heads_kv // call.heads_q
+        head_kv = self.head_of_keys(call, rows)
         token_first, _ = token_head(rows, rows.start)
-        token_last, _ = token_head(rows, cutlass.min(rows.start + self.tile_m, rows.count) - 1)
+        token_last, _ = token_head(rows, self.last_row(rows))
+        padding = left_padding(call.leftpad_k, entry, rows.seqlen_k)
         first, inner_first, inner_end, end = mask.block_ranges(
-            token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right
-        )
+            token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right,
+            padding,
+        )  # fmt: skip
         first, inner_first, inner_end, end = self.share(call, first, inner_first, inner_end, end)
         count = end - first
         edges = count - (inner_end - inner_first)
 
         state = self.state(tid)
         state.call = call
-        lowest = cutlass.max(token_first + rows.offset - call.window_left, 0)
+        lowest = cutlass.max(token_first + rows.offset - call.window_left, padding)
         state.pages = self.pages(call, state, entry, head_kv)
         note(state.notes, tid, rows.count, rows.head, rows.q_first, rows.seqlen_k, rows.offset, entry, rows.start,
              lowest, rows.seqlen_k)  # fmt: skip
@@ -115,7 +119,10 @@ class PagedForward(FlashForward):
     def share(
         self, call: SimpleNamespace, first: Int32, inner_first: Int32, inner_end: Int32, end: Int32
     ) -> tuple[Int32, Int32, Int32, Int32]:
-        """The part of the key blocks that is this split's, as `mask.block_ranges` has the whole."""
+        """The part of the key blocks that is this split's, as `mask.block_ranges` has the whole.
+
+        split · size is at most the number of blocks plus num_splits.
+        """
         block, _, _ = cute.arch.block_idx()
         split = block % call.num_splits
         size = cute.ceil_div(end - first, call.num_splits)
@@ -129,7 +136,7 @@ class PagedForward(FlashForward):
     def descale_scores(self, call: SimpleNamespace, entry: Int32, head_kv: Int32, factor: Float32):
         """k_descale and what Q was divided by become part of the factor that scores meet first."""
         if call.k_descale.toint() != 0:
-            factor = factor * element(call.k_descale, entry * call.k_descale_stride_b + head_kv)
+            factor = factor * element(call.k_descale, Int64(entry) * call.k_descale_stride_b + head_kv)
         capped = call.softcap_scale != 0.0
         call.softcap_scale = call.softcap_scale * factor
         call.scale_log2 = call.scale_log2 if capped else call.scale_log2 * factor
@@ -204,6 +211,9 @@ class PagedForward(FlashForward):
         layout = smem_layout(self.tile_n, columns, self.panel)
         outer = cute.append(layout.outer, cute.make_layout(self.stages, stride=self.tile_n * columns))
         return cute.make_tensor(memory, cute.make_composed_layout(layout.inner, 0, outer))
+
+    def first_key(self, state: SimpleNamespace, n_start: Int32) -> Int32 | None:
+        return state.notes[LOW] - n_start  # that of the tile's first row: windows of the others begin no earlier
 
     @cute.jit
     def next_stage(self, turn: Int32) -> Int32:
@@ -317,7 +327,7 @@ class PagedForward(FlashForward):
     def descale_output(self, state: SimpleNamespace, entry: Int32, head_kv: Int32):
         call = state.call
         if call.v_descale.toint() != 0:
-            descale = element(call.v_descale, entry * call.v_descale_stride_b + head_kv)
+            descale = element(call.v_descale, Int64(entry) * call.v_descale_stride_b + head_kv)
             state.acc_O.store(state.acc_O.load() * descale)
 
     @cute.jit
@@ -329,9 +339,8 @@ class PagedForward(FlashForward):
         partial = cute.recast_ptr(o, dtype=Float32)
         values = rows_columns(state.acc_O)
         for r in cutlass.range_constexpr(cute.size(values, mode=[0])):
-            row = rows.start + row_of(place, r)
-            token, head = token_head(rows, row)
-            if row < rows.count:
+            token, head = token_head(rows, rows.start + row_of(place, r))
+            if row_of(place, r) < rows.count - rows.start:
                 offset = start + Int64(token) * call.o_stride_s + Int64(head) * call.o_stride_h
                 for c in cutlass.range_constexpr(0, cute.size(values, mode=[1])):
                     column = self.column(place, c)
@@ -374,7 +383,7 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     """Compile one variant to PTX (see `kernels.generate`)."""
     op = PagedForward(variant)
     elements = {"q": op.dtype, "k": op.product, "v": op.product, "o": op.dtype}
-    elements |= dict.fromkeys(("cu_seqlens_q", "seqused_q", "seqused_k", "page_table"), cutlass.Int32)
+    elements |= dict.fromkeys(("cu_seqlens_q", "seqused_q", "seqused_k", "leftpad_k", "page_table"), cutlass.Int32)
     arch = fp8.ARCH if op.e4m3 else None
     ptx, entry = to_ptx(op, FWD_PAGED, elements, symbol, dump_dir, arch=arch)
     return Generated(ptx, entry, op.threads, op.smem, Grid("tiles_heads_batch", op.tile_m))

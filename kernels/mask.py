@@ -1,7 +1,11 @@
 """Which key blocks a query tile visits, and which scores of a boundary block count.
 
 Query token i sees key j when i + offset − left ≤ j ≤ i + offset + right, with offset = seqlen_k − seqlen_q
-(bottom-right alignment). Causal is right = 0; an open side is `registry.contract.WINDOW_OPEN`.
+(bottom-right alignment). Causal is right = 0; an open side is `registry.contract.WINDOW_OPEN`, 2**30.
+
+Range: seqlen_q + seqlen_k < 2**30 (`kernels.abi`), so that |i + offset| < 2**30 for a token i that exists, and sums
+with one bound of a window, and then with minus a block's first key, stay in 32 bits. In a row past the last token
+they may wrap around: nobody looks at its scores.
 """
 
 import cutlass
@@ -19,18 +23,23 @@ def block_ranges(
     seqlen_k: cutlass.Int32,
     left: cutlass.Int32,
     right: cutlass.Int32,
+    padding: cutlass.Int32 | None = None,
 ) -> tuple[cutlass.Int32, cutlass.Int32, cutlass.Int32, cutlass.Int32]:
     """(first, inner_first, inner_end, end) key blocks of the query tokens token_first … token_last.
 
     Blocks [inner_first, inner_end) are visible to every row and need no mask; the others in [first, end) do.
-    first ≤ inner_first ≤ inner_end ≤ end holds always; nothing visible gives end = first.
+    first ≤ inner_first ≤ inner_end ≤ end holds always; nothing visible gives end = first. padding: the first keys that
+    do not exist, up to seqlen_k; None: it is 0.
     """
-    lowest = cutlass.max(token_first + offset - left, 0)
-    all_lowest = cutlass.max(token_last + offset - left, 0)
+    least = cutlass.Int32(0) if padding is None else padding
+    lowest = cutlass.max(token_first + offset - left, least)
+    all_lowest = cutlass.max(token_last + offset - left, least)
     all_end = cutlass.max(cutlass.min(token_first + offset + right + 1, seqlen_k), 0)
     highest_end = cutlass.max(cutlass.min(token_last + offset + right + 1, seqlen_k), 0)
     first = lowest // tile_n
     end = cutlass.max(cute.ceil_div(highest_end, tile_n), first)
+    if cutlass.const_expr(padding is not None):  # it may end within the last block, and all that rows see before it
+        end = first if highest_end <= lowest else end
     inner_end = cutlass.max(cutlass.min(all_end // tile_n, end), first)
     inner_first = cutlass.min(cute.ceil_div(all_lowest, tile_n), inner_end)
     return first, inner_first, inner_end, end
@@ -44,15 +53,18 @@ def apply(
     keys_left: cutlass.Int32,
     left: cutlass.Int32,
     right: cutlass.Int32,
+    first_key: cutlass.Int32 | None = None,
 ):
     """Set scores outside the window or past the last key to −inf. tScS: (row, column) of each score within the tile.
 
-    diagonals: the column of each row's diagonal, keys_left: the first column without a key; both relative to the
-    block's first column, so that columns stay compile-time offsets.
+    diagonals: the column of each row's diagonal, keys_left: the first column behind the keys, first_key: the first with
+    one, if not all before have; all relative to the block's first column, so that columns stay compile-time offsets.
     """
     scores, coordinate = rows_columns(acc_S), rows_columns(tScS)
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         low = diagonals[r] - left
+        if cutlass.const_expr(first_key is not None):
+            low = cutlass.max(low, first_key)
         high = cutlass.min(diagonals[r] + right, keys_left - 1)
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             column = coordinate[0, c][1]

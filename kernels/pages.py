@@ -2,7 +2,7 @@
 
 A page is `page_size` keys of all heads, anywhere; a row of the page table names an entry's pages in order. Nothing is
 read, of the table or of a page, that belongs to keys outside low … end − 1: two of the block's notes, so that no
-register holds them from load to load.
+register holds them from load to load. A page's number below 0 counts as 0: graphs are padded with sequences of it.
 
 Where page_size is a multiple of GROUP, each GROUP keys of a block lie one behind another (`pages.grouped`): their page
 and their place in it are the same for all threads, and what is a thread's own does not change from block to block.
@@ -60,7 +60,7 @@ def page_of(pages: SimpleNamespace, key: Int32, low: Int32, end: Int32) -> Int32
     number = pages.entry
     if pages.table.toint() != 0:
         key = cutlass.min(cutlass.max(key, low), end - 1)
-        number = element(pages.table, pages.table_row + divided(key, pages.magic, pages.shift))
+        number = cutlass.max(element(pages.table, pages.table_row + divided(key, pages.magic, pages.shift)), 0)
     return number
 
 

@@ -160,8 +160,17 @@ def _strides(given: dict[str, Any], sizes: dict[str, int]) -> Numbers:
     found |= numbers.of_lse(sizes, sizes["heads_q"])
     sink = given.get("sink")
     found["sink_low"] = int(sink is not None and sink.element_size() == 2)
-    found["alibi_stride_b"] = _stride_of_batch(given.get("alibi_slopes"), sizes["batch"])
+    found["alibi_stride_b"] = _stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
     return found
+
+
+def _stride_of_slopes(slopes: Any, batch: int) -> int:
+    """As `_stride_of_batch`; the kernels find a row of slopes with 32 bits."""
+    stride = _stride_of_batch(slopes, batch)
+    if stride and batch * stride + slopes.shape[1] > checks.MAX_I32:
+        message = f"{batch} rows with a stride of {stride}, must be below 2**31 elements"
+        raise ArgumentError("alibi_slopes", message, reason="too_large")
+    return stride
 
 
 def _stride_of_batch(tensor: Any, batch: int) -> int:

@@ -17,6 +17,7 @@ from runtime.errors import ArgumentError, IntegrityError
 from runtime.load.kernel import Kernel
 
 MAX_BLOCKS = 2**31 - 1  # of grid.x
+MAX_ROWS = 2**31 - 32  # of an op whose grid counts rows: a block's rows behind the last are counted in 32 bits too
 MAIN_SLOTS = 5  # q, k, v, o and lse lead the ABI of `fwd`: all that a plain dense call writes
 
 
@@ -71,6 +72,9 @@ class Launch:
         blocks = artifact.grid.blocks(facts, pack) * shared
         if blocks > MAX_BLOCKS:
             message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
+            raise ArgumentError("q", message, reason="too_large")
+        if facts.get("rows", 0) > MAX_ROWS:
+            message = f"the call has {facts['rows']} rows for {artifact.variant}, at most {MAX_ROWS} may be; split it"
             raise ArgumentError("q", message, reason="too_large")
         self.fire: Callable[[int, int, int], tuple[Any]] = partial(
             self.start, self.kernel.function, blocks, 1, 1, artifact.threads, 1, 1, self.kernel.smem

@@ -54,7 +54,8 @@ def options(case: Case) -> set[tuple[str, Any]]:
     used: dict[str, Any] = {"window": (left is not None, right is not None)}
     for name in ("family", "lse", "heads_first", "far", "sink", "alibi", "pack"):
         used[name] = getattr(case, name)
-    for name in ("head_dim", "head_dim_v", "softcap", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+    for name in ("head_dim", "head_dim_v", "softcap", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+                 "leftpad_k"):  # fmt: skip
         used[name] = bool(getattr(case, name))
     return set(used.items())
 
@@ -100,9 +101,15 @@ def option_cases(m: int, n: int, d: int, dv: int) -> list[Case]:
         Case("used-keys", 21, 2 * n, 2, 1, batch=3, seqused_k=(n + 3, 0, 2 * n), window=(None, 0), sink="fp32"),
         Case("used-queries", m + 9, n + 9, 1, 1, batch=3, seqused_q=(m + 1, 3, 0), seqused_k=(n, n + 9, 4),
              window=(7, 0), heads_first=True),
+        Case("left-padding", m // 2 + 9, 2 * n + 11, 2, 1, batch=5, window=(None, 0), alibi="heads", family="x4",
+             leftpad_k=(n + 5, 0, 2 * n + 11, 2**31 - 1, -9)),
+        Case("left-padding-pack3", m // 3 + 9, 2 * n, 3, 1, batch=4, window=(n + 3, 9), pack=True, heads_first=True,
+             seqused_k=(n + 9, n, 0, 2 * n), leftpad_k=(n - 1, n, 3, n + 9), alibi="entries", sink="low", family="low"),
+        varlen("left-padding-varlen", (m + 3, 0, 1, 20), (n + 30, 17, 2 * n + 1, 9), spare=5, heads_q=2,
+               leftpad_k=(31, 3, n + 2, 9), seqused_k=(n + 30, 17, 2 * n, 9)),
         varlen("everything", (m // 3 + 9, 0, 1), (n + 41, 3, 2), spare=3, heads_q=3, pack=True, family="x4",
                head_dim=d - 8, head_dim_v=dv - 16, softcap=25.0, sink="low", alibi="entries", heads_first=True,
-               seqused_q=(m // 3 + 5, 0, 1), seqused_k=(n + 33, 3, 1), window=(n + 1, 0)),
+               seqused_q=(m // 3 + 5, 0, 1), seqused_k=(n + 33, 3, 1), leftpad_k=(35, 1, 0), window=(n + 1, 0)),
     ]  # fmt: skip
 
 

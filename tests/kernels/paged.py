@@ -42,8 +42,16 @@ class PagedCase(Case):
 
     @property
     def keys(self) -> Tokens:
+        return self.keys_and_paddings.from_the_left(self.leftpad_k)
+
+    @property
+    def keys_and_paddings(self) -> Tokens:
         used = tuple(min(max(length + self.new, -(2**31)), 2**31 - 1) for length in self.seqused_k)
         return Tokens.of(self.seqlen_k, self.batch, (), used)
+
+    @property
+    def paddings(self) -> list[int]:
+        return [part.start for _, part in self.keys.entries]
 
     @property
     def lengths(self) -> list[int]:
@@ -95,6 +103,9 @@ def page_table(case: PagedCase) -> Array:
         for j in range(count):
             shared = case.pages == "shared" and b and j % 2 == 0 and j < counts[0]
             table[b, j] = b if not case.page_size else table[0, j] if shared else next(numbers)
+    for b, padding in enumerate(case.paddings):
+        pages = slice(table.shape[1] if padding == case.lengths[b] else padding // max(size, 1))
+        table[b, pages] = np.resize(UNUSED, table[b, pages].shape)
     return table
 
 
@@ -109,7 +120,7 @@ def owned(case: PagedCase) -> Array:
     """Which tokens of which page belong to an entry: (pages, page_size)."""
     mine, table = np.zeros((page_count(case), case.rows_of_a_page), bool), page_table(case)
     for b, length in enumerate(case.lengths):
-        token = np.arange(length)
+        token = np.arange(case.paddings[b], length)
         mine[table[b][token // max(case.rows_of_a_page, 1)], token % max(case.rows_of_a_page, 1)] = True
     return mine
 
@@ -182,7 +193,7 @@ def run(
 def lengths_on(device: Device, case: PagedCase) -> dict[str, int]:
     """Lengths of queries and keys and the page table on the device: of its rows what the lengths need can be read."""
     values = {"seqlen_k_new": case.new}
-    for name in ("cu_seqlens_q", "seqused_q", "seqused_k"):
+    for name in ("cu_seqlens_q", "seqused_q", "seqused_k", "leftpad_k"):
         if lengths := getattr(case, name):
             values[name] = put_exact(device, np.array([lengths], np.int32))
     magic, shift = fast_divmod(max(case.rows_of_a_page, 1))
@@ -193,8 +204,9 @@ def lengths_on(device: Device, case: PagedCase) -> dict[str, int]:
     rows = np.full((len(table), table.shape[1] + 3), UNUSED[0], np.int32)
     rows[:, 1:-2] = table
     used = np.zeros(rows.shape, bool)
-    for b, length in enumerate(case.lengths):
-        used[b, 1 : 1 + -(-length // case.page_size)] = True
+    for b, (padding, length) in enumerate(zip(case.paddings, case.lengths, strict=True)):
+        if padding < length:
+            used[b, 1 + padding // case.page_size : 1 + -(-length // case.page_size)] = True
     return values | {"page_table": device.put(rows, used) + 4, "page_table_stride": rows.shape[1]}
 
 
@@ -273,7 +285,7 @@ def expected(case: PagedCase, variant: Variant) -> Reference:
         alibi = None if rows is None else rows[b % len(rows)]
         scores = Scores(launch.softmax_scale(case, variant), case.window, case.softcap, alibi, weights)
         keys, values = (
-            gather(pages, page_table(case)[b], case.lengths[b])[None] * factor[b % len(factor), :, None]
+            gather(pages, page_table(case)[b], case.lengths[b], case.paddings[b])[None] * factor[b % len(factor), :, None]
             for pages, factor in zip((k, v), factors, strict=True)
         )
         entries.append(reference(q[i : i + 1, tokens], keys, values, variant.dtype, scores))

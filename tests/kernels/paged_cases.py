@@ -27,6 +27,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "family": ("normal", "x4", "low"),
     "descale": ("", "heads", "entries"),
     "new": (0, 3),
+    "leftpad": ("", "part", "whole"),
     "heads_first": (False, True),
     "lse": (True, False),
 }
@@ -66,6 +67,7 @@ def case(row: dict[str, Any], variant: Variant) -> PagedCase:
         pack=pack,
         batch=3,
         seqused_k=tuple(length - row["new"] for length in lengths),
+        leftpad_k={"": (), "part": (n // 2 + 3, n + 2, 1), "whole": (room - 3, 2**31 - 1, -5)}[row["leftpad"]],
         window={
             "": (None, None), "causal": (None, 0), "both": (n // 2 + 3, 9), "left": (n + 1, None), "right": (None, -5)
         }[row["window"]],

@@ -244,11 +244,10 @@ def test_the_parameter_buffer_is_the_abi_s(backend: FakeBackend, registry: Path)
     assert (p["batch"], p["heads_q"], p["heads_kv"], p["seqlen_q"], p["seqlen_k"]) == (2, 4, 2, 70, 9)
     assert (p["window_left"], p["window_right"]) == (3, 0)
     assert (p["head_dim"], p["head_dim_v"], p["pack"], p["pack_magic"], p["pack_shift"]) == (64, 64, 1, 2**31, 31)
-    assert (p["page_size"], p["page_table_stride"], p["num_splits"], p["softcap_scale"]) == (0, 0, 1, 0.0)
-    assert (p["sink_low"], p["alibi_stride_b"]) == (0, 0)
+    assert (p["sink_low"], p["alibi_stride_b"], p["softcap_scale"]) == (0, 0, 0.0)
     assert p["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
     null = [n for n, kind in ((x.name, x.type) for x in FWD.params) if kind == "ptr" and n not in launch.MAIN_SLOTS]
-    assert len(null) == 11 and not any(p[n] for n in null)
+    assert len(null) == 7 and not any(p[n] for n in null)
     runtime.flash_attn(q, k, v)
     p = backend.driver.launches[-1]["params"]
     assert p["lse"] == 0 and (p["window_left"], p["window_right"]) == (WINDOW_OPEN, WINDOW_OPEN)

@@ -103,7 +103,7 @@ def test_the_parameter_buffer_of_packed_arrays(backend: FakeBackend, registry: P
     assert [p[n] for n in ("q", "k", "v", "o", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")] == [
         t.data_ptr() for t in (given["q"], given["k"], given["v"], out, lse, given["cu_seqlens_q"],
                                given["cu_seqlens_k"], used_q, used_k)]  # fmt: skip
-    assert (p["page_table"], p["sink"], p["alibi_slopes"]) == (0, 0, 0)
+    assert (p["leftpad_k"], p["sink"], p["alibi_slopes"]) == (0, 0, 0)
     assert [p[f"{t}_stride_b"] for t in ("q", "k", "v", "o", "lse")] == [0] * 5
     assert (p["q_stride_s"], p["k_stride_s"], p["v_stride_s"], p["o_stride_s"]) == (256, 128, 64, 128)
     assert (p["lse_stride_h"], p["batch"], p["seqlen_q"], p["seqlen_k"]) == (78, 4, 78, 20)
@@ -413,12 +413,13 @@ def test_bad_input(backend: FakeBackend, registry: Path, name):
             runtime.flash_attn_varlen(**packed(), seqused_q=ints(1, 1, 1, 1), sink=torch.zeros(4))
 
 
-def test_slopes_lie_at_most_2_to_the_31_apart(backend: FakeBackend, registry: Path, monkeypatch):
-    monkeypatch.setattr(checks, "MAX_I32", 200)
-    check(**packed(), alibi_slopes=torch.rand(4, 200)[:, :4])
-    with pytest.raises(ArgumentError, match="batch stride 201") as error:
-        runtime.flash_attn_varlen(**packed(), alibi_slopes=torch.rand(4, 201)[:, :4])
-    assert (error.value.argument, error.value.reason) == ("alibi_slopes", "stride")
+def test_slopes_span_less_than_2_to_the_31(backend: FakeBackend, registry: Path, monkeypatch):
+    monkeypatch.setattr(checks, "MAX_I32", 204)
+    check(**packed(), alibi_slopes=torch.rand(4, 50)[:, :4])
+    for columns, reason in ((51, "too_large"), (205, "stride")):
+        with pytest.raises(ArgumentError, match=f"stride (of )?{columns}") as error:
+            runtime.flash_attn_varlen(**packed(), alibi_slopes=torch.rand(4, columns)[:, :4])
+        assert (error.value.argument, error.value.reason) == ("alibi_slopes", reason)
 
 
 def test_what_the_key_leaves_open_is_checked_on_warm_calls(backend: FakeBackend, registry: Path):
