@@ -30,7 +30,8 @@ def schedule(block: Int32, tiles: Int32, heads: Int32) -> tuple[Int32, Int32]:
     Under a causal mask the longest tiles of a section start first and the short ones fill the tail, while the keys and
     values of its heads stay in L2. heads: tile heads, of all batch entries where each has its own tiles.
     """
-    done = block // (tiles * SECTION) * SECTION
+    # tiles · heads is the grid's number of blocks, below 2**31; tiles · SECTION may be more.
+    done = block // tiles // SECTION * SECTION
     width = cutlass.min(SECTION, heads - done)
     within = block - done * tiles
     return tiles - 1 - within // width, done + within % width
@@ -45,7 +46,10 @@ def token_head(rows: SimpleNamespace, row: Int32) -> tuple[Int32, Int32]:
 
 @cute.jit
 def divided(number: Int32, magic: Int64, shift: Int32) -> Int32:
-    """number // pack; unsigned 32-bit factors, so that one instruction multiplies them."""
+    """number // pack for a number ≥ 0; unsigned 32-bit factors, so that one instruction multiplies them.
+
+    magic is below 2**32 (`registry.contract.division`), the product below 2**63.
+    """
     return Int32(Uint64(Uint32(number)) * Uint64(Uint32(magic)) >> Uint64(shift))
 
 
@@ -69,8 +73,20 @@ def sequence(cu_seqlens: cute.Pointer, seqused: cute.Pointer, entry: Int32, seql
 
 
 @cute.jit
+def left_padding(leftpad: cute.Pointer, entry: Int32, length: Int32) -> Int32:
+    """How many of an entry's first tokens do not exist: at most `length`, those up to its end; 0 without `leftpad`."""
+    padding = Int32(0)
+    if leftpad.toint() != 0:
+        padding = cutlass.min(cutlass.max(element(leftpad, entry), 0), length)
+    return padding
+
+
+@cute.jit
 def first_tile(cu_seqlens: cute.Pointer, entry: Int32, total: Int32, pack: Int32, tile_m: cutlass.Constexpr) -> Int32:
-    """The number of an entry's first tile among those of all entries of a packed array (`registry.contract.Grid`)."""
+    """The number of an entry's first tile among those of all entries of a packed array (`registry.contract.Grid`).
+
+    first · pack ≤ total · pack < 2**31 (`kernels.abi`); the number is at most that of all tiles, which the grid has.
+    """
     first = cutlass.min(cutlass.max(element(cu_seqlens, entry), 0), total)
     return first * pack // tile_m + entry
 
@@ -85,11 +101,11 @@ def entry_of(
     """
     low, width = Int32(0), batch
     while width > 1:
-        step = cute.ceil_div(width, 32)
-        probe = low + cute.arch.lane_idx() * step
+        step = (width - 1) // 32 + 1
+        ahead = cute.arch.lane_idx() * step  # at most width + 30 and 31 · 2**26; low + width is at most batch
         begun = cutlass.Boolean(False)
-        if probe < low + width:
-            begun = first_tile(cu_seqlens, probe, total, pack, tile_m) <= tile
+        if ahead < width:
+            begun = first_tile(cu_seqlens, low + ahead, total, pack, tile_m) <= tile
         passed = cutlass.max(cute.arch.popc(cute.arch.vote_ballot_sync(begun)), 1) - 1
         width = cutlass.min(step, width - passed * step)
         low = low + passed * step

@@ -67,6 +67,7 @@ class Scores:
 
     softcap > 0: softcap · tanh(scale · q·k / softcap). alibi: slopes, (heads_q,) or (batch, heads_q); the bias is
     −slope · |i + seqlen_k − seqlen_q − j|. sink: (heads_q,), a further logit in each row's softmax, with no value.
+    leftpad: the first keys of each entry that nobody sees; positions count them.
     """
 
     scale: float
@@ -74,6 +75,7 @@ class Scores:
     softcap: float = 0.0
     alibi: Array | None = None
     sink: Array | None = None
+    leftpad: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,10 @@ def join(parts: Sequence[Reference]) -> Reference:
     return Reference(parts[0].dtype, out, lse, lse_size, plain, rounded_p, max(part.floor for part in parts))
 
 
-def gather(pages: Array, table: Array, length: int) -> Array:
-    """(length, heads, dim): the first tokens of an entry. pages: (pages, page_size, heads, dim); table: its row of page
-    numbers, of which no more is looked at than the tokens need."""
-    token = np.arange(length)
+def gather(pages: Array, table: Array, length: int, first: int = 0) -> Array:
+    """(length − first, heads, dim): tokens first … length − 1 of an entry. pages: (pages, page_size, heads, dim); table:
+    its row of page numbers, of which no more is looked at than the tokens need."""
+    token = np.arange(first, length)
     return pages[table[token // pages.shape[1]], token % pages.shape[1]]
 
 
@@ -246,7 +248,8 @@ def masked_logits(products: Array, scores: Scores, step: Callable[[Array], Array
         logits = step(np.tanh(logits / number(scores.softcap)) * number(scores.softcap))
     if scores.alibi is not None:
         logits = step(logits + alibi_bias(products, scores))
-    return np.where(visible(seqlen_q, seqlen_k, scores.window), logits, number(-np.inf))
+    seen = visible(seqlen_q, seqlen_k, scores.window) & (np.arange(seqlen_k) >= scores.leftpad)
+    return np.where(seen, logits, number(-np.inf))
 
 
 def alibi_bias(products: Array, scores: Scores) -> Array:

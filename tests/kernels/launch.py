@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ class Case:
     head_dim_v: 0 for the variant's. family: 'normal', 'x4' or 'low' (all logits far below 0). heads_first: each array
     is (heads, seqlen, dim) in memory. far: batch entries lie 2**32 elements apart, packed keys as far into their array.
     sink: '', 'fp32' or 'low' (the variant's dtype). alibi: '', 'heads' or 'entries' (slopes of each entry's own).
-    pack: the query heads of a key/value head share tiles.
+    pack: the query heads of a key/value head share tiles. leftpad_k: how many of each entry's first keys do not exist.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Case:
     cu_seqlens_k: tuple[int, ...] = ()
     seqused_q: tuple[int, ...] = ()
     seqused_k: tuple[int, ...] = ()
+    leftpad_k: tuple[int, ...] = ()
 
     @property
     def queries(self) -> Tokens:
@@ -58,7 +59,14 @@ class Case:
 
     @property
     def keys(self) -> Tokens:
-        return Tokens.of(self.seqlen_k, self.batch, self.cu_seqlens_k, self.seqused_k)
+        return Tokens.of(self.seqlen_k, self.batch, self.cu_seqlens_k, self.seqused_k).from_the_left(self.leftpad_k)
+
+    @property
+    def paddings(self) -> list[int]:
+        """Of each entry, as the device clamps them."""
+        whole = Tokens.of(self.seqlen_k, self.batch, self.cu_seqlens_k, self.seqused_k)
+        starts = zip(whole.entries, self.keys.entries, strict=True)
+        return [part.start - all_keys.start for (_, all_keys), (_, part) in starts]
 
     def dims(self, variant: Variant) -> tuple[int, int]:
         """(head_dim, head_dim_v)."""
@@ -84,6 +92,16 @@ class Tokens:
             length = min(max(seqused[b], 0), stop - start) if seqused else stop - start
             entries.append((0 if cu_seqlens else b, slice(start, start + length)))
         return cls(seqlen, 1 if cu_seqlens else batch, bool(cu_seqlens), tuple(entries))
+
+    def from_the_left(self, leftpad: Sequence[int]) -> Tokens:
+        """Without the first tokens of each entry, as many as `leftpad` says and there are."""
+        if not leftpad:
+            return self
+        entries = [
+            (array, slice(min(part.start + max(pad, 0), part.stop), part.stop))
+            for (array, part), pad in zip(self.entries, leftpad, strict=True)
+        ]
+        return replace(self, entries=tuple(entries))
 
 
 @dataclass(frozen=True)
@@ -309,9 +327,9 @@ def inputs_on(device: Device, case: Case, variant: Variant) -> dict[str, int]:
 
 
 def lengths_on(device: Device, case: Case) -> dict[str, int]:
-    """cu_seqlens and seqused on the device; null where absent."""
+    """cu_seqlens, seqused and leftpad on the device; null where absent."""
     values: dict[str, int] = {}
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"):
         if lengths := getattr(case, name):
             before = skipped_keys(case) if name == "cu_seqlens_k" else 0
             values[name] = put_exact(device, np.array([lengths], np.int32) + before)
@@ -343,8 +361,9 @@ def expected(case: Case, variant: Variant) -> Reference:
         weights = decode(weights, variant.dtype)
     entries = []
     for b, ((i, tokens), (j, keys)) in enumerate(zip(case.queries.entries, case.keys.entries, strict=True)):
-        alibi = None if rows is None else rows[b % len(rows)]
-        scores = Scores(softmax_scale(case, variant), case.window, case.softcap, alibi, weights)
+        alibi, pad = None if rows is None else rows[b % len(rows)], case.paddings[b]
+        keys = slice(keys.start - pad, keys.stop)
+        scores = Scores(softmax_scale(case, variant), case.window, case.softcap, alibi, weights, pad)
         entries.append(reference(q[i : i + 1, tokens], k[j : j + 1, keys], v[j : j + 1, keys], variant.dtype, scores))
     return join(entries)
 
