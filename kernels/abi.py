@@ -110,7 +110,8 @@ ROWS = 128
 # b · ⌈seqlen_q / ROWS⌉ · ROWS, and of a packed one that begins at token t at row (⌊t / ROWS⌋ + b) · ROWS. rows: of all
 # entries. lse_log2 and delta are (heads_q, rows). dq_accum is (heads_q, rows / 16, head_dim / 8, 32, 4): lane l of a
 # unit of 16 rows × 8 columns holds rows l // 4 and l // 4 + 8 of columns 2·(l % 4) and the next, as an mma leaves them.
-# semaphores: (heads_q, rows / 16), int32.
+# semaphores: (heads_q, rows / 16), int32. rows are below 2**31 and heads_q · rows below 2**35: a dq_accum of so many has
+# 256 GiB and 4 TiB.
 BWD_PREPROCESS = Abi(
     op="bwd_preprocess",
     version=1,
@@ -127,14 +128,16 @@ BWD_PREPROCESS = Abi(
 
 BWD = Abi(
     op="bwd",
-    version=1,
+    version=2,
     params=(
         *_params("ptr", "q k v dout lse_log2 delta dq_accum dk dv"),
         # dk_partial, dv_partial: fp32 (splits, [batch,] seqlen_k, heads_kv, ·), contiguous but for the first stride,
         # written in place of dk and dv where they are given. semaphores: given, additions to dq_accum are in order.
-        # dalibi: (tiles of keys of all entries, heads_q), written where a tile has keys.
-        *_params("ptr", "dk_partial dv_partial cu_seqlens_q cu_seqlens_k seqused_q seqused_k alibi_slopes dalibi"),
-        *_params("ptr", "semaphores"),
+        # dalibi: (tiles of keys of all entries, heads_q), written where a tile has keys: an entry's tiles begin at its
+        # first key. leftpad_k: tokens at the start of each entry of k that are no keys; cu_seqlens_k and seqused_k say
+        # where the entry ends, padding included. Rows of dk and dv before the first key are not written.
+        *_params("ptr", "dk_partial dv_partial cu_seqlens_q cu_seqlens_k seqused_q seqused_k leftpad_k alibi_slopes"),
+        *_params("ptr", "dalibi semaphores"),
         *_params("i64", "q_stride_b q_stride_s q_stride_h k_stride_b k_stride_s k_stride_h"),
         *_params("i64", "v_stride_b v_stride_s v_stride_h dout_stride_b dout_stride_s dout_stride_h"),
         *_params("i64", "dk_stride_b dk_stride_s dk_stride_h dv_stride_b dv_stride_s dv_stride_h"),
@@ -159,4 +162,20 @@ BWD_POSTPROCESS = Abi(
     ),
 )
 
-ABIS = {abi.op: abi for abi in (FWD, FWD_PAGED, FWD_COMBINE, KV_APPEND, BWD_PREPROCESS, BWD, BWD_POSTPROCESS)}
+BWD_SUM = Abi(
+    op="bwd_sum",
+    version=1,
+    params=(
+        # dk, dv: contiguous, of the variant's dtype; each element is the sum over splits, the first split first, of
+        # fp32 partials that lie *_stride_split apart, rounded once.
+        *_params("ptr", "dk_partial dv_partial dk dv"),
+        # Elements of dk and dv, multiples of 8.
+        *_params("i64", "dk_partial_stride_split dv_partial_stride_split dk_elements dv_elements"),
+        *_params("i32", "splits"),
+    ),
+)
+
+ABIS = {
+    abi.op: abi
+    for abi in (FWD, FWD_PAGED, FWD_COMBINE, KV_APPEND, BWD_PREPROCESS, BWD, BWD_SUM, BWD_POSTPROCESS)
+}

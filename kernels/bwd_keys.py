@@ -7,8 +7,8 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from kernels.abi import ROWS
-from kernels.bwd_rows import packed_row
-from kernels.place import entry_of, first_tile, schedule, sequence
+from kernels.bwd_rows import packed_row, tile_start
+from kernels.place import entry_of, first_tile, left_padding, schedule, sequence
 
 # What a block notes down in shared memory, in this order, so that no register holds it through the loop. pending: the
 # semaphore of the query tile at which its turn has not ended yet (`kernels.accumulate`), or -1.
@@ -26,7 +26,12 @@ def recall(state: SimpleNamespace) -> SimpleNamespace:
 @cute.jit
 def place(call: SimpleNamespace, block: Int32, tile_n: cutlass.Constexpr) -> SimpleNamespace:
     """The tile of keys: its first key and the entry's number of them, heads, first tokens and lengths, its number
-    among the tiles of all entries, and the entry's first row in the workspaces."""
+    among the tiles of all entries, and the entry's first row in the workspaces.
+
+    Left padding is no keys: the entry's tiles, and all that counts them, begin behind it.
+    32 bits suffice: heads are at most heads_q; heads · batch, of dense keys, and tiles are at most as many as blocks;
+    tokens are below 2**30 and rows of the workspaces below 2**31 (`kernels.abi`).
+    """
     heads = call.heads_kv * call.splits
     tiles = cute.ceil_div(call.seqlen_k, tile_n)
     pairs = heads * call.batch
@@ -45,15 +50,18 @@ def place(call: SimpleNamespace, block: Int32, tile_n: cutlass.Constexpr) -> Sim
         # If the array is not sorted, an entry's first tile may have no block: then none may wait for it.
         complete = entry_of(first, call.cu_seqlens_k, call.batch, call.seqlen_k, Int32(1), tile_n) == entry
         tile = tile - first if complete else Int32(-1)
+    start = tile_start(tile, call.seqlen_k, tile_n)
     q_first, seqlen_q = sequence(call.cu_seqlens_q, call.seqused_q, entry, call.seqlen_q)
     k_first, seqlen_k = sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
+    padding = left_padding(call.leftpad_k, entry, seqlen_k)
+    k_first, seqlen_k = k_first + padding, seqlen_k - padding
     row = entry * cute.ceil_div(call.seqlen_q, ROWS) * ROWS
     if call.cu_seqlens_q.toint() != 0:
         row = packed_row(q_first, entry)
     head_kv = head // call.splits
     per_split = call.heads_q // heads
     return SimpleNamespace(
-        start=tile * tile_n, count=seqlen_k, entry=entry, head=head_kv, split=head - head_kv * call.splits,
+        start=start, count=seqlen_k, entry=entry, head=head_kv, split=head - head_kv * call.splits,
         head_q=head * per_split, heads=per_split, q_first=q_first, k_first=k_first, seqlen_q=seqlen_q,
         offset=seqlen_k - seqlen_q, number=number, row=row, pending=Int32(-1),
     )  # fmt: skip

@@ -76,6 +76,7 @@ class Outputs:
         if call.cu_seqlens_k.toint() == 0:
             token = token + Int64(keys.entry) * call.seqlen_k
         start = keys.split * stride_split + (token * call.heads_kv + keys.head) * columns
+        row_stride = Int64(call.heads_kv) * columns
         tCcC = state.mma.get_slice(state.tid).partition_C(cute.make_identity_tensor((self.tile_n, width)))
         coordinate = rows_columns(tCcC)
         values, pair = rows_columns(acc), cute.make_rmem_tensor(2, Float32)
@@ -84,6 +85,6 @@ class Outputs:
                 row, column = coordinate[r, 0][0], coordinate[0, c][1]
                 if (row < keys.count - keys.start) & (column < columns):
                     pair[0], pair[1] = values[r, c] * factor, values[r, c + 1] * factor
-                    there = start + Int64(row) * (call.heads_kv * columns) + column
+                    there = start + row * row_stride + column
                     there = cute.make_tensor(pointer + cute.assume(there, divby=2), cute.make_layout(2))
                     cute.autovec_copy(pair, there)

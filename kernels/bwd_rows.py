@@ -32,9 +32,20 @@ def packed_row(token: Int32, entry: Int32) -> Int32:
 
 
 @cute.jit
+def tile_start(tile: Int32, total: Int32, tile_m: cutlass.Constexpr) -> Int32:
+    """The first token of an entry's tile. Where `cu_seqlens` is not sorted its number can be anything: below 0 or far
+    behind the array's end it is taken for one just behind that."""
+    last = Uint32(total // tile_m + 1)
+    return Int32(cutlass.min(Uint32(tile), last)) * tile_m
+
+
+@cute.jit
 def place(call: SimpleNamespace, block: Int32) -> SimpleNamespace:
     """Where a block works: entry, head, the tile's first row and the number of rows that the entry has, its first
-    token, and the tile's first row in the workspaces."""
+    token, and the tile's first row in the workspaces.
+
+    heads · tiles, with batch in it where q is dense, is the number of blocks, below 2**31.
+    """
     tiles = cute.ceil_div(call.seqlen_q, ROWS) * call.batch
     if call.cu_seqlens_q.toint() != 0:
         tiles = call.seqlen_q // ROWS + call.batch
@@ -45,9 +56,10 @@ def place(call: SimpleNamespace, block: Int32) -> SimpleNamespace:
     start = (tile - entry * of_entry) * ROWS
     if call.cu_seqlens_q.toint() != 0:
         entry = entry_of(tile, call.cu_seqlens_q, call.batch, call.seqlen_q, Int32(1), ROWS)
-        start = (tile - first_tile(call.cu_seqlens_q, entry, call.seqlen_q, Int32(1), ROWS)) * ROWS
+        first = first_tile(call.cu_seqlens_q, entry, call.seqlen_q, Int32(1), ROWS)
+        start = tile_start(tile - first, call.seqlen_q, ROWS)
     q_first, count = sequence(call.cu_seqlens_q, call.seqused_q, entry, call.seqlen_q)
-    return SimpleNamespace(entry=entry, head=head, start=start, count=count, q_first=q_first, row=tile * ROWS)
+    return SimpleNamespace(entry=entry, head=head, start=start, count=count, q_first=q_first, row=Int64(tile) * ROWS)
 
 
 class _Rows:
@@ -88,12 +100,12 @@ class Preprocess(_Rows):
     def clear(self, call: SimpleNamespace, at: SimpleNamespace, tid: Int32):
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
-        first = (Int64(at.head) * call.rows + at.row) * call.head_dim_accum
+        first = (at.head * call.rows + at.row) * call.head_dim_accum
         for i in cutlass.range(ROWS * call.head_dim_accum // (4 * THREADS)):
             there = call.dq_accum + cute.assume(first + (i * THREADS + tid) * 4, divby=4)
             cute.autovec_copy(zeros, cute.make_tensor(there, cute.make_layout(4)))
         if (call.semaphores.toint() != 0) & (tid < ROWS // STRIP):
-            there = call.semaphores + ((Int64(at.head) * call.rows + at.row) // STRIP + tid)
+            there = call.semaphores + ((at.head * call.rows + at.row) // STRIP + tid)
             cute.make_tensor(there, cute.make_layout(1))[0] = Int32(0)
 
     def row(self, tid: Int32, step: int) -> Int32:
@@ -125,7 +137,7 @@ class Preprocess(_Rows):
     def store(self, call: SimpleNamespace, at: SimpleNamespace, tid: Int32, sums: cute.Tensor):
         lse_start = at.entry * call.lse_stride_b + at.head * call.lse_stride_h + at.q_first
         dlse_start = at.entry * call.dlse_stride_b + at.head * call.dlse_stride_h + at.q_first * call.dlse_stride_s
-        first = Int64(at.head) * call.rows + at.row
+        first = at.head * call.rows + at.row
         for step in cutlass.range_constexpr(STEPS):
             row = self.row(tid, step)
             token = at.start + row
@@ -151,7 +163,7 @@ class Postprocess(_Rows):
         block, _, _ = cute.arch.block_idx()
         at = place(call, block)
         strip, lane = tid // 32, tid % 32
-        first = (Int64(at.head) * call.rows + at.row + strip * STRIP) * call.head_dim_accum + lane * 4
+        first = (at.head * call.rows + at.row + strip * STRIP) * call.head_dim_accum + lane * 4
         dq_start = at.entry * call.dq_stride_b + at.q_first * call.dq_stride_s + at.head * call.dq_stride_h
         token = at.start + strip * STRIP + lane // 4
         if at.start + strip * STRIP < at.count:

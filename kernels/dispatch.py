@@ -195,8 +195,8 @@ def _around_bwd_rows() -> list[DispatchRow]:
     """What goes before and behind the backward: a kernel for each dtype, whatever head dims there are."""
     dims = (Condition("head_dim", "<=", 256), Condition("head_dim_v", "<=", 256))
     return [
-        DispatchRow(op, (Condition("dtype", "==", dtype), *dims), f"{op}-{dtype}-d256-dv256-m{ROWS}")
-        for op in ("bwd_preprocess", "bwd_postprocess")
+        DispatchRow(op, (Condition("dtype", "==", dtype), *dims), f"{op}-{dtype}-d256-dv256-m{m}")
+        for op, m in (("bwd_preprocess", ROWS), ("bwd_postprocess", ROWS), ("bwd_sum", 8))
         for dtype in DTYPES
     ]
 

@@ -61,7 +61,8 @@ class FlashBackward(Outputs):
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         keys = place(call, block, self.tile_n)
-        if (keys.start >= 0) & (keys.start < keys.count):  # an entry of a packed array may have more tiles than keys
+        # An entry may have more tiles than keys. No start is below 0: the compiler, told so, computes fewer addresses.
+        if (keys.start >= 0) & (keys.start < keys.count):
             self.tile(call, keys, tid)
 
     @cute.jit
@@ -344,7 +345,7 @@ class FlashBackward(Outputs):
     def slope(self, state: SimpleNamespace, tiles: SimpleNamespace) -> Float32:
         """The head's, in raw scores a token."""
         call, keys = state.call, recall(state)
-        slope = element(call.alibi_slopes, keys.entry * call.alibi_stride_b + keys.head_q + tiles.head)
+        slope = element(call.alibi_slopes, Int64(keys.entry) * call.alibi_stride_b + keys.head_q + tiles.head)
         return slope * call.slope_scale
 
     @cute.jit
@@ -375,7 +376,7 @@ class FlashBackward(Outputs):
         gemm_st(mma, tid, acc_dQ, state.sdS, state.sK, self.dtype, True)
         row = workspace_row(state, m_tile, head, self.tile_m)
         if call.semaphores.toint() != 0:
-            keys, semaphore = recall(state), Int32(row // accumulate.STRIP)
+            keys, semaphore = recall(state), Int32(row // accumulate.STRIP)  # below 2**31 (`kernels.abi`)
             first = cutlass.max(m_tile * self.tile_m + keys.offset - call.window_left, 0) // self.tile_n
             turn = keys.start // self.tile_n - first
             accumulate.take_turn(call.semaphores, semaphore, turn, state.notes.iterator + NOTED.index("pending"))
@@ -396,6 +397,7 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     """Compile one variant to PTX (see `kernels.generate`)."""
     op = FlashBackward(variant)
     elements = dict.fromkeys(("q", "k", "v", "dout", "dk", "dv"), op.dtype)
-    elements |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "semaphores"), Int32)
+    lengths = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"
+    elements |= dict.fromkeys((*lengths, "semaphores"), Int32)
     ptx, entry = to_ptx(op, BWD, elements, symbol, dump_dir, ("dq_accum", "lse_log2", "delta"), accumulate.ARCH)
     return Generated(ptx, entry, op.threads, op.smem, Grid("key_tiles_heads_batch", op.tile_n))

@@ -17,6 +17,7 @@ MODULES = {
     "bwd": "kernels.flash_bwd",
     "bwd_preprocess": "kernels.bwd_rows",
     "bwd_postprocess": "kernels.bwd_rows",
+    "bwd_sum": "kernels.bwd_sum",
 }
 
 

@@ -15,6 +15,7 @@ E4M3 = "e4m3kv"  # the feature of a cache in float8_e4m3fn
 NOTES = 32  # bytes of shared memory in which a block keeps what it needs again after its loops
 PAGED_NOTES = 48  # the same of the paged forward
 BWD_NOTES = 80  # and of the backward
+SUM_UNIT = 256  # elements that a warp of `bwd_sum` takes, 8 a lane: what the rows of its grid are
 
 
 def fwd_smem(variant: Variant) -> int:
@@ -131,6 +132,15 @@ def rows_invalid(variant: Variant) -> str | None:
         return "head_dim and head_dim_v are 256, the most that a call may have; no features"
     if variant.size("m") != ROWS:
         return f"m{variant.size('m')}: a block has the {ROWS} rows in which workspaces are laid out"
+    return None
+
+
+def sum_invalid(variant: Variant) -> str | None:
+    """Why `bwd_sum` cannot be built so; None if it can. m: units of SUM_UNIT elements of a block, a warp each."""
+    if variant.head_dim != 256 or variant.head_dim_v != 256 or variant.features:
+        return "head_dim and head_dim_v are 256, the most that a call may have; no features"
+    if not 1 <= variant.size("m") <= 32:
+        return f"m{variant.size('m')}: a block has 1 to 32 units, a warp each"
     return None
 
 
