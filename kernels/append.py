@@ -22,7 +22,6 @@ from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
 
-
 BEHIND = 2**30  # behind every cache's last position; tokens added to it stay in 32 bits
 
 

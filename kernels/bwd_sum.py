@@ -14,7 +14,9 @@ from kernels.flash_fwd import DTYPES, named
 from kernels.generate import Generated
 from kernels.tiles import VECTOR
 from kernels.validity import SUM_UNIT, sum_invalid
-from registry.contract import ContractError, Grid, Variant
+from registry.contract.errors import ContractError
+from registry.contract.grid import Grid
+from registry.contract.variant import Variant
 
 HALF = VECTOR // 2  # fp32 elements of 16 bytes
 

@@ -48,7 +48,7 @@ def token_head(rows: SimpleNamespace, row: Int32) -> tuple[Int32, Int32]:
 def divided(number: Int32, magic: Int64, shift: Int32) -> Int32:
     """number // pack for a number ≥ 0; unsigned 32-bit factors, so that one instruction multiplies them.
 
-    magic is below 2**32 (`registry.contract.division`), the product below 2**63.
+    magic is below 2**32 (`registry.contract.fast_divmod`), the product below 2**63.
     """
     return Int32(Uint64(Uint32(number)) * Uint64(Uint32(magic)) >> Uint64(shift))
 

@@ -24,11 +24,7 @@ def apply(call: Call, given: Mapping[str, Any], return_lse: Any, deterministic: 
     given: the call's tensors by name, of which one requires grad. run: makes (out, lse) of them. Raises ArgumentError
     where there are no gradients, and what flash_attn raises.
     """
-    op = ops.get(call.op)
-    if not op.backward:
-        named = ", ".join(name for name, tensor in given.items() if tensor.requires_grad)
-        message = f"requires grad, and gradients are not implemented {op.no_gradient}; call under torch.no_grad() or "
-        raise ArgumentError(named, message + ".detach() it", reason="requires_grad")
+    checks.check_differentiable(ops.get(call.op), given.items())
     if "out" in given:
         message = "cannot be given where it or an input requires grad; leave it out, or call under torch.no_grad()"
         raise ArgumentError("out", message, reason="requires_grad")

@@ -30,16 +30,17 @@ VARYING = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"
 class Backward(NamedTuple):
     """What a backward's calls look like, beside their tensors: a role of `runtime.call.plan`.
 
-    call: the forward's. needs: names of the tensors whose gradients are wanted.
+    call: the forward's. steps: the ops that are needed. needs: names of the tensors whose gradients are wanted.
     """
 
     call: Call
+    steps: tuple[str, ...]
     needs: frozenset[str]
     deterministic: bool
 
     def fixed(self, request: Request) -> Any:
         scores = tuple(self.call.numbers[name] for name in ("scale_log2", "softcap_scale"))
-        return self.call.window, scores, self.needs, self.deterministic
+        return self.call.window, scores, self.steps, self.needs, self.deterministic
 
     def check(self, request: Request, torch: Any, device_type: str) -> Call:
         """As hooks of saved tensors may have changed them, all tensors are looked at again."""
@@ -58,9 +59,7 @@ class Backward(NamedTuple):
         )
 
     def chain(self, call: Call, request: Request, maker: Maker) -> Chain:
-        """No more than `needs` asks for: without dq no postprocess, with the sink alone the preprocess only."""
-        found, sizes = dict(call.numbers), call.sizes
-        steps = _steps(sizes, self.needs)
+        found, sizes, steps = dict(call.numbers), call.sizes, self.steps
         shared = 1
 
         def of_main(launch: Launch) -> tuple[Numbers, int, int]:
@@ -100,7 +99,7 @@ class Backward(NamedTuple):
             varied = not set(VARYING).isdisjoint(call.given)  # then rows may belong to no sequence
             found.append(Workspace("dk_partial", shared * (of_k + of_v), zeros=varied))
             found.append(Workspace("dv_partial", 0, inside=("dk_partial", of_k)))
-        if "alibi_slopes" in self.needs and "bwd" in _steps(sizes, self.needs):
+        if "alibi_slopes" in self.needs and "bwd" in self.steps:
             found.append(Workspace("dalibi", 4 * _key_tiles(call, main) * sizes["heads_q"], zeros=True))
         return tuple(found)
 
@@ -116,28 +115,28 @@ def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs:
     saved: the forward's tensors, out and lse among them, by name. dout, dlse: of out and lse, with their shapes and
     dtypes; None: nothing depends on it. Raises what flash_attn raises.
     """
-    sizes = tensors.sizes("bwd", saved)
-    steps = _steps(sizes, needs)
-    varied = not set(VARYING).isdisjoint(saved)
+    steps, known = _steps(saved, needs), tensors.described("bwd")
+    zeros = "bwd" not in steps or any(name in saved for name in VARYING)
     made = ("q", "k", "v") if "q" in needs else ("k", "v")
-    found = {f"d{name}": _new(saved[name], varied or "bwd" not in steps) for name in made}
-    sums: dict[str, Any] = {name: torch.zeros_like(saved[name]) for name in ("sink", "alibi_slopes") if name in needs}
+    grads = {f"d{name}": _new(saved[name], zeros) for name in made}
+    found = {name: grads[f"d{name}"] for name in "qkv" if name in needs}
+    found |= {name: torch.zeros_like(saved[name]) for name in needs - found.keys()}
     if steps:
-        given = dict(saved) | {"lse": saved["lse"].contiguous()}
+        given = {name: tensor for name, tensor in saved.items() if name in known}
+        given["lse"] = saved["lse"].contiguous()  # which a hook of saved tensors may have changed
         given["dout"] = _readable(torch.zeros_like(saved["out"]) if dout is None else dout)
         if dlse is not None:
             given["dlse"] = dlse.resolve_neg()
-        sums |= _run(_find(Backward(call, needs, deterministic), given), given, found, needs)
-    return {name: sums[name] if name in sums else found[f"d{name}"] for name in needs}
+        plan_of = _find(Backward(call, steps, needs, deterministic), given)
+        found |= _run(plan_of, needs, given, grads, saved.get("sink"))
+    return found
 
 
-def _steps(sizes: Mapping[str, int], needs: frozenset[str]) -> tuple[str, ...]:
-    """The ops that are needed."""
-    queries = sizes["total_q"] if "total_q" in sizes else sizes["batch"] * sizes["seqlen_q"]
-    keys = sizes["total_k"] if "total_k" in sizes else sizes["batch"] * sizes["seqlen_k"]
-    if queries * sizes["heads_q"] == 0:
+def _steps(saved: Mapping[str, Any], needs: frozenset[str]) -> tuple[str, ...]:
+    """The ops that are needed: without dq no postprocess, with the sink alone the preprocess only."""
+    if saved["q"].numel() == 0 or saved["lse"].numel() == 0:
         return ()
-    if keys * sizes["heads_kv"] == 0 or needs == {"sink"}:
+    if saved["k"].numel() == 0 or needs == {"sink"}:
         return ("bwd_preprocess",) if "sink" in needs else ()
     return ("bwd_preprocess", "bwd", *(("bwd_postprocess",) if "q" in needs else ()))
 
@@ -153,7 +152,8 @@ def _find(role: Backward, given: Mapping[str, Any]) -> Plan:
     return kept or plan.prepare(role, request, key)
 
 
-def _run(kept: Plan, given: Mapping[str, Any], grads: Mapping[str, Any], needs: frozenset[str]) -> dict[str, Any]:
+def _run(kept: Plan, needs: frozenset[str], given: Mapping[str, Any], grads: Mapping[str, Any],
+         sink: Any) -> dict[str, Any]:  # fmt: skip
     """Launch; the gradients of what is summed over rows, by name."""
     at = plan.addresses(kept, given)
     at |= {name: tensor.data_ptr() for name, tensor in grads.items()}
@@ -162,7 +162,7 @@ def _run(kept: Plan, given: Mapping[str, Any], grads: Mapping[str, Any], needs: 
     sums, heads = {}, kept.call.sizes["heads_q"]
     if "sink" in needs:
         lse_log2, delta = (plan.floats(kept, space, name).view(heads, -1) for name in ("lse_log2", "delta"))
-        sums["sink"] = _of_sink(given["sink"], lse_log2, delta)
+        sums["sink"] = _of_sink(sink, lse_log2, delta)
     if "dalibi" in kept.offsets:
         sums["alibi_slopes"] = _of_slopes(kept, given, plan.floats(kept, space, "dalibi").view(-1, heads))
     return sums

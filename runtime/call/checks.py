@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from registry.ops.describe import Op
 from runtime.call import memory
 from runtime.errors import ArgumentError
 
@@ -76,9 +77,12 @@ def check_apart_within(name: str, tensor: Any) -> None:
         raise ArgumentError(name, "elements share memory (an expanded tensor?); give each its own", reason="overlap")
 
 
-def wants_grad(names: str, where: str) -> ArgumentError:
-    message = f"requires grad, and gradients are not implemented {where}; call under torch.no_grad() or .detach() it"
-    return ArgumentError(names, message, reason="requires_grad")
+def check_differentiable(op: Op, tensors: Iterable[tuple[str, Any]]) -> None:
+    """ArgumentError for a tensor that requires grad where an op has no gradients."""
+    for name, tensor in tensors:
+        if not op.backward and tensor.requires_grad:
+            message = f"requires grad, and gradients are not implemented {op.no_gradient}; call under torch.no_grad() "
+            raise ArgumentError(name, message + "or .detach() it", reason="requires_grad")
 
 
 def check_tangents(forward_ad: Any, tensors: Iterable[tuple[str, Any]]) -> None:

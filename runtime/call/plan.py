@@ -160,6 +160,8 @@ def prepare(role: Role, request: Request, key: Any) -> Plan:
     now = session.current()
     torch = now.backend.torch
     call = role.check(request, torch, now.backend.device_type)
+    if torch.is_grad_enabled():
+        checks.check_differentiable(ops.get(request.op), request.tensors.items())
     fixed = None if key is None else role.fixed(request)
     plan, family = None, None
     if fixed is not None:

@@ -16,7 +16,7 @@ from benchmarks import backward, cases, derived, measure, ours, published
 from benchmarks.cases import Case, varlen
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Variant
-from runtime.call import launch
+from runtime.load import kernel
 from tests.benchmarks.fakes import FakeKernel, attend, tables_read, write_registry
 
 FORWARD = [f"fwd-bf16-d{d}-dv{dv}-m64-n64-w4-s1" for d, dv in ((64, 64), (64, 32))]
@@ -51,7 +51,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(ours, "Kernel", FakeKernel)
     monkeypatch.setattr(runtime, "flash_attn", made.flash_attn)
     monkeypatch.setattr(runtime, "flash_attn_varlen", made.flash_attn_varlen)
-    monkeypatch.setattr(launch, "SMEM_PADDING", None)
+    monkeypatch.setattr(kernel, "SMEM_PADDING", None)
     monkeypatch.setattr(cases, "grid", lambda *_: [replace(case, batch=1) for case in TINY])
     monkeypatch.setattr(cases, "spine", lambda: frozenset({"tiny/S64/causal"}))
     monkeypatch.setattr(backward, "DETERMINISTIC", frozenset({"tiny/S64/causal"}))

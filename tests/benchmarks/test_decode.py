@@ -15,8 +15,7 @@ import runtime
 from benchmarks import cubins, decode, decode_cases, decode_raw, measure, ours
 from benchmarks.decode_cases import Caches, DecodeCase
 from registry.contract import PARAM_FORMATS
-from runtime.call import launch
-from runtime.load import session
+from runtime.load import kernel, session
 from tests.runtime.cache_kernels import KERNELS, write_cache_registry
 from tests.runtime.fakes import FakeBackend
 
@@ -61,7 +60,7 @@ def on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "DEVICE", "cpu")
     monkeypatch.setattr(session, "BACKEND", lambda: FakeBackend(capability=(9, 0)))
     monkeypatch.setenv("CUBINERY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(launch, "SMEM_PADDING", None)
+    monkeypatch.setattr(kernel, "SMEM_PADDING", None)
     for module in (decode, decode_raw, ours):
         monkeypatch.setattr(module, "Kernel", CpuKernel)
     monkeypatch.setattr(decode, "SIZES", ((2, 64),))

@@ -17,7 +17,7 @@ from benchmarks import __main__ as every
 from benchmarks import cases, cold_start, derived, forward, host_overhead, measure, ours, published, shapes
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Index
-from runtime.call import launch
+from runtime.load import kernel
 from runtime.sources.cache import DiskCache
 from tests.benchmarks.fakes import FakeKernel, attend, fake_bind, tables_read, write_registry
 
@@ -46,7 +46,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(shapes, "bind_fwd", fake_bind)
     monkeypatch.setattr(runtime, "flash_attn", attention)
     monkeypatch.setattr(runtime, "flash_attn_varlen", packed_attention, raising=False)
-    monkeypatch.setattr(launch, "SMEM_PADDING", None)
+    monkeypatch.setattr(kernel, "SMEM_PADDING", None)
     tiny = cases.grid({"tiny": (4, 2, 64)}, (64,))
     monkeypatch.setattr(cases, "grid", lambda: [cases.Case(**{**fields(c), "batch": 1}) for c in tiny])
     yield
@@ -72,9 +72,9 @@ def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
 def test_the_padding_is_what_emulates_sm120(tmp_path, on_cpu):
     bench = ours.Ours(write_registry(tmp_path / "r.db", [KEY]), "sm120")
     artifact = bench.candidates[KEY].artifact
-    assert launch.SMEM_PADDING is not None
-    assert artifact.smem + launch.SMEM_PADDING(artifact) == bench.candidates[KEY].emulated_smem()
-    assert ours.Ours(tmp_path / "r.db", "free").mode == "free" and launch.SMEM_PADDING is None
+    assert kernel.SMEM_PADDING is not None
+    assert artifact.smem + kernel.SMEM_PADDING(artifact) == bench.candidates[KEY].emulated_smem()
+    assert ours.Ours(tmp_path / "r.db", "free").mode == "free" and kernel.SMEM_PADDING is None
 
 
 def test_a_wrong_result_or_a_missing_kernel_fails_its_case_alone(tmp_path, on_cpu, monkeypatch, capsys):

@@ -285,7 +285,8 @@ def expected(case: PagedCase, variant: Variant) -> Reference:
         alibi = None if rows is None else rows[b % len(rows)]
         scores = Scores(launch.softmax_scale(case, variant), case.window, case.softcap, alibi, weights)
         keys, values = (
-            gather(pages, page_table(case)[b], case.lengths[b], case.paddings[b])[None] * factor[b % len(factor), :, None]
+            gather(pages, page_table(case)[b], case.lengths[b], case.paddings[b])[None]
+            * factor[b % len(factor), :, None]
             for pages, factor in zip((k, v), factors, strict=True)
         )
         entries.append(reference(q[i : i + 1, tokens], keys, values, variant.dtype, scores))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kernels.abi import ABIS, FWD
+from registry import ops
 from registry.contract import WINDOW_OPEN, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
 from tests.runtime.cache_kernels import DTYPES, FP32, INT, LN2, view
 
@@ -27,6 +28,9 @@ def tokens(p: dict[str, Any], side: str, b: int) -> tuple[int, int]:
         first, n = ends[b], ends[b + 1] - ends[b]
     if p[f"seqused_{side}"]:
         n = min(n, view(p[f"seqused_{side}"], INT, (p["batch"],), (1,)).tolist()[b])
+    if side == "k" and p["leftpad_k"]:
+        padding = min(max(view(p["leftpad_k"], INT, (p["batch"],), (1,)).tolist()[b], 0), n)
+        first, n = first + padding, n - padding
     return first, n
 
 
@@ -156,7 +160,14 @@ def postprocess(variant: Variant, p: dict[str, Any]) -> None:
         dq.copy_(p["softmax_scale"] * sums[:, start : start + n, : p["head_dim"]])
 
 
-KERNELS = {"bwd_preprocess": preprocess, "bwd": backward, "bwd_postprocess": postprocess}
+def sum_up(variant: Variant, p: dict[str, Any]) -> None:
+    for name in ("dk", "dv"):
+        n = p[f"{name}_elements"]
+        parts = view(p[f"{name}_partial"], FP32, (p["splits"], n), (p[f"{name}_partial_stride_split"], 1))
+        view(p[name], DTYPES[variant.dtype], (n,), (1,)).copy_(parts.sum(0))
+
+
+KERNELS = {"bwd_preprocess": preprocess, "bwd": backward, "bwd_sum": sum_up, "bwd_postprocess": postprocess}
 
 
 # -- a registry -------------------------------------------------------------------------------------------------------
@@ -171,6 +182,7 @@ def table() -> tuple[DispatchRow, ...]:
         when = Condition("dtype", "==", dtype), Condition("head_dim", "<=", 256), Condition("head_dim_v", "<=", 256)
         for op in ("bwd_preprocess", "bwd_postprocess"):
             rows.append(DispatchRow(op, when, f"{op}-{dtype}-d256-dv256-m128"))
+        rows.append(DispatchRow("bwd_sum", when, f"bwd_sum-{dtype}-d256-dv256-m8"))
     return tuple(rows)
 
 
@@ -182,8 +194,7 @@ def write_backward_registry(path: Path, arch: str = "sm_120") -> None:
     made = [fakes.toy_artifact(v, arch) for *_, v in fakes.TABLE]
     for row in table():
         v = Variant.parse(row.variant)
-        is_main = v.op == "bwd"
-        grid = Grid("key_tiles_heads_batch", v.size("n")) if is_main else Grid("tiles_heads_batch", v.size("m"))
+        grid = Grid(ops.get(v.op).grid, v.size("n" if v.op == "bwd" else "m"))
         made.append(fakes.toy_artifact(v, arch, abi=ABIS[v.op], grid=grid, threads=128))
     abis = (FWD, *(ABIS[op] for op in KERNELS))
     index = Index(arch, "0.1", tuple(a for a, _ in made), (*fakes.rows(), *table()), abis)

@@ -136,7 +136,8 @@ def _scores(p: dict[str, Any], b: int, scores: torch.Tensor, n: int, j: torch.Te
         slopes = view(p["alibi_slopes"] + 4 * b * p["alibi_stride_b"], FP32, (heads,), (1,))
         scores = scores - slopes[:, None, None] * (i - j).abs()
     left, right = (bound if bound < WINDOW_OPEN else 1 << 40 for bound in (p["window_left"], p["window_right"]))
-    return scores.masked_fill((j < i - left) | (j > i + right), -torch.inf)
+    padding = view(p["leftpad_k"], INT, (p["batch"],), (1,)).tolist()[b] if p["leftpad_k"] else 0
+    return scores.masked_fill((j < i - left) | (j > i + right) | (j < padding), -torch.inf)
 
 
 # -- fwd_combine ------------------------------------------------------------------------------------------------------

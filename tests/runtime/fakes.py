@@ -189,6 +189,9 @@ def _rows(p: dict[str, Any], side: str, b: int) -> tuple[int, int]:
         first, n = ends[b], ends[b + 1] - ends[b]
     if p[f"seqused_{side}"]:
         n = min(n, view(p[f"seqused_{side}"], torch.int32, (p["batch"],), (1,)).tolist()[b])
+    if side == "k" and p["leftpad_k"]:
+        padding = min(max(view(p["leftpad_k"], torch.int32, (p["batch"],), (1,)).tolist()[b], 0), n)
+        first, n = first + padding, n - padding
     return first, n
 
 

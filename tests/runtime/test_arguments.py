@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import runtime
-from runtime.call import launch, memory
+from runtime.call import memory
 from runtime.errors import ArgumentError, CubineryError, InstallError
+from runtime.load import plans
 from tests.runtime.fakes import FakeBackend, rows
 
 Q, K = (2, 5, 4, 64), (2, 7, 2, 64)
@@ -213,9 +214,9 @@ def test_index_like_window_and_flag_ints_serve(backend: FakeBackend, registry: P
         runtime.flash_attn(q, k, k, window=(left, None), causal=1, return_lse=0)
         assert backend.driver.launches[-1]["params"]["window_left"] == 3
         assert backend.driver.launches[-1]["params"]["window_right"] == 0
-    assert not launch.plans.by_call
+    assert not plans.plans.by_call
     runtime.flash_attn(q, k, k, window=(3, None), causal=1, return_lse=0)
-    assert len(launch.plans.by_call) == 1
+    assert len(plans.plans.by_call) == 1
 
 
 AXIS = st.tuples(st.integers(1, 3), st.integers(0, 9))  # (size, stride)

@@ -15,7 +15,7 @@ from runtime import stages
 from runtime.api import attention
 from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError, SourceError
-from runtime.load import select, session
+from runtime.load import kernel, plans, select, session
 from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubin, write_registry
 
 BF16 = torch.bfloat16
@@ -246,7 +246,11 @@ def test_the_parameter_buffer_is_the_abi_s(backend: FakeBackend, registry: Path)
     assert (p["head_dim"], p["head_dim_v"], p["pack"], p["pack_magic"], p["pack_shift"]) == (64, 64, 1, 2**31, 31)
     assert (p["sink_low"], p["alibi_stride_b"], p["softcap_scale"]) == (0, 0, 0.0)
     assert p["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
-    null = [n for n, kind in ((x.name, x.type) for x in FWD.params) if kind == "ptr" and n not in launch.MAIN_SLOTS]
+    null = [
+        n
+        for n, kind in ((x.name, x.type) for x in FWD.params)
+        if kind == "ptr" and n not in ("q", "k", "v", "o", "lse")
+    ]
     assert len(null) == 7 and not any(p[n] for n in null)
     runtime.flash_attn(q, k, v)
     p = backend.driver.launches[-1]["params"]
@@ -264,7 +268,7 @@ def test_a_warm_call_only_launches(backend: FakeBackend, registry: Path, monkeyp
 
     monkeypatch.setattr(select, "select", forbidden)
     monkeypatch.setattr(session, "current", forbidden)
-    monkeypatch.setattr(attention, "_prepare", forbidden)
+    monkeypatch.setattr(attention, "prepare", forbidden)
     assert torch.equal(runtime.flash_attn(q.clone(), k.clone(), v.clone()), first)
     assert backend.driver.calls == calls and len(backend.driver.launches) == 2
 
@@ -294,10 +298,10 @@ def test_every_fact_of_a_call_is_in_its_key(backend: FakeBackend, registry: Path
 
 
 def test_the_plan_cache_is_bounded(backend: FakeBackend, registry: Path, monkeypatch):
-    monkeypatch.setattr(launch, "MAX_PLANS", 3)
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
     for seqlen_k in (1, 2, 3, 4, 5, 1):
         check(*inputs(seqlen_k=seqlen_k))
-    assert len(launch.plans.by_call) == 3
+    assert len(plans.plans.by_call) == 3
 
 
 def test_another_device_than_the_current_one_is_guarded(backend: FakeBackend, registry: Path):
@@ -406,7 +410,7 @@ def test_no_index_for_this_gpu(backend: FakeBackend, registry: Path, capability)
 
 
 def test_padding_emulates_another_chip_s_occupancy(backend: FakeBackend, registry: Path, monkeypatch):
-    monkeypatch.setattr(launch, "SMEM_PADDING", lambda artifact: 10_000 if artifact.arch == "sm_120" else 0)
+    monkeypatch.setattr(kernel, "SMEM_PADDING", lambda artifact: 10_000 if artifact.arch == "sm_120" else 0)
     runtime.flash_attn(*inputs())
     assert backend.driver.launches[0]["smem"] == 75_536
     assert "allow_dynamic_smem 75536" in backend.driver.calls

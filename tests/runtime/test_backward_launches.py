@@ -12,9 +12,9 @@ import torch
 import runtime
 from kernels.abi import ABIS
 from registry.contract import WINDOW_OPEN
-from runtime.call import backward, launch, planning
+from runtime.call import launch
 from runtime.errors import ArgumentError
-from runtime.load import session
+from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs
 from tests.runtime.test_backward import SINK, assert_close, check, grads, leaves
@@ -183,13 +183,13 @@ def test_new_totals_change_plans_in_place(backend: FakeBackend, launches, monkey
 
     backend.driver.resident = (16, 1)
     assert call(100, 28) == [12, 2 * 8, 12]
-    monkeypatch.setattr(launch, "Plan", None)
-    plans = len(launch.plans.by_call)
+    monkeypatch.setattr(plans, "MAX_SIZES", 1)
+    kept = len(plans.plans.by_call)
     assert call(300, 100) == [20, 16, 20]
     assert launches()[-2]["params"]["rows"] == 5 * 128 and launches()[-1]["params"]["seqlen_q"] == 400
     assert [made["params"]["splits"] for made in launches()[1::3]] == [2, 1]
-    assert call(100, 28) == [12, 2 * 8, 12] and len(launch.plans.by_call) == plans
-    monkeypatch.setattr(planning, "make", None)
+    assert call(100, 28) == [12, 2 * 8, 12] and len(plans.plans.by_call) == kept
+    monkeypatch.setattr(session.Session, "kernel", None)
     assert call(28, 100) == [12, 2 * 8, 12]
 
 
@@ -222,7 +222,7 @@ def test_a_warm_backward_only_launches(backend: FakeBackend, launches, monkeypat
 
     call()
     calls = list(backend.driver.calls)
-    for module, name in ((session, "current"), (planning, "make"), (backward, "_prepare"), (launch, "Plan")):
+    for module, name in ((session, "current"), (plan, "prepare"), (launch, "Launch")):
         monkeypatch.setattr(module, name, None)
     call()
     assert backend.driver.calls == calls and len(launches()) == 6
@@ -317,7 +317,7 @@ def test_each_thread_makes_its_plans_once_and_configure_drops_them(backend: Fake
     def backward_twice():
         for _ in range(2):
             runtime.flash_attn(q, k, v).sum().backward()
-            made.append([id(ready) for key, ready in launch.plans.by_call.items() if key[0] == "backward"])
+            made.append([id(ready) for key, ready in plans.plans.by_call.items() if key[0] == "bwd"])
 
     for _ in range(2):
         thread = threading.Thread(target=backward_twice)
@@ -326,4 +326,4 @@ def test_each_thread_makes_its_plans_once_and_configure_drops_them(backend: Fake
     assert len(made) == 4 and all(len(ids) == 1 for ids in made) and made[0] == made[1] and made[2] == made[3]
     backward_twice()
     runtime.configure()
-    assert not launch.plans.by_call
+    assert not plans.plans.by_call

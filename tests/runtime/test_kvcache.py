@@ -11,9 +11,8 @@ import runtime
 from kernels.abi import FWD_PAGED
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
-from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError, DriverError
-from runtime.load import select, session
+from runtime.load import kernel, plans, select, session
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, reference
@@ -337,7 +336,7 @@ def test_a_warm_call_only_launches(backend: FakeBackend, monkeypatch):
                                         block_table=cache.table, num_splits=2)  # fmt: skip
 
     calls()
-    asked, plans, made = list(backend.driver.calls), len(launch.plans.by_call), len(backend.driver.launches)
+    asked, kept, made = list(backend.driver.calls), len(plans.plans.by_call), len(backend.driver.launches)
 
     def forbidden(*_, **__):
         raise AssertionError("a warm call must not come here")
@@ -351,7 +350,7 @@ def test_a_warm_call_only_launches(backend: FakeBackend, monkeypatch):
     cache.lengths.copy_(cache.lengths.flip(0).clone())
     calls()
     runtime.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=7, block_table=cache.table)
-    assert backend.driver.calls == asked and len(launch.plans.by_call) == plans
+    assert backend.driver.calls == asked and len(plans.plans.by_call) == kept
     assert len(backend.driver.launches) == 5 * made + 1
 
 
@@ -367,7 +366,7 @@ def test_tables_of_other_widths_need_no_plan(backend: FakeBackend):
         assert (p["seqlen_k"], p["page_table_stride"]) == (2 * width, 400)
         assert backend.driver.launches[made[-1]]["grid"][0] == 2 * 3 * p["num_splits"]
         seen.append(p["num_splits"])
-    assert len(launch.plans.by_call) == 1 and seen[0] == seen[-1] < seen[4]
+    assert len(plans.plans.families) == 1 and seen[0] == seen[-1] < seen[4]
     assert backend.driver.calls.count("load_library") == 2
 
 
@@ -389,7 +388,7 @@ def test_the_heuristic_sees_the_device_s_slots(backend: FakeBackend, monkeypatch
         backend.driver.launches.clear()
     asked = []
     monkeypatch.setattr(backend.driver, "resident_blocks", lambda *arguments: asked.append(arguments) or (132, 1))
-    monkeypatch.setattr(launch, "SMEM_PADDING", lambda artifact: 10_000)
+    monkeypatch.setattr(kernel, "SMEM_PADDING", lambda artifact: 10_000)
     runtime.configure(registry=session.current().config.registry)
     check(wide, cache)
     ((device, _, threads, smem),) = asked

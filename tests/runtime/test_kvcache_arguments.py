@@ -10,8 +10,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 import runtime
-from runtime.call import launch
 from runtime.errors import ArgumentError
+from runtime.load import plans
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16
@@ -51,7 +51,8 @@ def test_positional_order_is_upstream_s(backend: FakeBackend, tmp_path: Path):
 
 
 CASES = {
-    "leftpad": (call(cache_leftpad=ints(0, 0)), "cache_leftpad", "unsupported"),
+    "leftpad dtype": (call(cache_leftpad=ints(0, 0).long()), "cache_leftpad", "dtype"),
+    "leftpad shape": (call(cache_leftpad=ints(0)), "cache_leftpad", "shape"),
     "q kind": (call(q=[[1.0]]), "q", "type"),
     "q kind and an int": (call(q=None, cache_seqlens=3), "q", "type"),
     "q packed": (call(q=t(2, 4, 64)), "q", "rank"),
@@ -64,7 +65,7 @@ CASES = {
     "cache heads": (call(q=t(2, 1, 5, 64)), "q", "heads"),
     "cache stride": (call(k_cache=t(6, 4, 2, 68)[..., :64]), "k_cache", "stride"),
     "fp8 cache stride": (fp8() | {"k_cache": t(6, 4, 2, 72, dtype=E4M3)[..., :64]}, "k_cache", "stride"),
-    "fp8 head_dim": (fp8() | {"q": t(2, 1, 4, 72), "k_cache": t(6, 4, 2, 72, dtype=E4M3)}, "q", "head_dim"),
+    "fp8 head_dim": (fp8() | {"q": t(2, 1, 4, 72), "k_cache": t(6, 4, 2, 72, dtype=E4M3), "k": t(2, 1, 2, 72)}, "q", "head_dim"),
     "expanded cache": (call(v_cache=t(1, 4, 2, 64).expand(6, 4, 2, 64)), "v_cache", "overlap"),
     "entries": (call(block_table=None, k_cache=t(1, 4, 2, 64), v_cache=t(1, 4, 2, 64)), "k_cache", "shape"),
     "k alone": (call(v=None), "v", "value"),
@@ -117,7 +118,7 @@ def test_refusals(backend: FakeBackend, given, argument, reason):
         runtime.flash_attn_with_kvcache(**given)
     assert (error.value.argument, error.value.reason) == (argument, reason), error.value
     assert str(error.value).startswith(f"{argument}: ")
-    assert not backend.driver.calls and not launch.plans.by_call
+    assert not backend.driver.calls and not plans.plans.by_call
 
 
 def test_what_a_key_leaves_open_is_refused_warm(backend: FakeBackend, tmp_path: Path):

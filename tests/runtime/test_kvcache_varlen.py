@@ -11,8 +11,8 @@ import torch
 import runtime
 from runtime import fa4
 from runtime.api import attention
-from runtime.call import launch
 from runtime.errors import ArgumentError
+from runtime.load import plans
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs, reference
@@ -93,7 +93,7 @@ def test_other_totals_and_hints_need_no_plan(backend: FakeBackend, monkeypatch):
         for queries in ((1, 1, 1, 1), (3, 1, 7, 1), (40, 1, 1, 0), (2, 0, 0, 0)):
             for hints in ((None, None), (max(queries), max(LENGTHS))):
                 check(*step(queries, max_pages=500), hints=hints)
-    assert len(launch.plans.by_call) == 2  # with hints and without
+    assert len(plans.plans.families) == 2  # with hints and without
     assert backend.driver.calls.count("load_library") == 2
     made = [m for m in backend.driver.launches if "paged" in m["variant"]]
     for m in made:
@@ -103,8 +103,7 @@ def test_other_totals_and_hints_need_no_plan(backend: FakeBackend, monkeypatch):
     assert min(splits) >= 1 and len(set(splits)) > 2
     given, cache = step(max_pages=500)
     check(given, cache)
-    monkeypatch.setattr(attention, "_resize", None)
-    monkeypatch.setattr(attention, "_prepare", None)
+    monkeypatch.setattr(attention, "prepare", None)
     check(given, cache)
 
 
@@ -218,7 +217,7 @@ def test_refusals(backend: FakeBackend, given, argument, reason):
         with pytest.raises(ArgumentError) as error:
             runtime.flash_attn_varlen(**given)
         assert (error.value.argument, error.value.reason) == (argument, reason), error.value
-    assert not backend.driver.launches and not launch.plans.by_call
+    assert not backend.driver.launches and not plans.plans.by_call
 
 
 def test_a_table_too_wide_is_refused(backend: FakeBackend):

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import runtime
-from runtime.call import launch
-from runtime.load import session
+from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import inputs, reference
 
@@ -139,7 +138,7 @@ def test_threads_have_their_own_parameter_buffers(backend: FakeBackend, registry
     q, k, v = inputs()
     runtime.flash_attn(q, k, v)
     backend.driver.launch = racing
-    launch.drop_plans()
+    plans.drop()
     wrong: list[object] = []
 
     def work(seed: int) -> None:
@@ -174,7 +173,7 @@ def test_a_plan_made_while_settings_change_is_not_kept(backend: FakeBackend, reg
 
     backend.driver.load_library = meanwhile
     runtime.flash_attn(q, k, v)
-    assert not launch.plans.by_call and len(backend.driver.launches) == 1
+    assert not plans.plans.by_call and len(backend.driver.launches) == 1
 
 
 def test_a_session_of_replaced_settings_is_not_stored(
@@ -252,7 +251,7 @@ def test_a_forked_child_starts_afresh(backend: FakeBackend, registry: Path):
     child = os.fork()
     if child == 0:
         try:
-            empty = not launch.plans.by_call
+            empty = not plans.plans.by_call
             runtime.flash_attn(q, k, v)
             said = {"empty": empty, "loads": backend.driver.calls.count("load_library")}
             os.write(write, json.dumps(said).encode())
@@ -263,7 +262,7 @@ def test_a_forked_child_starts_afresh(backend: FakeBackend, registry: Path):
         said = json.load(pipe)
     os.waitpid(child, 0)
     assert said == {"empty": True, "loads": 2}
-    assert launch.plans.by_call and backend.driver.calls.count("load_library") == 1
+    assert plans.plans.by_call and backend.driver.calls.count("load_library") == 1
 
 
 def test_a_fork_while_a_load_is_under_way(backend: FakeBackend, registry: Path):

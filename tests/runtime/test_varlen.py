@@ -12,11 +12,12 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 import runtime
+from registry import ops
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
-from runtime.call import arguments, checks, launch
+from runtime.call import checks, forward, launch
 from runtime.errors import ArgumentError, CaptureError, NoKernelError
-from runtime.load import session
+from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend, write_registry
 from tests.runtime.test_attention import BF16, reference
 
@@ -156,7 +157,7 @@ def test_rows_of_packed_heads_stay_in_32_bits(backend: FakeBackend, registry: Pa
     runtime.flash_attn_varlen(q[0, :2], k[0], k[0], **ends, pack_gqa=True)
     with pytest.raises(ArgumentError, match="pack_gqa=False"):  # with a plan of other totals
         runtime.flash_attn_varlen(q[0], k[0], k[0], **ends, pack_gqa=True)
-    assert len(launch.plans.by_call) == 1
+    assert len(plans.plans.by_call) == 1
 
 
 @pytest.mark.parametrize("given", [
@@ -192,13 +193,13 @@ def test_every_fact_of_a_call_is_in_its_key(backend: FakeBackend, registry: Path
         check(**dense, **options)
         check(dense["q"], given["k"], given["v"], cu_seqlens_k=given["cu_seqlens_k"], **options)
         check(given["q"], dense["k"], dense["v"], cu_seqlens_q=given["cu_seqlens_q"], **options)
-    before = len(launch.plans.by_call)
+    before = len(plans.plans.by_call)
     for pack_gqa in (True, False):
         check(**given, pack_gqa=pack_gqa)
-    assert len(launch.plans.by_call) == before + 2
-    check(**packed((3, 5), (7, 1)))  # other lengths of one shape: the same plan
+    assert len(plans.plans.by_call) == before + 2
+    check(**packed((3, 5), (7, 1)))  # other lengths of the same totals: the same plan
     check(**packed((3, 2, 3), (4, 4, 0)))
-    assert len(launch.plans.by_call) == before + 3
+    assert len(plans.plans.by_call) == before + 3
 
 
 LENGTHS = [((3, 40), (4, 9)), ((3, 7), (4, 9)), ((90, 70), (4, 30)), ((3, 2), (4, 9)), ((3, 2), (6, 9)),
@@ -209,7 +210,7 @@ LENGTHS = [((3, 40), (4, 9)), ((3, 7), (4, 9)), ((90, 70), (4, 30)), ((3, 2), (4
     {}, {"head_dim_v": 32}, {"heads_kv": 4}, {"pack_gqa": True}, {"causal": True, "softcap": 2.0},
     {"seqused_q": ints(2, 0), "seqused_k": ints(1, 1)}, {"out": True, "head_dim_v": 128},
 ], ids=" ".join)  # fmt: skip
-def test_new_totals_cost_no_new_plan(backend: FakeBackend, registry: Path, monkeypatch, options):
+def test_new_totals_change_a_plan(backend: FakeBackend, registry: Path, monkeypatch, options):
     """Every kernel that a change of lengths can lead to is met, and met again."""
     shape = {name: options[name] for name in options if name in ("head_dim_v", "heads_kv")}
     options = {name: value for name, value in options.items() if name not in shape}
@@ -223,21 +224,22 @@ def test_new_totals_cost_no_new_plan(backend: FakeBackend, registry: Path, monke
 
     fresh = []
     for lengths in LENGTHS:
-        launch.drop_plans()
+        plans.drop()
         fresh.append(call(lengths))
-    launch.drop_plans()
+    plans.drop()
+    monkeypatch.setattr(plans, "MAX_SIZES", 1)
     call(LENGTHS[0])
-    monkeypatch.setattr(attention, "_prepare", None)
+    (first,) = plans.plans.by_call.values()
     for lengths, want in zip(LENGTHS, fresh, strict=True):
         made = call(lengths)
         assert (made["variant"], made["grid"]) == (want["variant"], want["grid"])
         for name, value in want["params"].items():
-            assert made["params"][name] == value or name in launch.CALL_SLOTS, name
+            assert made["params"][name] == value or name in ops.get("fwd").slots, name
     assert len({made["variant"] for made in fresh}) == 2 and len({made["grid"] for made in fresh}) > 1
-    monkeypatch.setattr(session, "current", None)  # now that each kernel has its plan
+    monkeypatch.setattr(session.Session, "kernel", None)  # now that each kernel has its launch
     for lengths in LENGTHS:
         call(lengths)
-    assert len(launch.plans.by_call) == 1
+    assert list(plans.plans.by_call.values()) == [first]
 
 
 def test_a_dense_side_beside_a_packed_one_keeps_its_length(backend: FakeBackend, registry: Path):
@@ -251,7 +253,7 @@ def test_a_dense_side_beside_a_packed_one_keeps_its_length(backend: FakeBackend,
         assert error.value.reason == "shape"
         dense = torch.zeros(3, 5, 2, 64, dtype=BF16)
         check(one["q"], dense[:2], dense[:2], cu_seqlens_q=one["cu_seqlens_q"])
-        with pytest.raises(ArgumentError, match="k: batch 3"):
+        with pytest.raises(ArgumentError, match=r"k: .* batch 3"):
             runtime.flash_attn_varlen(one["q"], dense, dense, cu_seqlens_q=one["cu_seqlens_q"], return_lse=True)
 
 
@@ -265,7 +267,7 @@ def test_new_totals_are_checked(backend: FakeBackend, registry: Path, monkeypatc
         ({"max_seqlen_k": 3.0}, "max_seqlen_k", "value"),
         ({"q": torch.zeros(40, 4, 64, dtype=BF16), "out": torch.zeros(40, 4, 64, dtype=BF16)}, "q", "too_large"),
     ]  # fmt: skip
-    monkeypatch.setattr(arguments, "MAX_TOKENS", 52)
+    monkeypatch.setattr(forward, "MAX_TOKENS", 52)
     hints = {"max_seqlen_q": 3, "max_seqlen_k": 3}
     for _ in range(2):
         check(**given, out=out, hints=(3, 3))
@@ -313,7 +315,7 @@ def test_what_fails_between_two_totals_leaves_no_mixture(backend: FakeBackend, r
     one, two = packed((3, 7), (4, 9)), packed((30, 40), (4, 90))
     check(**one)
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_set_lengths", None)  # after the plan has been changed
+        patch.setattr(forward, "outputs", None)  # after the plan has been changed
         with pytest.raises(TypeError):
             runtime.flash_attn_varlen(**two, return_lse=True)
     check(**one)
@@ -342,7 +344,7 @@ def test_new_totals_may_need_a_kernel_that_is_not_there(backend: FakeBackend, tm
 def test_a_warm_call_only_launches(backend: FakeBackend, registry: Path, monkeypatch):
     given = packed() | {"seqused_k": ints(1, 1, 1, 1), "alibi_slopes": torch.rand(4), "sink": torch.rand(4)}
     check(**given)
-    monkeypatch.setattr(attention, "_prepare", None)
+    monkeypatch.setattr(attention, "prepare", None)
     check(**{name: tensor.clone() for name, tensor in given.items()})
     check(**given | {"seqused_k": ints(0, 1, 8, 2)})  # other values, same plan
     assert len(backend.driver.launches) == 3
