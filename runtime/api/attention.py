@@ -8,11 +8,13 @@ from runtime.call import checks, forward, memory
 from runtime.call.plan import Plan, prepare, run
 from runtime.call.request import Options, Request
 from runtime.load import plans
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
 
 
+@untraced
 def flash_attn(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -8,11 +8,13 @@ from runtime.call import combine
 from runtime.call.plan import prepare, run
 from runtime.call.request import Options, Request
 from runtime.load import plans
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
 
 
+@untraced
 def flash_attn_combine(
     out_partial: torch.Tensor,
     lse_partial: torch.Tensor,

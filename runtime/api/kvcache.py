@@ -9,6 +9,7 @@ from runtime.api import dropin
 from runtime.api.attention import attend, given_of
 from runtime.api.fa2 import window_of
 from runtime.errors import ArgumentError
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ NAMES = {
 }  # fmt: skip
 
 
+@untraced
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,

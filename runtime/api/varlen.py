@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 from runtime.api.attention import attend, given_of
 from runtime.call.checks import check_flag
 from runtime.errors import ArgumentError
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
 
 
+@untraced
 def flash_attn_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
