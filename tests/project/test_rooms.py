@@ -1,9 +1,11 @@
 """The rooms' walls, and that docs/design.md speaks of files that exist."""
 
+import graphlib
 import re
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 from tests.project.shell import ROOT, environment, run
@@ -15,6 +17,13 @@ ROOMS = ("registry", "kernels", "builder", "server", "runtime")
 def test_imports_keep_to_the_contracts():
     said = run([Path(sys.executable).parent / "lint-imports", "--no-cache"])
     assert re.search(r"Contracts: [1-9]\d* kept, 0 broken", said), said
+
+
+def test_no_module_imports_itself_in_the_end():
+    """Imports inside functions count too."""
+    graph = grimp.build_graph(*ROOMS)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    graphlib.TopologicalSorter(imports).prepare()  # CycleError names the circle
 
 
 def test_contract_needs_the_standard_library_only():

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from registry import ops
 from registry.contract import Condition, DispatchRow
 from runtime.cli import commands as cli
 from runtime.sources import source
+from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
 from tests.runtime.test_source import URL, Server, server
 
@@ -184,6 +186,20 @@ def test_explain_knows_every_fact(registry: Path, capsys):
     assert "m64-n64-w4-s1, packed GQA\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("op", ops.OPS)
+def test_explain_knows_every_op(op: str, backward_registry: Path, tmp_path: Path, capsys):
+    write_cache_registry(tmp_path / "cache.db")
+    codes = []
+    for registry in (backward_registry, tmp_path / "cache.db"):
+        code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_120", "--head-dim", 64, "--op", op)
+        assert list(report["facts"]) == [fact.name for fact in ops.get(op).facts]
+        assert (report["variant"] or report["message"].removeprefix("no ")).startswith(f"{op}{' -'[code == 0]}")
+        codes.append(code)
+    assert 0 in codes
+    code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_120", "--op", op, "--dtype", "fp32")
+    assert (code == 2 and "--dtype" in report["error"]["message"]) or op == "fwd_combine"
+
+
 def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys):
     given = ("explain", "--registry", backward_registry, "--arch", "sm_120", "--head-dim", 72, "--heads-kv", 8)
     for op, variant in (("bwd", "bwd-bf16-d128-dv128-m64-n32-w4-s1"), ("bwd_preprocess", "bwd_preprocess-bf16-d256-"),
@@ -194,12 +210,12 @@ def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys)
         assert dense == ({"varlen_k": None, "total_k": None} if op == "fwd" else {"varlen_k": 0, "total_k": 210})
     code, report = run(capsys, *given, "--op", "bwd", "--batch", 3, "--seqlen-k", 70, "--varlen")
     assert (report["facts"]["varlen_k"], report["facts"]["total_k"]) == (1, 210)
-    assert "--op" in usage(capsys, *given, "--op", "kv_append")
+    assert "--op" in usage(capsys, *given, "--op", "fwd_sideways")
     prefetch = ("prefetch", "--registry", backward_registry, "--dtype", "bf16", "--head-dim", 64)
     code, every = run(capsys, *prefetch)
     assert code == 0 and every["missing"] == [] and every["verified"] == every["wanted"]
     counts = [run(capsys, *prefetch, "--op", op)[1]["wanted"] for op in ("fwd", "bwd", "bwd_preprocess")]
-    assert counts[1:] == [1, 1] and every["wanted"] == sum(counts) + 1
+    assert counts[1:] == [1, 1] and every["wanted"] == sum(counts) + 2  # bwd_sum and bwd_postprocess
 
 
 def test_explain_lists_every_rejection(registry: Path, capsys):
