@@ -12,6 +12,7 @@ from typing import Any
 
 from registry import ops
 from registry.contract import ALL_DTYPES, DTYPES, Artifact, ContractError, Index, check_arch
+from registry.interrupt import ended_by_ctrl_c
 from runtime import config
 from runtime.call import numbers, options
 from runtime.call.forward import MAX_TOKENS
@@ -428,13 +429,14 @@ def _show_explain(report: dict[str, Any]) -> str:
 
 
 def program() -> int:
-    """`main` as a process ends: quietly when nobody reads on (`| head -1`: 141) or after Ctrl-C (130)."""
+    """`main` as a process ends: quietly when nobody reads on (`| head -1`: 141) or after Ctrl-C (130). Neither waits
+    for downloads under way, as the interpreter's own end would."""
     try:
-        code = main()
-        sys.stdout.flush()
-        return code
+        with ended_by_ctrl_c():
+            code = main()
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
-        return 141
+        os._exit(141)
     except KeyboardInterrupt:
-        os._exit(130)  # with downloads under way, which would be waited for
+        os._exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,9 +247,10 @@ def test_doctor_without_a_kernel_for_its_sample_call(tmp_path: Path, capsys):
     assert "2 kernels of 0.1, none of them for a call with bf16 and head_dim 128" in text and "e.g. None" not in text
 
 
-def program(*argv: object, **options) -> subprocess.Popen:
-    """A shell may have started the tests with SIGINT ignored, which a child would inherit."""
-    start = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+def program(*argv: object, first: str = "", **options) -> subprocess.Popen:
+    """`python -m runtime` after the statements `first`. A shell may have started the tests with SIGINT ignored, which a
+    child would inherit."""
+    start = f"import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n{first}\n"
     start += f"sys.argv = {['runtime', *map(str, argv)]!r}; runpy.run_module('runtime', run_name='__main__')"
     where = Path(__file__).parents[2]
     return subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.PIPE, text=True, cwd=where, **options)
@@ -262,14 +265,18 @@ def test_a_reader_that_has_gone(registry: Path):
     assert process.returncode == 141 and errors == ""
 
 
-def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
-    """The server gives the index, and then nothing: kernels are being downloaded by a pool of threads."""
+@contextlib.contextmanager
+def holding_server(held: str) -> Iterator[tuple[list[str], threading.Event]]:
+    """A server that has an index for sm_120, and holds its answer to whatever has `held` in its path.
+
+    The options that name it and the index, and an event: something held was asked for.
+    """
     index, _ = toy_index(only="bf16-d64")
     asked, over = threading.Event(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if "/blobs/" in self.path:
+            if held in self.path:
                 asked.set()
                 over.wait(60)
                 return
@@ -282,16 +289,24 @@ def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        given = ("prefetch", "--registry", url, "--index", index.digest, "--cache", tmp_path / "cache")
-        with program(*given, stdout=subprocess.DEVNULL) as process:
-            assert asked.wait(60)
-            start = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
-            spent = time.monotonic() - start
-        over.set()
-        server.shutdown()
+        try:
+            yield ["--registry", f"http://127.0.0.1:{server.server_port}", "--index", index.digest], asked
+        finally:
+            over.set()
+            server.shutdown()
+
+
+def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
+    """The server gives the index, and then nothing: kernels are being downloaded by a pool of threads."""
+    with (
+        holding_server("/blobs/") as (given, asked),
+        program("prefetch", *given, "--cache", tmp_path / "cache", stdout=subprocess.DEVNULL) as process,
+    ):
+        assert asked.wait(60)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        spent = time.monotonic() - start
     assert process.returncode == 130 and errors == "" and spent < 5
 
 
