@@ -68,8 +68,8 @@ class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
     __slots__ = ("absent", "call", "chain", "family", "floats", "forward_ad", "grad_enabled", "key", "known",
-                 "launches", "masks", "nbytes", "new_lse", "new_out", "new_space", "offsets", "out_span", "rows", "single", "spans",
-                 "written", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
+                 "launches", "masks", "nbytes", "new_lse", "new_out", "new_space", "offsets", "out_span", "rows",
+                 "single", "spans", "written", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
     key: Any
     family: Any
     call: Call
