@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runtime.call import checks, forward, memory
 from runtime.call.plan import Plan, prepare, run
 from runtime.call.request import Options, Request
 from runtime.load import plans
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
 
 
+@untraced
 def flash_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -68,9 +69,8 @@ def flash_attn(
     if deterministic is not False:
         checks.check_flag("deterministic", deterministic)
     if sink is not None or alibi_slopes is not None:
-        optional = {"sink": sink, "alibi_slopes": alibi_slopes}
-        options = Options(causal, softmax_scale, window, softcap, return_lse)
-        return attend("fwd", q, k, v, out, optional, options, deterministic)
+        given = given_of(q, k, v, out, sink=sink, alibi_slopes=alibi_slopes)
+        return attend("fwd", given, Options(causal, softmax_scale, window, softcap, return_lse), deterministic)
     key: Any = None
     try:  # torch.device objects are slow to make and hash: k and v of q's index are taken to be on q's device
         key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
@@ -83,33 +83,32 @@ def flash_attn(
         plan = None
     if plan is None:
         options = Options(causal, softmax_scale, window, softcap, return_lse)
-        plan = prepare(forward, Request("fwd", _given(q, k, v, out, {}), options), key)
+        plan = prepare(forward, Request("fwd", given_of(q, k, v, out), options), key)
     return _run_dense(plan, q, k, v, return_lse, out, deterministic)
 
 
-def attend(op: str, q: Any, k: Any, v: Any, out: Any, optional: dict[str, Any], options: Options,
-           deterministic: Any = False, zeros: Any = False) -> Any:  # fmt: skip
+def attend(op: str, given: dict[str, Any], options: tuple[Any, ...], deterministic: Any = False,
+           zeros: Any = False) -> Any:  # fmt: skip
     """`flash_attn` with everything that a call can have.
 
-    op: 'fwd', or 'fwd_paged' where k and v are a cache. optional: tensors by name; None is absent. zeros: rows of new
-    outputs that no sequence owns are zeros.
+    op: 'fwd', or 'fwd_paged' where k and v are a cache. given: tensors by name, only those that are there, q first.
+    options: as runtime.call.request.Options has them, with hints about lengths. zeros: see runtime.call.plan.run.
     """
-    given = _given(q, k, v, out, optional)
     key: Any = None
     try:
-        key = (op, options, type(options.max_seqlen_q), type(options.max_seqlen_k), q.is_cuda,
+        key = (op, options, type(options[5]), type(options[6]), given["q"].is_cuda,
                *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
         plan = plans.plans.by_call[key]
     except Exception:  # as in flash_attn
         plan = None
     if plan is None:
-        plan = prepare(forward, Request(op, given, options), key)
-    out, lse = execute(plan, given, options.return_lse, deterministic, zeros)
+        plan = prepare(forward, Request(op, given, Options(*options)), key)
+    out, lse = run(plan, given, options[4], deterministic, zeros)
     return out if lse is None else (out, lse)
 
 
-def _given(q: Any, k: Any, v: Any, out: Any, optional: dict[str, Any]) -> dict[str, Any]:
-    """Only what is there, q first."""
+def given_of(q: Any, k: Any, v: Any, out: Any, **optional: Any) -> dict[str, Any]:
+    """Only what is there."""
     found = {"q": q, "k": k, "v": v}
     if out is not None:
         found["out"] = out
@@ -119,33 +118,16 @@ def _given(q: Any, k: Any, v: Any, out: Any, optional: dict[str, Any]) -> dict[s
     return found
 
 
-def execute(plan: Plan, given: dict[str, Any], return_lse: Any, deterministic: Any = False, zeros: Any = False) -> Any:
-    """(out, lse), through autograd where something requires grad."""
-    if plan.grad_enabled():
-        for tensor in given.values():
-            if tensor.requires_grad:
-                return _differentiable(plan, given, return_lse, deterministic)
-    return run(plan, given, return_lse, zeros)
-
-
-def _differentiable(plan: Plan, given: dict[str, Any], return_lse: Any, deterministic: Any) -> Any:
-    """Rows that no sequence owns are zeros here: the next layer's weight gradient reads them."""
-    from runtime.call import autograd  # here: it imports torch
-
-    again = partial(run, plan, return_lse=True, zeros=True)
-    return autograd.apply(plan.call, given, return_lse, deterministic, again)
-
-
 def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, deterministic: Any) -> Any:
-    """`execute`, inlined for a call without optional tensors."""
+    """`run`, inlined for a call without optional tensors."""
     if (
         plan.grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad))
     ) or plan.single is None:
-        out, lse = execute(plan, _given(q, k, v, out, {}), return_lse, deterministic)
+        out, lse = run(plan, given_of(q, k, v, out), return_lse, deterministic)
         return out if lse is None else (out, lse)
     if plan.forward_ad._current_level >= 0:
-        checks.check_tangents(plan.forward_ad, _given(q, k, v, out, {}).items())
+        checks.check_tangents(plan.forward_ad, given_of(q, k, v, out).items())
     given = out
     if out is None:
         out = plan.new_out(q)

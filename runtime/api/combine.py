@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.api.attention import execute
 from runtime.call import combine
-from runtime.call.plan import prepare
+from runtime.call.plan import prepare, run
 from runtime.call.request import Options, Request
 from runtime.load import plans
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
 
 
+@untraced
 def flash_attn_combine(
     out_partial: torch.Tensor,
     lse_partial: torch.Tensor,
@@ -49,5 +50,5 @@ def flash_attn_combine(
     if plan is None:
         options = Options(return_lse=return_lse, out_dtype=out_dtype)
         plan = prepare(combine, Request("fwd_combine", given, options), key)
-    out, lse = execute(plan, given, return_lse)
+    out, lse = run(plan, given, return_lse)
     return out if lse is None else (out, lse.transpose(-1, -2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.api.attention import attend, flash_attn
+from runtime.api.attention import attend, flash_attn, given_of
 from runtime.api.varlen import flash_attn_varlen
 from runtime.call.checks import check_flag
 from runtime.call.request import Options
@@ -65,8 +65,8 @@ def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair 
                               sink=sink, alibi_slopes=alibi_slopes, return_lse=return_lse,
                               deterministic=deterministic)  # fmt: skip
         options = Options(causal, softmax_scale, window, softcap, return_lse, pack_gqa=pack_gqa)
-        optional = {"sink": sink, "alibi_slopes": alibi_slopes}
-        return attend("fwd", q, k, v, None, optional, options, deterministic)
+        given = given_of(q, k, v, None, sink=sink, alibi_slopes=alibi_slopes)
+        return attend("fwd", given, options, deterministic)
     except ArgumentError as error:
         raise renamed(error) from None
 

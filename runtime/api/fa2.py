@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.api import dropin
 from runtime.call.checks import check_flag
 from runtime.errors import ArgumentError
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 OPEN = (None, -1)
 
 
+@untraced
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -55,6 +57,7 @@ def flash_attn_func(
     return _with_probs(found) if return_attn_probs else found
 
 
+@untraced
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.api import dropin
 from runtime.call.checks import check_flag
 from runtime.errors import ArgumentError
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
+@untraced
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -65,6 +67,7 @@ def flash_attn_func(
     return found if return_lse else (found, None)
 
 
+@untraced
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,

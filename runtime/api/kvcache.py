@@ -6,10 +6,10 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
-from runtime.api.attention import attend
+from runtime.api.attention import attend, given_of
 from runtime.api.fa2 import window_of
-from runtime.call.request import Options
 from runtime.errors import ArgumentError
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ NAMES = {
 }  # fmt: skip
 
 
+@untraced
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -89,12 +90,13 @@ def flash_attn_with_kvcache(
             block_table = _as_table(cache_batch_idx, block_table)
         if isinstance(cache_seqlens, numbers.Integral):
             cache_seqlens = _on_device(int(cache_seqlens), q)
-        optional = {"seqused_k": cache_seqlens, "leftpad_k": cache_leftpad, "page_table": block_table, "sink": sink,
-                    "alibi_slopes": alibi_slopes, "k_descale": k_descale, "v_descale": v_descale, "k_new": k,
-                    "v_new": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}  # fmt: skip
-        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, None, None, num_splits,
-                          rotary_interleaved)  # fmt: skip
-        return attend("fwd_paged", q, k_cache, v_cache, out, optional, options)
+        given = given_of(q, k_cache, v_cache, out, seqused_k=cache_seqlens, leftpad_k=cache_leftpad,
+                         page_table=block_table, sink=sink, alibi_slopes=alibi_slopes, k_descale=k_descale,
+                         v_descale=v_descale, k_new=k, v_new=v, rotary_cos=rotary_cos,
+                         rotary_sin=rotary_sin)  # fmt: skip
+        options = (causal, softmax_scale, window, softcap, return_softmax_lse, None, None, None, num_splits,
+                   rotary_interleaved)  # fmt: skip
+        return attend("fwd_paged", given, options)
     except ArgumentError as error:
         raise dropin.renamed(error, names) from None
 

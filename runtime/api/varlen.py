@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.api.attention import attend
+from runtime.api.attention import attend, given_of
 from runtime.call.checks import check_flag
-from runtime.call.request import Options
 from runtime.errors import ArgumentError
+from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
 
 
+@untraced
 def flash_attn_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -81,17 +82,16 @@ def flash_attn_varlen(
         check_flag("deterministic", deterministic)
     if zero_unused is not False:
         check_flag("zero_unused", zero_unused)
-    optional = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q,
-                "seqused_k": seqused_k, "leftpad_k": leftpad_k, "page_table": page_table, "sink": sink,
-                "alibi_slopes": alibi_slopes, "k_descale": k_descale, "v_descale": v_descale}  # fmt: skip
+    given = given_of(q, k, v, out, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
+                     seqused_k=seqused_k, leftpad_k=leftpad_k, page_table=page_table, sink=sink,
+                     alibi_slopes=alibi_slopes, k_descale=k_descale, v_descale=v_descale)  # fmt: skip
     op = "fwd"
     if page_table is not None or k_descale is not None or v_descale is not None or num_splits not in (0, 1):
         if cu_seqlens_k is not None:
             raise _needs_cache(page_table, num_splits)
         op = "fwd_paged"
-    options = Options(causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa,
-                      num_splits)  # fmt: skip
-    return attend(op, q, k, v, out, optional, options, deterministic, zero_unused)
+    options = (causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa, num_splits)
+    return attend(op, given, options, deterministic, zero_unused)
 
 
 def _needs_cache(page_table: Any, num_splits: Any) -> ArgumentError:

@@ -159,8 +159,8 @@ def _run(kept: Plan, needs: frozenset[str], given: Mapping[str, Any], grads: Map
     """Launch; the gradients of what is summed over rows, by name."""
     at = plan.addresses(kept, given)
     at |= {name: tensor.data_ptr() for name, tensor in grads.items()}
-    space = plan.allocate(kept, at, given["q"].device)
-    plan.fire(kept.launches, at)
+    space = plan.allocate(kept, at)
+    plan.fire(kept, at)
     sums, heads = {}, kept.call.sizes["heads_q"]
     if "sink" in needs:
         lse_log2, delta = (plan.floats(kept, space, name).view(heads, -1) for name in ("lse_log2", "delta"))
@@ -183,7 +183,7 @@ def _of_slopes(kept: Plan, given: Mapping[str, Any], dalibi: Any) -> Any:
         return dalibi.sum(0)
     if starts is None:
         return dalibi.view(slopes.shape[0], -1, slopes.shape[1]).sum(1)
-    tile = next(one for one in kept.launches if one.kernel.abi.op == "bwd").kernel.artifact.grid.tile_m
+    tile = next(one for one in kept.chain.launches if one.kernel.abi.op == "bwd").kernel.artifact.grid.tile_m
     firsts = starts // tile + torch.arange(slopes.shape[0] + 1, device=slopes.device)
     firsts = firsts.clamp_(0, dalibi.shape[0]).cummax(0).values  # whatever the lengths say, inside dalibi
     return torch.segment_reduce(dalibi, "sum", offsets=firsts, axis=0, initial=0, unsafe=True)

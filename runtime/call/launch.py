@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -94,24 +94,6 @@ class Launch:
                 return status
 
         self.start = first
-
-
-def fire_all(launches: Sequence[Launch]) -> None:
-    """One after the other on the current stream of their one device."""
-    first = launches[0]
-    device = first.device
-    if first.current_device() != device:
-        with first.guard(device):
-            _fire_all(launches, first.raw_stream(device))
-    else:
-        _fire_all(launches, first.raw_stream(device))
-
-
-def _fire_all(launches: Sequence[Launch], stream: int) -> None:
-    for launch in launches:
-        (status,) = launch.fire(stream, launch.params, 0)
-        if status is not launch.success:
-            launch.check(status, "cuLaunchKernel")
 
 
 @lru_cache(maxsize=256)

@@ -32,6 +32,13 @@ def check_alignment(alignment: int, *pointers: tuple[str, int]) -> None:
             raise ArgumentError(name, message, reason="alignment")
 
 
+def check_address(name: str, tensor: Any, address: int, alignment: int) -> None:
+    """Both of the above, for one tensor's address."""
+    check_alignment(alignment, (name, address))
+    if not address:
+        check_storage((name, tensor))
+
+
 def span(tensor: Any) -> int:
     """Bytes from a tensor's first element to past its last."""
     if tensor.numel() == 0:

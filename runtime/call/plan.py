@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from registry import ops
 from registry.contract import DispatchRow
 from runtime import stages
-from runtime.call import checks, launch, memory, tensors
+from runtime.call import checks, memory, tensors
 from runtime.call.launch import Launch
 from runtime.call.numbers import LENGTH_FACTS, Numbers
 from runtime.call.request import Call, Request
@@ -67,16 +67,17 @@ class Outputs(NamedTuple):
 class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
-    __slots__ = ("absent", "call", "chain", "family", "floats", "forward_ad", "grad_enabled", "key", "known",
-                 "launches", "masks", "nbytes", "new_lse", "new_out", "new_space", "offsets", "out_span", "rows",
-                 "single", "spans", "written", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
+    __slots__ = ("absent", "call", "chain", "family", "first", "floats", "forward_ad", "grad_enabled", "key", "known",
+                 "masks", "nbytes", "new_lse", "new_out", "new_space", "offsets", "out_span", "rows", "single", "spans",
+                 "written", "written_names", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
     key: Any
     family: Any
     call: Call
     known: dict[tuple[str, bool], Launch]  # every launch that was made, by variant and whether it packs heads
     rows: dict[str, list[DispatchRow]]  # by op: what serves such calls, with the conditions that lengths decide
     chain: Chain
-    launches: tuple[Launch, ...]
+    first: str  # of the given tensors
+    written_names: tuple[str, ...]  # the given tensors that the launches write, `out` apart
     single: Launch | None  # the only launch, which needs no workspace
     absent: dict[str, int]  # address 0 for every slot of every launch
     masks: tuple[tuple[str, int], ...]  # bits of the given tensors' addresses that must be 0
@@ -92,7 +93,7 @@ class Plan:
     new_lse: Callable[[], Any]
     zero_out: Callable[[Any], Any]
     zero_lse: Callable[[], Any]
-    new_space: Callable[..., Any]
+    new_space: Callable[[], Any]
     floats: Any  # torch.float32
 
 
@@ -181,7 +182,6 @@ def _new(torch: Any) -> Plan:
     plan.known, plan.rows = {}, {}
     plan.grad_enabled, plan.forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
     plan.written = torch.autograd.graph.increment_version
-    plan.new_space = partial(torch.empty, dtype=torch.uint8)
     plan.floats = torch.float32
     return plan
 
@@ -192,15 +192,17 @@ def _aim(plan: Plan, role: Role, call: Call, request: Request, now: Session) -> 
     first = next(iter(given.values()))
     plan.call = call
     plan.chain = chain = role.chain(call, request, Maker(now, plan, first.get_device()))
-    plan.launches = chain.launches
+    plan.first, plan.written_names = next(iter(given)), chain.written
     plan.single = chain.launches[0] if len(chain.launches) == 1 and not chain.workspaces else None
     plan.absent = {name: 0 for one in chain.launches for name in one.names}
     plan.masks = tensors.masks(request.op, given)
     _place(plan, chain.workspaces)
+    torch = now.backend.torch
+    plan.new_space = partial(torch.empty, plan.nbytes, dtype=torch.uint8, device=first.device)
     if "out" in given:
         plan.spans = tuple((name, memory.span(tensor)) for name, tensor in given.items() if name != "out")
         plan.out_span = memory.span(given["out"])
-    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = role.outputs(call, request, now.backend.torch)
+    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = role.outputs(call, request, torch)
 
 
 def _place(plan: Plan, workspaces: tuple[Workspace, ...]) -> None:
@@ -218,11 +220,63 @@ def _place(plan: Plan, workspaces: tuple[Workspace, ...]) -> None:
     plan.nbytes, plan.offsets = end, offsets
 
 
-def allocate(plan: Plan, found: dict[str, int], device: Any) -> Any:
-    """The workspaces in one tensor of bytes, their addresses among those that were found; None if there are none."""
-    if not plan.nbytes:
-        return None
-    space = plan.new_space(plan.nbytes, device=device)
+def run(plan: Plan, given: Mapping[str, Any], return_lse: Any, deterministic: Any = False, zeros: Any = False) -> Any:
+    """(out, lse) of a call with these tensors, lse None if it is not wanted; through autograd where one requires grad.
+
+    zeros: rows of new outputs that no sequence owns are zeros. They always are where autograd records: the next
+    layer's weight gradient reads them.
+    """
+    if plan.grad_enabled():
+        for tensor in given.values():
+            if tensor.requires_grad:
+                from runtime.call import autograd  # here: it imports torch
+
+                again = partial(_launch, plan, return_lse=True, zeros=True)
+                return autograd.apply(plan.call, given, return_lse, deterministic, again)
+    return _launch(plan, given, return_lse, zeros)
+
+
+def _launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any) -> Any:
+    """Check what the key leaves open, allocate, launch."""
+    if plan.forward_ad._current_level >= 0:
+        checks.check_tangents(plan.forward_ad, given.items())
+    found = addresses(plan, given)
+    if "out" in given:
+        out = given["out"]
+        _check_apart(plan, found, given)
+        plan.written(out)
+    else:
+        out = (plan.zero_out if zeros else plan.new_out)(given[plan.first])
+        found["out"] = out.data_ptr()
+    lse = None
+    if return_lse:
+        lse = plan.zero_lse() if zeros else plan.new_lse()
+        found["lse"] = lse.data_ptr()
+    for name in plan.written_names:
+        plan.written(given[name])
+    space = allocate(plan, found) if plan.nbytes else None
+    fire(plan, found)
+    del space  # torch's allocator hands it on in the order of the stream
+    return out, lse
+
+
+def addresses(plan: Plan, given: Mapping[str, Any]) -> dict[str, int]:
+    """By name, 0 for what is not given, after the checks that a call's key leaves open."""
+    found = plan.absent.copy()
+    try:
+        for name, mask in plan.masks:
+            address = found[name] = given[name].data_ptr()
+            if address & mask or not address:
+                memory.check_address(name, given[name], address, mask + 1)
+    except RuntimeError:  # of torch.func's wrappers
+        memory.check_storage(*given.items())
+        raise
+    return found
+
+
+def allocate(plan: Plan, found: dict[str, int]) -> Any:
+    """The workspaces, in one tensor of bytes; their addresses are put among those that were found."""
+    space = plan.new_space()
     if plan.zeros_from < plan.nbytes:
         space[plan.zeros_from :].zero_()
     start = space.data_ptr()
@@ -238,57 +292,27 @@ def floats(plan: Plan, space: Any, name: str) -> Any:
     return space[start : start + one.nbytes].view(plan.floats)
 
 
-def addresses(plan: Plan, given: Mapping[str, Any]) -> dict[str, int]:
-    """By name, 0 for what is not given, after the checks that a call's key leaves open."""
-    found = plan.absent.copy()
-    try:
-        for name, tensor in given.items():
-            found[name] = tensor.data_ptr()
-    except RuntimeError:  # of torch.func's wrappers
-        memory.check_storage(*given.items())
-        raise
-    for name, mask in plan.masks:
-        address = found[name]
-        if address & mask:
-            memory.check_alignment(mask + 1, (name, address))
-        if not address:
-            memory.check_storage((name, given[name]))
-    return found
-
-
-def run(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: bool = False) -> Any:
-    """Check what the key leaves open, allocate, launch. (out, lse), lse None if it is not wanted.
-
-    zeros: rows of new outputs that no sequence owns are zeros.
-    """
-    if plan.forward_ad._current_level >= 0:
-        checks.check_tangents(plan.forward_ad, given.items())
-    found = addresses(plan, given)
-    out = given.get("out")
-    if out is None:
-        out = (plan.zero_out if zeros else plan.new_out)(next(iter(given.values())))
-        found["out"] = out.data_ptr()
-    else:
-        _check_apart(plan, found, given)
-        plan.written(out)
-    lse = None
-    if return_lse:
-        lse = plan.zero_lse() if zeros else plan.new_lse()
-        found["lse"] = lse.data_ptr()
-    for name in plan.chain.written:
-        plan.written(given[name])
-    space = allocate(plan, found, out.device)
-    fire(plan.launches, found)
-    del space  # torch's allocator hands it on in the order of the stream
-    return out, lse
-
-
-def fire(launches: tuple[Launch, ...], found: Mapping[str, int]) -> None:
-    """Launch all with these addresses."""
+def fire(plan: Plan, found: Mapping[str, int]) -> None:
+    """Launch all with these addresses, in order, on the current stream of their one device."""
+    launches = plan.chain.launches
+    if not launches:
+        return
     for one in launches:
         one.pack(*one.pick(found))
-    if launches:
-        launch.fire_all(launches)
+    first = launches[0]
+    device = first.device
+    if first.current_device() != device:
+        with first.guard(device):
+            _fire(launches, first.raw_stream(device))
+    else:
+        _fire(launches, first.raw_stream(device))
+
+
+def _fire(launches: tuple[Launch, ...], stream: int) -> None:
+    for one in launches:
+        (status,) = one.fire(stream, one.params, 0)
+        if status is not one.success:
+            one.check(status, "cuLaunchKernel")
 
 
 def _check_apart(plan: Plan, found: Mapping[str, int], given: Mapping[str, Any]) -> None:

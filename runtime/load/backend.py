@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from runtime.errors import DriverError, InstallError
+from runtime.load import dynamo
 from runtime.load.driver import CudaDriver
 
 
@@ -28,6 +29,7 @@ class TorchBackend:
             )
             raise DriverError(message, reason="fork")
         self.torch = torch
+        dynamo.tell_torch()
         self.raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent in builds without CUDA
         self.current_device = getattr(torch._C, "_cuda_getDevice", None)
         self.guard = torch.cuda.device
