@@ -56,11 +56,11 @@ def flash_attn(
     A query that sees no key gives zeros and an LSE of -inf, or of the sink. Returns out, or (out, lse).
 
     Differentiable, once, in q, k, v, sink and alibi_slopes, through out and the returned lse; the backward runs on the
-    current stream, without synchronising, and takes for its time, from torch's allocator, these workspaces. With rows
-    = batch · (seqlen_q rounded up to 128) and D = head_dim rounded up to its kernel's: heads_q · rows · (4 · D + 8)
-    bytes; if deterministic heads_q · rows / 4 more; 4 · heads_q for each tile of keys if alibi_slopes require grad; and
-    where there are too few keys to fill the GPU, for s parts of each group of query heads, s · 4 bytes for each element
-    of k and v.
+    current stream, without synchronising, and takes for its time, from torch's allocator and in one piece, these
+    workspaces. With rows = batch · (seqlen_q rounded up to 128) and D = head_dim rounded up to its kernel's: heads_q ·
+    rows · (4 · D + 8) bytes; if deterministic heads_q · rows / 4 more; 4 · heads_q for each tile of keys if
+    alibi_slopes require grad; and where there are too few keys to fill the GPU, for s parts of each group of query
+    heads, which one more kernel adds up, s · 4 bytes for each element of k and v.
 
     The first call, or backward, of each kernel loads it, which a CUDA graph cannot hold: warm up before any thread
     captures.

@@ -15,6 +15,7 @@ import torch
 from registry.contract import Variant
 from registry.ops.bwd_sum import UNIT
 from runtime.call import checks, memory, numbers, plan, splits, tensors
+from runtime.call.forward import stride_of_slopes
 from runtime.call.launch import Launch
 from runtime.call.numbers import Numbers
 from runtime.call.plan import Chain, Maker, Outputs, Plan, Workspace
@@ -50,6 +51,7 @@ class Backward(NamedTuple):
         total_k = sizes.get("total_k")
         facts = forward.facts | {"heads_kv": sizes["heads_kv"], "group": sizes["heads_q"] // max(sizes["heads_kv"], 1)}
         found = forward.numbers | {"heads_kv": sizes["heads_kv"], "rows": numbers.workspace_rows(sizes)}
+        found["alibi_stride_b"] = stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
         return forward._replace(
             op="bwd",
             facts=numbers.backward_facts(facts, total_k),

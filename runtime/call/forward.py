@@ -160,12 +160,12 @@ def _strides(given: dict[str, Any], sizes: dict[str, int]) -> Numbers:
     found |= numbers.of_lse(sizes, sizes["heads_q"])
     sink = given.get("sink")
     found["sink_low"] = int(sink is not None and sink.element_size() == 2)
-    found["alibi_stride_b"] = _stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
+    found["alibi_stride_b"] = stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
     return found
 
 
-def _stride_of_slopes(slopes: Any, batch: int) -> int:
-    """As `_stride_of_batch`; the kernels find a row of slopes with 32 bits."""
+def stride_of_slopes(slopes: Any, batch: int) -> int:
+    """As `_stride_of_batch`; the kernels find a row of slopes with 32 bits. Raises ArgumentError."""
     stride = _stride_of_batch(slopes, batch)
     if stride and batch * stride + slopes.shape[1] > checks.MAX_I32:
         message = f"{batch} rows with a stride of {stride}, must be below 2**31 elements"

@@ -118,6 +118,10 @@ class FakeDriver:
         self.refuse_image = False
         self.resident = (132, 1)
 
+    def launched(self, op: str) -> list[dict[str, Any]]:
+        """What was launched of one op."""
+        return [made for made in self.launches if Variant.parse(made["variant"]).op == op]
+
     def check(self, status: Any, call: str) -> None:
         if status is not self.success:
             raise DriverError(f"{call}: {status}", status=int(status))

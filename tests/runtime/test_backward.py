@@ -101,8 +101,9 @@ def test_group_splits_are_summed_up(backend: FakeBackend):
         runtime.configure(registry=runtime.load.session.current().config.registry)
         backend.driver.resident = resident
         check(*inputs(seqlen_q=70, seqlen_k=70, heads_q=32, heads_kv=4, batch=1), causal=True)
-        p = backend.driver.launches[-2]["params"]
-        assert p["splits"] == wanted
+        assert backend.driver.launched("bwd")[-1]["params"]["splits"] == wanted
+        sums = backend.driver.launched("bwd_sum")
+        assert [made["params"]["splits"] for made in sums] == [n for n in (4, 8) if n <= wanted]
 
 
 def test_strided_inputs_and_gradients(backend: FakeBackend):
@@ -136,7 +137,7 @@ def test_what_the_kernels_cannot_read_of_dout_is_copied(backend: FakeBackend, of
         runtime.flash_attn(*given).backward(dout)
         attention64(*exact)[0].backward(dout.double())
         assert_close(grads(given), grads(exact))
-        p = backend.driver.launches[-2]["params"]
+        p = backend.driver.launched("bwd")[-1]["params"]
         assert p["dout"] != dout.data_ptr() and (p["dout_stride_s"], p["dout_stride_h"]) == (256, 64)
 
 
@@ -277,7 +278,7 @@ def test_saved_tensors_may_come_back_with_other_strides(backend: FakeBackend):
             q, k, v, slopes = tensors
             runtime.flash_attn(q[:, :, ::2], k, v, alibi_slopes=slopes[:, 4:8]).float().square().sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(given, again, strict=True))
-    assert [m["params"]["alibi_stride_b"] for m in backend.driver.launches[2::4]] == [12, 4]
+    assert [m["params"]["alibi_stride_b"] for m in backend.driver.launched("bwd")] == [12, 4]
 
 
 def test_threads_have_plans_of_their_own(backend: FakeBackend):
@@ -318,7 +319,7 @@ def test_drop_ins_are_differentiable(backend: FakeBackend):
         given = leaves(q, k, v)
         call(*given).sum().backward()
         assert_close(grads(given), grads(wanted))
-        assert backend.driver.launches[-2]["params"]["semaphores"]
+        assert backend.driver.launched("bwd")[-1]["params"]["semaphores"]
 
 
 def test_the_splits_of_a_group():

@@ -12,7 +12,7 @@ import torch
 import runtime
 from kernels.abi import ABIS
 from registry.contract import WINDOW_OPEN
-from runtime.call import launch
+from runtime.call import launch, plan
 from runtime.errors import ArgumentError
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
@@ -20,7 +20,6 @@ from tests.runtime.test_attention import BF16, inputs
 from tests.runtime.test_backward import SINK, assert_close, check, grads, leaves
 from tests.runtime.test_varlen import ints
 
-OPS = ("bwd_preprocess", "bwd", "bwd_postprocess")
 LOG2E = math.log2(math.e)
 
 
@@ -70,7 +69,7 @@ def test_every_parameter_of_each_launch(backend: FakeBackend, launches):
         "q": given[0].data_ptr(), "k": given[1].data_ptr(), "v": given[2].data_ptr(), "dout": dout.data_ptr(),
         "lse_log2": a["lse_log2"], "delta": a["delta"], "dq_accum": base, "dk": given[1].grad.data_ptr(),
         "dv": given[2].grad.data_ptr(), "dk_partial": 0, "dv_partial": 0, "cu_seqlens_q": 0, "cu_seqlens_k": 0,
-        "seqused_q": 0, "seqused_k": 0, "alibi_slopes": 0, "dalibi": 0, "semaphores": 0,
+        "seqused_q": 0, "seqused_k": 0, "leftpad_k": 0, "alibi_slopes": 0, "dalibi": 0, "semaphores": 0,
         "q_stride_b": 200 * 256, "q_stride_s": 256, "q_stride_h": 64,
         "k_stride_b": 70 * 128, "k_stride_s": 128, "k_stride_h": 64,
         "v_stride_b": 70 * 80, "v_stride_s": 80, "v_stride_h": 40,
@@ -102,24 +101,43 @@ def test_parameters_of_scores(backend: FakeBackend, launches):
 
 
 def test_group_splits_have_partial_sums(backend: FakeBackend, launches, monkeypatch):
+    allocated, empty = [], torch.empty
+
+    def filled(*shape, **how):
+        """With NaN."""
+        if how.get("dtype") is not torch.uint8:
+            return empty(*shape, **how)
+        allocated.append(empty(*shape, **how).fill_(0xFF))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch, "empty", filled)
     backend.driver.resident = (132, 2)
     q, k, v = inputs(batch=1, seqlen_q=5, seqlen_k=7, heads_q=12, heads_kv=2, head_dim_v=72)
     backward_of(q, k, v)
-    made = launches()[1]
+    pre, made, total, _ = launches()
     p = made["params"]
     assert p["splits"] == 6 and made["grid"] == (2 * 6, 1, 1) and not p["dk"] and not p["dv"]
     room = [-(-t.numel() // 64) * 64 for t in (k, v)]
     assert p["dv_partial"] - p["dk_partial"] == 4 * room[0]
     assert p["dk_partial_stride_split"] == p["dv_partial_stride_split"] == sum(room)
-    fresh, new = [], {"zeros": torch.zeros, "empty": torch.empty}
-    for name, make in new.items():
-        monkeypatch.setattr(
-            torch, name, lambda *shape, m=make, n=name, **how: fresh.append((n, *shape)) or m(*shape, **how)
-        )
-    backward_of(q, k, v)
-    assert ("empty", (6, sum(room))) in fresh
-    runtime.flash_attn_varlen(*leaves(q, k, v), seqused_k=ints(3)).sum().backward()
-    assert ("zeros", (6, sum(room))) in fresh
+    rows = 4 * 12 * 128
+    assert [space.numel() for space in allocated] == [rows * (128 + 1 + 1) + 6 * 4 * sum(room)]
+    start = allocated[0].data_ptr()
+    assert [p[name] - start for name in ("dq_accum", "lse_log2", "delta", "dk_partial")] == [
+        0, 128 * rows, 129 * rows, 130 * rows]  # fmt: skip
+    assert not pre["params"]["semaphores"]
+    units = sum(-(-t.numel() // 256) for t in (k, v))
+    assert total["grid"] == (-(-units // 8), 1, 1) and total["params"] == {
+        "dk_partial": p["dk_partial"], "dv_partial": p["dv_partial"], "dk": total["params"]["dk"],
+        "dv": total["params"]["dv"], "dk_partial_stride_split": sum(room), "dv_partial_stride_split": sum(room),
+        "dk_elements": k.numel(), "dv_elements": v.numel(), "splits": 6,
+    }  # fmt: skip
+    given = leaves(q, k, v)
+    runtime.flash_attn_varlen(*given, seqused_k=ints(3)).sum().backward()  # adds up rows that nothing else writes
+    assert len(allocated) == 2 and allocated[1].numel() == allocated[0].numel()
+    for grad in grads(given):
+        assert grad.isfinite().all()
+    assert all(not grad[:, 3:].any() and grad[:, :3].all() for grad in grads(given)[1:])
 
 
 @pytest.mark.parametrize("how", ["argument", "torch"])
@@ -131,12 +149,12 @@ def test_deterministic_has_semaphores(backend: FakeBackend, launches, how):
         out.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    a, b, _ = (made["params"] for made in launches())
+    a, b = (backend.driver.launched(op)[0]["params"] for op in ("bwd_preprocess", "bwd"))
     assert a["semaphores"] == b["semaphores"] == a["delta"] + 4 * 4 * 256
     runtime.flash_attn(q, k, v).sum().backward()
-    assert launches()[-2]["params"]["semaphores"] == 0
+    assert backend.driver.launched("bwd")[-1]["params"]["semaphores"] == 0
     runtime.flash_attn_varlen(q, k, v, seqused_k=ints(3, 4), deterministic=1).sum().backward()
-    assert launches()[-2]["params"]["semaphores"]
+    assert backend.driver.launched("bwd")[-1]["params"]["semaphores"]
 
 
 def test_deterministic_must_be_a_flag(backend: FakeBackend):
@@ -179,18 +197,21 @@ def test_new_totals_change_plans_in_place(backend: FakeBackend, launches, monkey
         out, lse = runtime.flash_attn_varlen(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=1000,
                                              return_lse=True)  # fmt: skip
         (out.float().sum() + lse.sum()).backward()
-        return [made["grid"][0] for made in launches()[-3:]]
+        return {op: backend.driver.launched(op)[-1]["grid"][0] for op in ("bwd_preprocess", "bwd", "bwd_postprocess")}
 
     backend.driver.resident = (16, 1)
-    assert call(100, 28) == [12, 2 * 8, 12]
+    short = {"bwd_preprocess": 12, "bwd": 2 * 8, "bwd_postprocess": 12}
+    assert call(100, 28) == short
     monkeypatch.setattr(plans, "MAX_SIZES", 1)
     kept = len(plans.plans.by_call)
-    assert call(300, 100) == [20, 16, 20]
-    assert launches()[-2]["params"]["rows"] == 5 * 128 and launches()[-1]["params"]["seqlen_q"] == 400
-    assert [made["params"]["splits"] for made in launches()[1::3]] == [2, 1]
-    assert call(100, 28) == [12, 2 * 8, 12] and len(plans.plans.by_call) == kept
+    assert call(300, 100) == {"bwd_preprocess": 20, "bwd": 16, "bwd_postprocess": 20}
+    assert backend.driver.launched("bwd")[-1]["params"]["rows"] == 5 * 128
+    assert backend.driver.launched("bwd_postprocess")[-1]["params"]["seqlen_q"] == 400
+    assert [made["params"]["splits"] for made in backend.driver.launched("bwd")] == [2, 1]
+    assert call(100, 28) == short and len(plans.plans.by_call) == kept
     monkeypatch.setattr(session.Session, "kernel", None)
-    assert call(28, 100) == [12, 2 * 8, 12]
+    assert call(28, 100) == short
+    assert len(backend.driver.launched("bwd_sum")) == 3
 
 
 def test_a_failure_while_plans_change_leaves_none_behind(backend: FakeBackend, launches, monkeypatch):
@@ -224,8 +245,10 @@ def test_a_warm_backward_only_launches(backend: FakeBackend, launches, monkeypat
     calls = list(backend.driver.calls)
     for module, name in ((session, "current"), (plan, "prepare"), (launch, "Launch")):
         monkeypatch.setattr(module, name, None)
+    ops = [made["variant"].split("-")[0] for made in launches()]
+    assert ops == ["bwd_preprocess", "bwd", "bwd_sum", "bwd_postprocess"]
     call()
-    assert backend.driver.calls == calls and len(launches()) == 6
+    assert backend.driver.calls == calls and [made["variant"].split("-")[0] for made in launches()] == 2 * ops
 
 
 def heads_first(t):
@@ -255,10 +278,15 @@ def test_every_property_of_a_call_is_in_its_key(backend: FakeBackend, launches):
     check(q.half(), k.half(), v.half())
 
 
+@pytest.mark.parametrize("resident", [(1, 1), (132, 1)], ids=str)
 @pytest.mark.parametrize(("wanted", "count"), [
     ("q", 3), ("k", 2), ("v", 2), ("sink", 1), ("alibi_slopes", 2), ("q sink", 3), ("v alibi_slopes", 2),
 ])  # fmt: skip
-def test_only_what_is_needed(backend: FakeBackend, launches, wanted, count):
+def test_only_what_is_needed(backend: FakeBackend, launches, wanted, count, resident):
+    backend.driver.resident = resident
+    ops = ["bwd_preprocess", "bwd", "bwd_postprocess"][:count]
+    if count > 1 and resident != (1, 1):
+        ops.insert(2, "bwd_sum")
     given = dict(zip(("q", "k", "v", "sink", "alibi_slopes"), (*inputs(), SINK, torch.rand(4)), strict=True))
     every = dict(zip(given, leaves(*given.values()), strict=True))
     runtime.flash_attn(**every).sum().backward()
@@ -268,10 +296,11 @@ def test_only_what_is_needed(backend: FakeBackend, launches, wanted, count):
         before = len(launches())
         out = runtime.flash_attn(**given)
         found = torch.autograd.grad(out.sum(), [given[name] for name in wanted.split()])
-        assert [m["variant"].split("-")[0] for m in launches()[before:]] == list(OPS[:count])
+        assert [m["variant"].split("-")[0] for m in launches()[before:]] == ops
         for name, grad in zip(wanted.split(), found, strict=True):
             assert torch.equal(grad, every[name].grad), name
-    assert bool(launches()[-1]["params"].get("dalibi", 0)) == (count == 2 and "alibi_slopes" in wanted)
+    for made in backend.driver.launched("bwd")[-1:] if count > 1 else ():
+        assert bool(made["params"]["dalibi"]) == ("alibi_slopes" in wanted)
 
 
 def test_without_grad_nothing_changes(backend: FakeBackend, launches):

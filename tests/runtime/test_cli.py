@@ -21,6 +21,7 @@ from registry import ops
 from registry.contract import Condition, DispatchRow
 from runtime.cli import commands as cli
 from runtime.sources import source
+from tests.runtime.backward_kernels import KERNELS
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
 from tests.runtime.test_source import URL, Server, server
@@ -216,8 +217,8 @@ def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys)
     prefetch = ("prefetch", "--registry", backward_registry, "--dtype", "bf16", "--head-dim", 64)
     code, every = run(capsys, *prefetch)
     assert code == 0 and every["missing"] == [] and every["verified"] == every["wanted"]
-    counts = [run(capsys, *prefetch, "--op", op)[1]["wanted"] for op in ("fwd", "bwd", "bwd_preprocess")]
-    assert counts[1:] == [1, 1] and every["wanted"] == sum(counts) + 2  # bwd_sum and bwd_postprocess
+    counts = [run(capsys, *prefetch, "--op", op)[1]["wanted"] for op in ("fwd", *KERNELS)]
+    assert counts[1:] == [1, 1, 1, 1] and every["wanted"] == sum(counts)
 
 
 def test_explain_lists_every_rejection(registry: Path, capsys):

@@ -11,6 +11,7 @@ import runtime
 from kernels.abi import FWD_PAGED
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
+from runtime.call import plan
 from runtime.errors import ArgumentError, CaptureError, DriverError
 from runtime.load import kernel, plans, select, session
 from tests.runtime.cache_kernels import write_cache_registry
@@ -341,7 +342,7 @@ def test_a_warm_call_only_launches(backend: FakeBackend, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("a warm call must not come here")
 
-    for module, name in ((select, "select"), (session, "current"), (attention, "_prepare"), (attention, "_resize")):
+    for module, name in ((select, "select"), (session, "current"), (attention, "prepare"), (plan, "prepare")):
         monkeypatch.setattr(module, name, forbidden)
     for _ in range(3):
         cache.lengths += 1

@@ -65,7 +65,9 @@ CASES = {
     "cache heads": (call(q=t(2, 1, 5, 64)), "q", "heads"),
     "cache stride": (call(k_cache=t(6, 4, 2, 68)[..., :64]), "k_cache", "stride"),
     "fp8 cache stride": (fp8() | {"k_cache": t(6, 4, 2, 72, dtype=E4M3)[..., :64]}, "k_cache", "stride"),
-    "fp8 head_dim": (fp8() | {"q": t(2, 1, 4, 72), "k_cache": t(6, 4, 2, 72, dtype=E4M3), "k": t(2, 1, 2, 72)}, "q", "head_dim"),
+    "fp8 head_dim": (
+        fp8() | {"q": t(2, 1, 4, 72), "k_cache": t(6, 4, 2, 72, dtype=E4M3), "k": t(2, 1, 2, 72)}, "q", "head_dim",
+    ),
     "expanded cache": (call(v_cache=t(1, 4, 2, 64).expand(6, 4, 2, 64)), "v_cache", "overlap"),
     "entries": (call(block_table=None, k_cache=t(1, 4, 2, 64), v_cache=t(1, 4, 2, 64)), "k_cache", "shape"),
     "k alone": (call(v=None), "v", "value"),
