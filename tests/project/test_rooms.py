@@ -44,9 +44,14 @@ def test_design_lists_each_room():
     assert all((ROOT / room / "__init__.py").is_file() for room in ROOMS)
 
 
-@pytest.mark.parametrize("folder", ["registry/contract", "kernels", "builder", "runtime", "benchmarks"])
+FOLDERS = ("registry/contract", "registry/ops", "kernels", "builder", "runtime", "benchmarks")
+LAYERS = ("api", "call", "load", "trust", "sources", "cli")
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, *(f"runtime/{layer}" for layer in LAYERS)])
 def test_design_names_every_file(folder):
-    section = DESIGN.split(f"\n## {folder}\n")[1].split("\n## ")[0]
+    section = re.split(rf"\n##+ {folder}\n", DESIGN)[1]
+    section = re.split(r"\n##+ (?!The backward)", section)[0]
     first_cells = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
     listed = [name for cell in first_cells for name in re.findall(r"`(\w+\.(?:py|json))`", cell)]
     found = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".json")}
