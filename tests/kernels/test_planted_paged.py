@@ -162,6 +162,16 @@ def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled])
     assert len(reached) > 0.5 * len(kernel.places), "bounds that nothing reaches: remove them, or probe them"
 
 
+@of(SMALLEST[:1])
+def test_dropped_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Where the keys of a row begin, by its window or behind the padding: in the range of blocks and in the mask."""
+    compiled = variant_of(variant.key)
+    found = faults.dropped_bounds(compiled.ptx)
+    assert len(found) >= 8
+    left = survivors(compiled, found)
+    assert len(left) <= 2, "the ends of ranges, of which the split's share takes care again"
+
+
 CALL = PagedCase("", 3, 80, 4, 2, batch=2, seqused_k=(75, 37), window=(None, 0))
 FALSE_PARAMETERS: list[tuple[str, PagedCase, dict[str, int]]] = [
     ("table", CALL, {"page_table": 0}),
