@@ -14,7 +14,7 @@ from registry.contract import Artifact, DispatchRow, Index, Variant
 
 CHANNEL = "stable"
 CACHED = frozenset({"fwd_paged", "fwd_combine", "kv_append"})  # ops that one call over a KV cache may launch
-BACKWARD = frozenset({"bwd_preprocess", "bwd", "bwd_postprocess"})
+BACKWARD = frozenset({"bwd_preprocess", "bwd", "bwd_sum", "bwd_postprocess"})
 # op -> the ops that a call which launches it may launch beside it
 TOGETHER = {**dict.fromkeys(CACHED, CACHED), **dict.fromkeys(BACKWARD, BACKWARD | {"fwd"})}
 

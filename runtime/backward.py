@@ -1,7 +1,9 @@
-"""The backward: from a forward's call and tensors to gradients, in three launches. Imported with `runtime.autograd`.
+"""The backward: from a forward's call and tensors to gradients, in three launches or four. Imported with
+`runtime.autograd`.
 
 `bwd_preprocess` makes the sums over rows that each query needs and clears dQ's fp32 accumulator, `bwd` makes dK and dV
-and adds to the accumulator, `bwd_postprocess` makes dQ of it. What little is left is torch's.
+and adds to the accumulator, `bwd_postprocess` makes dQ of it; where blocks share a group's heads, `bwd_sum` adds up
+their parts of dK and dV. What little is left is torch's.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ class Needs(NamedTuple):
 class _Ready:
     """What calls that look alike need. Belongs to one thread."""
 
-    __slots__ = ("accum", "keys", "known", "lengths", "plans", "rows", "splits", "tiles")
+    __slots__ = ("accum", "adding", "keys", "known", "lengths", "plans", "rows", "splits", "tiles")
     lengths: tuple[Any, ...] | None  # that the rest is for
     plans: tuple[launch.Plan, launch.Plan, launch.Plan]  # of OPS
+    adding: launch.Plan | None  # of `bwd_sum`, with several splits
     known: dict[str, launch.Plan]  # by variant, also those of other lengths
     rows: int  # of a head in the workspaces
     accum: int  # head_dim of dq_accum
@@ -106,7 +109,7 @@ def _launches(saved: Saved, needs: Needs) -> int:
 
 def _run(ready: _Ready, saved: Saved, dout: Any, dlse: Any, grads: tuple[Any, Any, Any], launches: int, needs: Needs,
          deterministic: bool) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Launch, and sum up dk and dv. (lse_log2, delta, dalibi): (heads_q, rows) twice, and (tiles, heads_q) or None."""
+    """Launch. (lse_log2, delta, dalibi): (heads_q, rows) twice, and (tiles, heads_q) or None."""
     q, heads, rows = saved.q, saved.q.shape[-2], ready.rows
     dq, dk, dv = grads
     lse = saved.lse.contiguous()  # which a hook of saved tensors may have changed
@@ -131,13 +134,14 @@ def _run(ready: _Ready, saved: Saved, dout: Any, dlse: Any, grads: tuple[Any, An
     pre.pack(op, dout.data_ptr(), lse.data_ptr(), _address(dlse), lse_log2, delta, dq_accum, semaphores, *of_q)
     middle.pack(qp, kp, vp, dout.data_ptr(), lse_log2, delta, dq_accum,
                 *((dk.data_ptr(), dv.data_ptr(), 0, 0) if sums is None else (0, 0, *map(_address, sums))),
-                of_q[0], _address(saved.cu_seqlens_k), of_q[1], _address(saved.seqused_k),
+                of_q[0], _address(saved.cu_seqlens_k), of_q[1], _address(saved.seqused_k), 0,
                 _address(saved.alibi_slopes), _address(dalibi), semaphores)  # fmt: skip
     post.pack(dq_accum, _address(dq), *of_q)
-    launch.launch_all(ready.plans[:launches])
-    if sums is not None:
-        for grad, partial_sums in zip((dk, dv), sums, strict=True):
-            _add_up(partial_sums, grad)
+    plans: tuple[launch.Plan, ...] = ready.plans[:launches]
+    if sums is not None and ready.adding is not None:
+        ready.adding.pack(*map(_address, sums), dk.data_ptr(), dv.data_ptr())
+        plans = (*plans[:2], ready.adding, *plans[2:])
+    launch.launch_all(plans)
     return space[accum : accum + n].view(heads, rows), space[accum + n : accum + 2 * n].view(heads, rows), dalibi
 
 
@@ -179,14 +183,6 @@ def _sums(ready: _Ready, saved: Saved) -> tuple[Any, Any]:
     new = torch.zeros if saved.varied else torch.empty
     space = new((ready.splits, sum(n)), dtype=torch.float32, device=saved.q.device)
     return space[:, : saved.k.numel()], space[:, n[0] : n[0] + saved.v.numel()]
-
-
-def _add_up(partial_sums: Any, grad: Any) -> None:
-    """One addition after the other: a first `sum` would load a module of torch's for longer than all else takes."""
-    total, *others, last = partial_sums
-    for other in others:
-        total.add_(other)
-    torch.add(total, last, out=grad.view(-1))
 
 
 def _room(tensor: Any) -> int:
@@ -258,6 +254,12 @@ def _prepare(ready: _Ready, call: Call, saved: Saved, dout: Any, dlse: Any) -> N
     ready.plans = (make("bwd_preprocess", lambda *_: (before, 1)), of_middle,
                    make("bwd_postprocess", lambda *_: (after, 1)))  # fmt: skip
     ready.rows = params.backward_rows(call)
+    ready.adding = None
+    if ready.splits > 1:
+        elements = k.numel(), v.numel()
+        sums = params.bwd_sum(ready.splits, _room(k) + _room(v), elements)
+        facts = facts | {"rows": params.sum_rows(elements)}
+        ready.adding = _plan(now, ready.known, facts, q.get_device(), "bwd_sum", lambda *_: (sums, 1))
 
 
 def _only(steps: dict[str, params.Steps], names: str) -> dict[str, params.Steps]:

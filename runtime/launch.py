@@ -31,7 +31,9 @@ SLOTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # op -> (written 
     "bwd_preprocess": (("o", "dout", "lse", "dlse", "lse_log2", "delta", "dq_accum", "semaphores", "cu_seqlens_q",
                         "seqused_q"), ()),
     "bwd": (("q", "k", "v", "dout", "lse_log2", "delta", "dq_accum", "dk", "dv", "dk_partial", "dv_partial",
-             "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "dalibi", "semaphores"), ()),
+             "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "alibi_slopes", "dalibi",
+             "semaphores"), ()),
+    "bwd_sum": (("dk_partial", "dv_partial", "dk", "dv"), ()),
     "bwd_postprocess": (("dq_accum", "dq", "cu_seqlens_q", "seqused_q"), ()),
 }  # fmt: skip
 Values = Mapping[str, tuple[str, int | float]]  # name -> (type, value)

@@ -14,6 +14,7 @@ ABSENT = ("o_partial", "lse_partial", "k_descale", "v_descale")  # of op `fwd`, 
 Steps = tuple[int, int, int]  # strides in elements of batch, seqlen, heads
 Typed = dict[str, tuple[str, int | float]]  # name -> (type, value)
 ROWS = 128  # of queries, to whose multiples the backward's workspaces round
+SUM_UNIT = 256  # elements of dk or dv that are a row of `bwd_sum`'s grid
 
 
 def steps(shape: Sequence[int], strides: Sequence[int]) -> Steps:
@@ -169,6 +170,18 @@ def bwd(call: Call, tensors: Mapping[str, Steps], splits: int, stride_split: int
     found = _scales(call)
     found |= {"slope_scale": ("f32", 1 / (call.softcap or call.scale)), "softmax_scale": ("f32", call.scale)}
     return found | _strides(tensors) | _typed("i64", i64) | _typed("i32", i32)
+
+
+def bwd_sum(splits: int, stride_split: int, elements: tuple[int, int]) -> Typed:
+    """Of op `bwd_sum`. stride_split: as in `bwd`. elements: of dk and dv."""
+    i64 = dict.fromkeys(("dk_partial_stride_split", "dv_partial_stride_split"), stride_split)
+    i64 |= dict(zip(("dk_elements", "dv_elements"), elements, strict=True))
+    return _typed("i64", i64) | _typed("i32", {"splits": splits})
+
+
+def sum_rows(elements: tuple[int, int]) -> int:
+    """What `bwd_sum` counts as rows."""
+    return sum(-(-n // SUM_UNIT) for n in elements)
 
 
 def bwd_postprocess(call: Call, dq: Steps, head_dim_accum: int) -> Typed:

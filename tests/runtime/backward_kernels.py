@@ -27,6 +27,9 @@ def tokens(p: dict[str, Any], side: str, b: int) -> tuple[int, int]:
         first, n = ends[b], ends[b + 1] - ends[b]
     if p[f"seqused_{side}"]:
         n = min(n, view(p[f"seqused_{side}"], INT, (p["batch"],), (1,)).tolist()[b])
+    if side == "k" and p["leftpad_k"]:
+        padding = min(max(view(p["leftpad_k"], INT, (p["batch"],), (1,)).tolist()[b], 0), n)
+        first, n = first + padding, n - padding
     return first, n
 
 
@@ -156,7 +159,17 @@ def postprocess(variant: Variant, p: dict[str, Any]) -> None:
         dq.copy_(p["softmax_scale"] * sums[:, start : start + n, : p["head_dim"]])
 
 
-KERNELS = {"bwd_preprocess": preprocess, "bwd": backward, "bwd_postprocess": postprocess}
+def sum_up(variant: Variant, p: dict[str, Any]) -> None:
+    for name in ("dk", "dv"):
+        shape = p["splits"], p[f"{name}_elements"]
+        parts = view(p[f"{name}_partial"], FP32, shape, (p[f"{name}_partial_stride_split"], 1))
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        view(p[name], DTYPES[variant.dtype], shape[1:], (1,)).copy_(total)
+
+
+KERNELS = {"bwd_preprocess": preprocess, "bwd": backward, "bwd_postprocess": postprocess, "bwd_sum": sum_up}
 
 
 # -- a registry -------------------------------------------------------------------------------------------------------
@@ -169,21 +182,21 @@ def table() -> tuple[DispatchRow, ...]:
             when = Condition("dtype", "==", dtype), Condition("head_dim", "<=", d), Condition("head_dim_v", "<=", d)
             rows.append(DispatchRow("bwd", when, f"bwd-{dtype}-d{d}-dv{d}-{tile}"))
         when = Condition("dtype", "==", dtype), Condition("head_dim", "<=", 256), Condition("head_dim_v", "<=", 256)
-        for op in ("bwd_preprocess", "bwd_postprocess"):
-            rows.append(DispatchRow(op, when, f"{op}-{dtype}-d256-dv256-m128"))
+        for op, m in (("bwd_preprocess", 128), ("bwd_postprocess", 128), ("bwd_sum", 8)):
+            rows.append(DispatchRow(op, when, f"{op}-{dtype}-d256-dv256-m{m}"))
     return tuple(rows)
 
 
 def write_backward_registry(path: Path, arch: str = "sm_120") -> None:
-    """As fakes.write_registry does, with the three ops beside the table there."""
+    """As fakes.write_registry does, with the backward's ops beside the table there."""
     from registry.store import Store
     from tests.runtime import fakes
 
     made = [fakes.toy_artifact(v, arch) for *_, v in fakes.TABLE]
     for row in table():
         v = Variant.parse(row.variant)
-        is_main = v.op == "bwd"
-        grid = Grid("key_tiles_heads_batch", v.size("n")) if is_main else Grid("tiles_heads_batch", v.size("m"))
+        rule = {"bwd": "key_tiles_heads_batch", "bwd_sum": "rows"}.get(v.op, "tiles_heads_batch")
+        grid = Grid(rule, v.size("n" if v.op == "bwd" else "m"))
         made.append(fakes.toy_artifact(v, arch, abi=ABIS[v.op], grid=grid, threads=128))
     abis = (FWD, *(ABIS[op] for op in KERNELS))
     index = Index(arch, "0.1", tuple(a for a, _ in made), (*fakes.rows(), *table()), abis)

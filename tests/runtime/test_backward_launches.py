@@ -25,8 +25,8 @@ LOG2E = math.log2(math.e)
 
 @pytest.fixture(autouse=True)
 def launches(backend: FakeBackend, backward_registry: Path):
-    """What was launched of the backward."""
-    return lambda: [m for m in backend.driver.launches if m["variant"].startswith("bwd")]
+    """What was launched of OPS."""
+    return lambda: [m for m in backend.driver.launches if m["variant"].split("-")[0] in OPS]
 
 
 def backward_of(*tensors, dlse=None, **options):
@@ -69,7 +69,7 @@ def test_every_parameter_of_each_launch(backend: FakeBackend, launches):
         "q": given[0].data_ptr(), "k": given[1].data_ptr(), "v": given[2].data_ptr(), "dout": dout.data_ptr(),
         "lse_log2": a["lse_log2"], "delta": a["delta"], "dq_accum": base, "dk": given[1].grad.data_ptr(),
         "dv": given[2].grad.data_ptr(), "dk_partial": 0, "dv_partial": 0, "cu_seqlens_q": 0, "cu_seqlens_k": 0,
-        "seqused_q": 0, "seqused_k": 0, "alibi_slopes": 0, "dalibi": 0, "semaphores": 0,
+        "seqused_q": 0, "seqused_k": 0, "leftpad_k": 0, "alibi_slopes": 0, "dalibi": 0, "semaphores": 0,
         "q_stride_b": 200 * 256, "q_stride_s": 256, "q_stride_h": 64,
         "k_stride_b": 70 * 128, "k_stride_s": 128, "k_stride_h": 64,
         "v_stride_b": 70 * 80, "v_stride_s": 80, "v_stride_h": 40,
@@ -103,13 +103,19 @@ def test_parameters_of_scores(backend: FakeBackend, launches):
 def test_group_splits_have_partial_sums(backend: FakeBackend, launches, monkeypatch):
     backend.driver.resident = (132, 2)
     q, k, v = inputs(batch=1, seqlen_q=5, seqlen_k=7, heads_q=12, heads_kv=2, head_dim_v=72)
-    backward_of(q, k, v)
-    made = launches()[1]
+    _, dk, dv = grads(backward_of(q, k, v)[0])
+    made, summed = launches()[1], backend.driver.launches[-2]
     p = made["params"]
     assert p["splits"] == 6 and made["grid"] == (2 * 6, 1, 1) and not p["dk"] and not p["dv"]
     room = [-(-t.numel() // 64) * 64 for t in (k, v)]
     assert p["dv_partial"] - p["dk_partial"] == 4 * room[0]
     assert p["dk_partial_stride_split"] == p["dv_partial_stride_split"] == sum(room)
+    assert summed["variant"] == "bwd_sum-bf16-d256-dv256-m8" and summed["grid"] == (1, 1, 1)  # of 8 units
+    assert summed["params"] == {
+        "dk_partial": p["dk_partial"], "dv_partial": p["dv_partial"], "dk": dk.data_ptr(), "dv": dv.data_ptr(),
+        "dk_partial_stride_split": sum(room), "dv_partial_stride_split": sum(room), "dk_elements": k.numel(),
+        "dv_elements": v.numel(), "splits": 6,
+    }  # fmt: skip
     fresh, new = [], {"zeros": torch.zeros, "empty": torch.empty}
     for name, make in new.items():
         monkeypatch.setattr(
@@ -178,18 +184,18 @@ def test_new_totals_change_plans_in_place(backend: FakeBackend, launches, monkey
         out, lse = runtime.flash_attn_varlen(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=1000,
                                              return_lse=True)  # fmt: skip
         (out.float().sum() + lse.sum()).backward()
-        return [made["grid"][0] for made in launches()[-3:]]
+        return [made["grid"][0] for made in backend.driver.launches if made["variant"].startswith("bwd")][-4:]
 
     backend.driver.resident = (16, 1)
-    assert call(100, 28) == [12, 2 * 8, 12]
+    assert call(100, 28) == [12, 2 * 8, 16, 12]
     monkeypatch.setattr(launch, "Plan", None)
     plans = len(launch.plans.by_call)
-    assert call(300, 100) == [20, 16, 20]
+    assert call(300, 100) == [12, 20, 16, 20]  # no sums
     assert launches()[-2]["params"]["rows"] == 5 * 128 and launches()[-1]["params"]["seqlen_q"] == 400
     assert [made["params"]["splits"] for made in launches()[1::3]] == [2, 1]
-    assert call(100, 28) == [12, 2 * 8, 12] and len(launch.plans.by_call) == plans
+    assert call(100, 28) == [12, 2 * 8, 16, 12] and len(launch.plans.by_call) == plans
     monkeypatch.setattr(planning, "make", None)
-    assert call(28, 100) == [12, 2 * 8, 12]
+    assert call(28, 100) == [12, 2 * 8, 16, 12]
 
 
 def test_a_failure_while_plans_change_leaves_none_behind(backend: FakeBackend, launches, monkeypatch):
