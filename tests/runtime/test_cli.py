@@ -199,7 +199,7 @@ def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys)
     code, every = run(capsys, *prefetch)
     assert code == 0 and every["missing"] == [] and every["verified"] == every["wanted"]
     counts = [run(capsys, *prefetch, "--op", op)[1]["wanted"] for op in ("fwd", "bwd", "bwd_preprocess")]
-    assert counts[1:] == [1, 1] and every["wanted"] == sum(counts) + 1
+    assert counts[1:] == [1, 1] and every["wanted"] == sum(counts) + 2
 
 
 def test_explain_lists_every_rejection(registry: Path, capsys):
