@@ -110,8 +110,8 @@ ROWS = 128
 # b · ⌈seqlen_q / ROWS⌉ · ROWS, and of a packed one that begins at token t at row (⌊t / ROWS⌋ + b) · ROWS. rows: of all
 # entries. lse_log2 and delta are (heads_q, rows). dq_accum is (heads_q, rows / 16, head_dim / 8, 32, 4): lane l of a
 # unit of 16 rows × 8 columns holds rows l // 4 and l // 4 + 8 of columns 2·(l % 4) and the next, as an mma leaves them.
-# semaphores: (heads_q, rows / 16), int32. rows are below 2**31 and heads_q · rows below 2**35: a dq_accum of so many has
-# 256 GiB and 4 TiB.
+# semaphores: (heads_q, rows / 16), int32. rows are below 2**31 and heads_q · rows below 2**35: so many would make a
+# dq_accum of 256 GiB and 4 TiB.
 BWD_PREPROCESS = Abi(
     op="bwd_preprocess",
     version=1,

@@ -1,7 +1,7 @@
 """`bwd_sum`: dK and dV as the sums of what the group splits of a backward computed.
 
-Both are taken as flat arrays, in units of SUM_UNIT elements: those of dK, then those of dV. A warp takes a unit. Elements
-that belong to no sequence are summed too: the caller's zeros.
+Both are taken as flat arrays, in units of SUM_UNIT elements: those of dK, then those of dV. A warp takes a unit.
+Elements that belong to no sequence are summed too: the caller's zeros.
 """
 
 import cutlass

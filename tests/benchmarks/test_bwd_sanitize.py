@@ -20,6 +20,7 @@ from tests.gpu.sanitize import Run, judge
 __all__ = ["one_thread"]  # fixtures
 
 KEY, PRE = "bwd-bf16-d64-dv64-m64-n64-w4-s1", "bwd_preprocess-fp16-d256-dv256-m128"
+SUM = "bwd_sum-bf16-d256-dv256-m8"
 
 
 class Recorder:
@@ -41,7 +42,7 @@ class Recorder:
     varlen = attn
 
 
-@pytest.mark.parametrize("key", [KEY, PRE])
+@pytest.mark.parametrize("key", [KEY, PRE, SUM])
 def test_the_small_calls_take_every_path(key):
     """Each optional input is given at least once, and at least once not; memcheck sees the end of each tensor."""
     recorder = Recorder()

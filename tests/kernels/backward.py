@@ -304,10 +304,12 @@ class Call:
 
 
 def key_tiles(case: Case, n: int) -> list[int]:
-    """The number of each entry's first tile of keys among those of all, and behind them how many there are."""
+    """The number of each entry's first tile of keys among those of all, padding or not, and behind them how many there
+    are."""
     if not case.cu_seqlens_k:
         return [b * -(-case.seqlen_k // n) for b in range(case.batch + 1)]
-    starts = [part.start // n + b for b, (_, part) in enumerate(case.keys.entries)]
+    whole = Tokens.of(case.seqlen_k, case.batch, case.cu_seqlens_k, ())
+    starts = [part.start // n + b for b, (_, part) in enumerate(whole.entries)]
     return [*starts, case.seqlen_k // n + case.batch]
 
 

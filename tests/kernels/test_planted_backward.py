@@ -264,6 +264,7 @@ def false_parameters() -> list[tuple[str, Backward, dict[str, int]]]:
         ("partials", replace(call, splits=2), {"splits": 1}),
         ("no-partials", replace(call, splits=2), {"dk_partial": 0}),
         ("used-keys", replace(call, seqused_k=(70, 9)), {"seqused_k": 0}),
+        ("left-padding", replace(call, leftpad_k=(9, 30)), {"leftpad_k": 0}),
         ("used-rows", replace(call, seqused_q=(30, 9)), {"seqused_q": 0}),
         ("packed-keys", packed, {"cu_seqlens_k": 0}),
         ("packed-rows", packed, {"cu_seqlens_q": 0}),
