@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kernels import dispatch
-from kernels.abi import ROWS
 from registry.contract import Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels.backward import Backward
 from tests.kernels.cases import packed
 

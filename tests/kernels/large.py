@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from kernels.abi import ABIS
-from registry.contract import WINDOW_OPEN, division
+from registry.contract import WINDOW_OPEN, fast_divmod
 from tests.kernels.launch import Compiled
 from tests.kernels.paged import kv_dtype
 from tests.ptx.formats import WORDS
 from tests.ptx.interpreter import Device, PtxError
 from tests.reference import Array, Scores, decode, encode, reference, yardstick
+from tests.support.abis import ABIS
 
 REGION = 2**56  # bytes between the first elements of two tensors
 SECTION = 64  # of the schedule, as in kernels/place.py
@@ -171,7 +171,7 @@ class LargeRun:
     def sizes(self) -> None:
         case, names = self.case, ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k")
         self.values |= {name: getattr(case, name) for name in names}
-        magic, shift = division(case.pack)
+        magic, shift = fast_divmod(case.pack)
         self.values |= {"pack": case.pack, "pack_magic": magic, "pack_shift": shift, "head_dim": self.dim}
         self.values |= {"head_dim_v": self.dim, "window_left": WINDOW_OPEN if case.left is None else case.left}
         self.values |= {"window_right": 0, "scale_log2": self.dim**-0.5 * np.log2(np.e)}
@@ -264,7 +264,7 @@ class LargeRun:
         stride_h = size * row + GAP
         token = np.arange(begin, begin + len(tensors[0]))
         pages = case.page - (token // size - begin // size) if case.page_size else np.full(token.shape, case.entry)
-        magic, shift = division(size)
+        magic, shift = fast_divmod(size)
         self.values |= {"page_size": size, "page_magic": magic, "page_shift": shift}
         if case.page_size:
             table = dict(zip((case.entry * case.table_stride + token // size).tolist(), pages.tolist(), strict=True))

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kernels.abi import FWD_PAGED
 from registry.contract import Variant, fast_divmod
 from tests.kernels import launch
 from tests.kernels.launch import Case, Compiled, Statistics, Tensor, Tokens, put_exact
 from tests.ptx.interpreter import Device, Kernel
 from tests.reference import Array, Reference, Scores, combine, decode, encode, gather, join, reference
+from tests.support.abis import FWD_PAGED
 
 SPARE_PAGES = 2  # pages of nobody
 UNUSED = (-1, 2**31 - 1, -(2**31))  # what a page table holds behind an entry's last page
@@ -27,8 +27,8 @@ class PagedCase(Case):
 
     page_size: 0 for no page table: an entry's keys are a page of `seqlen_k` tokens with the entry's number. Else
     seqlen_k, a table row's room, is a multiple of it. pages: how the entries' pages lie: 'permuted'; 'shared': every
-    other page of an entry is the first one's; 'first': all are page 0, by numbers below 0. layout: 'apart', K and V in arrays of their own; 'halves' of one array;
-    'heads-first'; 'far', as 'apart' with pages 2**32 elements apart. descale: '', 'heads' or 'entries', for e4m3, as is
+    other page of an entry is the first one's; 'first': all are page 0, by numbers below 0. layout: 'apart', K and V in
+    arrays of their own; 'halves' of one array; 'heads-first'; 'far', as 'apart' with pages 2**32 elements apart. descale: '', 'heads' or 'entries', for e4m3, as is
     the family 'codes': every code one after the other, but no NaN in k. The family 'huge', for bf16: q beyond fp16's
     range, k small.
     """

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.abi import KV_APPEND
 from registry.contract import Variant, fast_divmod
 from tests.kernels.arrays import Strided
 from tests.kernels.cases import of
@@ -19,6 +18,7 @@ from tests.kernels.launch import Compiled, put_exact
 from tests.kernels.paged import UNUSED, kv_dtype
 from tests.ptx.interpreter import Device, Kernel, PtxError
 from tests.reference import Array, decode, encode, misrounded, rotate
+from tests.support.abis import KV_APPEND
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "kv_append"]
 SKELETONS = [variant for variant in VARIANTS if variant.dtype == "bf16"]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.abi import BWD, ROWS
 from registry.contract import Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels.backward import (
     Backward,
     Outcome,
@@ -29,6 +29,7 @@ from tests.kernels.backward_cases import VARIANTS, cases, loops, skeletons, varl
 from tests.kernels.cases import of, packed
 from tests.kernels.launch import Compiled, softmax_scale
 from tests.ptx.interpreter import PtxError
+from tests.support.abis import BWD
 
 SKELETONS = skeletons()
 SMALLEST = min(SKELETONS, key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
@@ -58,7 +59,7 @@ def test_backward(variant: Variant, case: Backward, variant_of: Callable[[str], 
 # ---- what other implementations fell into ----------------------------------------------------------------------------
 @of(SKELETONS)
 def test_dq_accum_is_laid_out_as_documented(variant: Variant, variant_of: Callable[[str], Compiled]):
-    """Writer and reader could both be wrong: decoded by the text of kernels/abi.py it is dQ, and 0 in other rows."""
+    """Writer and reader could both be wrong: decoded by the text of registry/ops it is dQ, and 0 in other rows."""
     m, n = variant.size("m"), variant.size("n")
     for case in (
         Backward("", 2 * m + 5, n + 9, 2, 1, batch=2),

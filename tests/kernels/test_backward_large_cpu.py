@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.abi import BWD, BWD_POSTPROCESS, BWD_PREPROCESS, ROWS
 from kernels.place import SECTION
 from registry.contract import Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels.backward import STRIP, Backward, Call, Trio, problems, run
 from tests.kernels.backward_cases import skeletons, varlen
 from tests.kernels.cases import of
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Device
+from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
 
 SMALLEST = min(skeletons(), key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
 FAR_ENTRY, FAR_HEAD = 2**33, 2**31 + 8  # elements from entry to entry, and from head to head

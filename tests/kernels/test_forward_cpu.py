@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.abi import FWD
 from registry.contract import Variant
 from tests.kernels.cases import VARIANTS, cases, loops, of, options, packed, skeletons, varlen
 from tests.kernels.launch import Case, Compiled, Outcome, blocks, expected, run
 from tests.reference import yardstick
+from tests.support.abis import FWD
 
 SKELETONS = skeletons()
 RMS_ROWS = 256  # of a random case's softmax: with few, P's rounding exceeds twice the model's RMS by chance

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.abi import FWD_COMBINE, KV_APPEND
-from registry.contract import Abi, division
+from registry.contract import Abi, fast_divmod
 from tests.kernels.cases import of
 from tests.kernels.large import GAP, Sparse
 from tests.kernels.launch import Compiled
 from tests.kernels.paged import kv_dtype
 from tests.reference import Array, combine, decode, encode, misrounded, rotate
+from tests.support.abis import FWD_COMBINE, KV_APPEND
 
 MOST, ROWS = 2**31 - 1, 2**31 - 32
 BF16 = [v for v in dispatch.variants() if v.dtype == "bf16"]
@@ -157,13 +157,13 @@ def memory(device: Sparse, case: Append, bits: Array, kind: str) -> tuple[dict[s
     outs = [device.put(held, np.zeros(DIM, bool), at=at) for at in places]
     target = {"q": "q_out", "k": "k", "v": "v"}[case.of]
     values: dict[str, Any] = {source_of: start, target: there}
-    for name, of in ((source_of, strides), (target, to)):
-        values |= {f"{name}_stride_{axis}": stride for axis, stride in of.items()}
+    for name, steps in ((source_of, strides), (target, to)):
+        values |= {f"{name}_stride_{axis}": stride for axis, stride in steps.items()}
     if case.new:
         values |= {"k_new": values.get("k_new", 16)}  # not null: K's rows come before V's
     values |= {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv, "seqlen_new": case.new}
     values |= {"seqlen_q": case.queries, "seqlen_k": case.room, "head_dim": DIM, "head_dim_v": DIM}
-    magic, shift = division(16)
+    magic, shift = fast_divmod(16)
     values |= {"page_magic": magic, "page_shift": shift, "page_size": 16, "page_table_stride": case.table_stride}
     values["seqused_k"] = device.elements({case.entry: case.had})
     values["page_table"] = device.elements({case.entry * case.table_stride + position // 16: case.page})

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import dispatch
-from kernels.abi import FWD_PAGED
 from registry.contract import Variant
 from tests.kernels.cases import loops, of
 from tests.kernels.launch import Compiled, sink, softmax_scale
@@ -20,6 +19,7 @@ from tests.kernels.paged import PagedCase, PagedOutcome, expected, inputs, kv_dt
 from tests.kernels.paged_cases import FACTORS, case, rows, share
 from tests.ptx.formats import E4M3
 from tests.reference import LSE_TOLERANCE, Array, Scores, attention, decode, gather, yardstick
+from tests.support.abis import FWD_PAGED
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "fwd_paged"]
 RMS_ROWS = 256  # as in test_forward_cpu

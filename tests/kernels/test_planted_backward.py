@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import pytest
 
-from kernels.abi import BWD
 from registry.contract import Variant
 from tests.kernels import faults
 from tests.kernels.backward import Backward, Trio, problems, run
@@ -19,6 +18,7 @@ from tests.kernels.faults import Fault
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.ptx.parser import Address, Instruction
+from tests.support.abis import BWD
 
 SKELETONS = skeletons()
 SMALLEST = min(SKELETONS, key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from kernels.abi import FWD_PAGED
 from registry.contract import Variant, fast_divmod
 from tests.kernels import faults
 from tests.kernels.cases import of, packed
@@ -17,6 +16,7 @@ from tests.kernels.paged import PagedCase, expected, kv_dtype, run
 from tests.kernels.test_paged_cpu import SKELETONS
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import yardstick
+from tests.support.abis import FWD_PAGED
 
 # For what is not about stages.
 SMALLEST = list({v.features: v for v in sorted(SKELETONS, key=lambda v: (-v.size("m"), -v.head_dim))}.values())

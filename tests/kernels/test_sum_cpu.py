@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.abi import BWD_SUM
 from kernels.validity import SUM_UNIT
 from registry.contract import Variant
 from tests.kernels import faults
@@ -17,6 +16,7 @@ from tests.kernels.cases import of
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Device, Kernel, PtxError
 from tests.reference import Array, encode
+from tests.support.abis import BWD_SUM
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "bwd_sum"]
 SPLIT = 2**33  # elements from split to split of a far call

@@ -39,7 +39,13 @@ def tensors() -> list[str]:
     for op in ALL:
         for tensor in op.tensors:
             found.setdefault(_tensor(tensor), []).append(op.name)
-    return rows + [f"| {' | '.join(cells)} | {', '.join(f'`{op}`' for op in names)} |" for cells, names in found.items()]
+    return rows + [
+        f"| {' | '.join(cells)} | {', '.join(f'`{op}`' for op in names)} |" for cells, names in found.items()
+    ]
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _tensor(tensor: Tensor) -> tuple[str, ...]:
@@ -57,7 +63,9 @@ def scalars() -> list[str]:
     for op in ALL:
         for scalar in op.scalars:
             found.setdefault((f"`{scalar.name}`", scalar.type, scalar.about), []).append(op.name)
-    return rows + [f"| {' | '.join(cells)} | {', '.join(f'`{op}`' for op in names)} |" for cells, names in found.items()]
+    return rows + [
+        f"| {' | '.join(cells)} | {', '.join(f'`{op}`' for op in names)} |" for cells, names in found.items()
+    ]
 
 
 def letters() -> list[str]:
