@@ -142,10 +142,10 @@ def join(parts: Sequence[Reference]) -> Reference:
     return Reference(parts[0].dtype, out, lse, lse_size, plain, rounded_p, max(part.floor for part in parts))
 
 
-def gather(pages: Array, table: Array, length: int, first: int = 0) -> Array:
-    """(length − first, heads, dim): tokens first … length − 1 of an entry. pages: (pages, page_size, heads, dim); table:
-    its row of page numbers, of which no more is looked at than the tokens need."""
-    token = np.arange(first, length)
+def gather(pages: Array, table: Array, length: int) -> Array:
+    """(length, heads, dim): the first tokens of an entry. pages: (pages, page_size, heads, dim); table: its row of page
+    numbers, of which no more is looked at than the tokens need."""
+    token = np.arange(length)
     return pages[table[token // pages.shape[1]], token % pages.shape[1]]
 
 

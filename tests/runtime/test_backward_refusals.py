@@ -105,7 +105,7 @@ def test_a_load_while_capturing_is_refused(backend: FakeBackend):
     out.sum().backward(retain_graph=True)
     backend.capturing = True
     out.sum().backward()
-    assert len(backend.driver.launches) == 1 + 2 * 3
+    assert len(backend.driver.launches) == 1 + 2 * 4
 
 
 def test_a_failed_launch_is_an_error(backend: FakeBackend):
