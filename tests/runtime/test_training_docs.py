@@ -34,4 +34,5 @@ def test_python_runs(backend: FakeBackend, monkeypatch):
         exec(compile(block.replace('"cuda"', '"cpu"'), str(PAGE), "exec"), names)
         ops = {name.split("-")[0] for name in launched[before:]}
         differentiated = any(word in block for word in (".backward()", "autograd.grad"))
-        assert ops == {"fwd", *KERNELS} if differentiated else ops == {"fwd"}, block
+        ops -= {"bwd_sum"}  # which depends on the device
+        assert ops == {"fwd", *KERNELS} - {"bwd_sum"} if differentiated else ops == {"fwd"}, block
