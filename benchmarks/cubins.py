@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.occupancy import padded_smem
-from kernels.abi import ABIS
+from registry import ops
 from registry.contract import WINDOW_OPEN, Abi, Artifact, CubineryError, Variant, fast_divmod, sha256_hex
 from registry.frames import decompress
 
@@ -77,9 +77,9 @@ def read(path: Path, arch: str, op: str = "fwd", only: str = "*") -> list[Candid
 
 
 def _abi(artifact: Artifact, op: str) -> Abi:
-    if ABIS[op].digest != artifact.abi:
-        raise BenchmarkError(f"{artifact.variant}: built for another ABI than kernels/abi.py states; build it again")
-    return ABIS[op]
+    if ops.get(op).abi.digest != artifact.abi:
+        raise BenchmarkError(f"{artifact.variant}: built for another ABI than registry/ops states; build it again")
+    return ops.get(op).abi
 
 
 def _cubin(database: sqlite3.Connection, artifact: Artifact) -> bytes:

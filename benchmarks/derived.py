@@ -10,13 +10,10 @@ import sqlite3
 from pathlib import Path
 
 from benchmarks.cubins import BenchmarkError
+from registry import ops
 from registry.contract import Artifact, DispatchRow, Index, Variant
 
 CHANNEL = "stable"
-CACHED = frozenset({"fwd_paged", "fwd_combine", "kv_append"})  # ops that one call over a KV cache may launch
-BACKWARD = frozenset({"bwd_preprocess", "bwd", "bwd_postprocess"})
-# op -> the ops that a call which launches it may launch beside it
-TOGETHER = {**dict.fromkeys(CACHED, CACHED), **dict.fromkeys(BACKWARD, BACKWARD | {"fwd"})}
 
 
 def read_index(registry: Path, arch: str, channel: str = CHANNEL) -> Index:
@@ -52,7 +49,7 @@ def one_variant_each(registry: Path, target: Path, arch: str) -> dict[str, Artif
     """Copy `registry` to `target` with a channel more per variant of its index, named by the variant's key.
 
     Such a channel's index holds that one artifact, with one dispatch row that serves every call of its op; and all of
-    the ops that a call launches beside it (TOGETHER), as in the registry. Returns the artifacts by key.
+    the ops that a call launches beside it (registry.ops.together), as in the registry. Returns the artifacts by key.
     """
     index = read_index(registry, arch)
     copy = sqlite3.connect(private_copy(registry, target))
@@ -69,7 +66,7 @@ def one_variant_each(registry: Path, target: Path, arch: str) -> dict[str, Artif
 def only_one(index: Index, artifact: Artifact) -> Index:
     """An index in which `artifact` serves every call of its op; the ops launched beside it stay as in `index`."""
     op = Variant.parse(artifact.variant).op
-    beside = TOGETHER.get(op, frozenset()) - {op}
+    beside = ops.together(op) - {op}
     rows = (DispatchRow(op, (), artifact.variant), *(row for row in index.rows if row.op in beside))
     artifacts = (artifact, *(a for a in index.artifacts if Variant.parse(a.variant).op in beside))
     return Index(index.arch, index.release, artifacts, rows, index.abis)

@@ -15,7 +15,7 @@ from builder.examine import Candidate, artifact, examine
 from builder.toolchain import Toolchain, broken, closure
 from builder.verified import Verified
 from builder.worker import TIME_LIMIT, Answer, Pool, Task
-from registry import __version__
+from registry import __version__, ops
 from registry.contract import FORMAT, Abi, Artifact, ContractError, DispatchRow, Index, Variant, sha256_hex
 from registry.store import ConflictError, Store
 
@@ -41,11 +41,12 @@ class Table:
         if problem := misplaced("kernels"):
             raise ToolchainError(problem)
         try:
-            from kernels import abi, dispatch, generate
+            from kernels import dispatch, generate
         except SyntaxError as error:
             raise broken(error, error.filename) from None
         sources = {op: (generate.__name__, module) for op, module in generate.MODULES.items()}
-        return cls(dispatch.variants(), dispatch.rows(), abi.ABIS, sources, f"{generate.__name__}:generate")
+        abis = {name: ops.get(name).abi for name in ops.OPS}
+        return cls(dispatch.variants(), dispatch.rows(), abis, sources, f"{generate.__name__}:generate")
 
     def source_hashes(self, op: str) -> dict[str, str]:
         return closure(self.sources[op]) if self.folder is None else closure(self.sources[op], folder=self.folder)

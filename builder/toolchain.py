@@ -23,10 +23,10 @@ DSL_DISTRIBUTIONS = tuple(
 )
 NVDISASM = "nvidia-cuda-nvdisasm"
 # What of ours may shape a PTX text: sources outside these do not count towards a fingerprint.
-SOURCE_PACKAGES = ("kernels", "registry.contract")
-# Packages whose files define names and do nothing else (tests/registry/contract/test_package.py), and whose __init__
+SOURCE_PACKAGES = ("kernels", "registry.contract", "registry.ops")
+# Packages whose files define names and do nothing else (tests/registry), and whose __init__
 # hands these on: importing one file runs all, but those that it does not import cannot shape what it does.
-FACADES = ("registry.contract",)
+FACADES = ("registry.contract", "registry.ops")
 # These turn a PTX text into an artifact's fields, so a change to them makes stored artifacts stale.
 ARTIFACT_SOURCES = ("nvjitlink.py", "inspect.py", "sass.py", "checks.py", "examine.py")
 

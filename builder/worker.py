@@ -30,6 +30,7 @@ from registry.frames import compress
 
 TIME_LIMIT = 600.0  # seconds that a variant may take before its worker is ended
 GRACE = 5.0  # seconds that a worker which hung up may take to end
+LOOK_S = 0.5  # longest wait at once: a signal that comes right before one does not wake it
 _LOG_TAIL = 2000  # characters of a dead worker's output that its reason quotes
 
 
@@ -227,7 +228,7 @@ class Pool:
     def _collect(self) -> Iterator[Answer]:
         busy: dict[Any, Worker] = {w.connection: w for w in self._workers if w.task}
         patience = min(w.deadline for w in busy.values()) - time.monotonic()
-        ready = wait(list(busy), max(patience, 0))
+        ready = wait(list(busy), min(max(patience, 0), LOOK_S))
         late = [w for w in busy.values() if w.deadline <= time.monotonic() and w.connection not in ready]
         for worker, answer in [(busy[c], busy[c].finish()) for c in ready] + [(w, w.expire()) for w in late]:
             if answer.error is not None or answer.errors:

@@ -1,4 +1,4 @@
-"""dq_accum: what blocks add to it, and in which order where it matters. `kernels.abi` has its layout."""
+"""dq_accum: what blocks add to it, and in which order where it matters. `registry.ops.workspaces` has its layout."""
 
 import cutlass
 import cutlass.cute as cute

@@ -1,6 +1,6 @@
 """`kv_append`: new keys and values into the cache, in place; rotary embedding of keys and queries.
 
-A warp takes a row, one head of one token, 8 columns a lane. Rows are those of K, then V, then Q (`kernels.abi`).
+A warp takes a row, one head of one token, 8 columns a lane. Rows are those of K, then V, then Q.
 Rotary embedding: Su et al. 2021; pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) if interleaved.
 """
 
@@ -11,16 +11,17 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint16
 
 from kernels import fp8
-from kernels.abi import KV_APPEND
 from kernels.compile import to_ptx
 from kernels.flash_fwd import DTYPES, named
 from kernels.generate import Generated
 from kernels.place import divided, element
 from kernels.tiles import VECTOR, vector_at
-from kernels.validity import E4M3, append_invalid
+from kernels.validity import append_invalid
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.attention import E4M3
+from registry.ops.kv_append import KV_APPEND
 
 BEHIND = 2**30  # behind every cache's last position; tokens added to it stay in 32 bits
 
@@ -43,10 +44,10 @@ class Append:
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, KV_APPEND)
+        call = named(parameters, KV_APPEND.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        row, column = block * self.rows + tid // 32, tid % 32 * VECTOR  # rows: below 2**31 (`kernels.abi`)
+        row, column = block * self.rows + tid // 32, tid % 32 * VECTOR  # rows: below 2**31 (`registry.ops.attention`)
         new = Int32(0)
         if call.k_new.toint() != 0:
             new = call.batch * call.seqlen_new * call.heads_kv
@@ -183,5 +184,5 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     low = ("k_new", "v_new", "k", "v", "q", "q_out", "rotary_cos", "rotary_sin")
     elements = dict.fromkeys(low, op.dtype) | dict.fromkeys(("seqused_k", "page_table"), cutlass.Int32)
     arch = fp8.ARCH if op.e4m3 else None
-    ptx, entry = to_ptx(op, KV_APPEND, elements, symbol, dump_dir, arch=arch)
+    ptx, entry = to_ptx(op, KV_APPEND.abi, elements, symbol, dump_dir, arch=arch)
     return Generated(ptx, entry, op.threads, 0, Grid("rows", op.rows))

@@ -6,9 +6,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from kernels.abi import ROWS
 from kernels.bwd_rows import packed_row, tile_start
 from kernels.place import entry_of, first_tile, left_padding, schedule, sequence
+from registry.ops.workspaces import ROWS
 
 # What a block notes down in shared memory, in this order, so that no register holds it through the loop. pending: the
 # semaphore of the query tile at which its turn has not ended yet (`kernels.accumulate`), or -1.
@@ -30,7 +30,7 @@ def place(call: SimpleNamespace, block: Int32, tile_n: cutlass.Constexpr) -> Sim
 
     Left padding is no keys: the entry's tiles, and all that counts them, begin behind it.
     32 bits suffice: heads are at most heads_q; heads · batch, of dense keys, and tiles are at most as many as blocks;
-    tokens are below 2**30 and rows of the workspaces below 2**31 (`kernels.abi`).
+    tokens are below 2**30 and rows of the workspaces below 2**31 (`registry.ops.attention`).
     """
     heads = call.heads_kv * call.splits
     tiles = cute.ceil_div(call.seqlen_k, tile_n)

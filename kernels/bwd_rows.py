@@ -1,6 +1,6 @@
 """The backward's workspaces of query rows, and the two kernels around it: `bwd_preprocess` and `bwd_postprocess`.
 
-`kernels.abi` has their layout. A block of either takes ROWS rows of one query head and batch entry.
+`registry.ops.workspaces` has their layout. A block of either takes ROWS rows of one query head and batch entry.
 """
 
 from types import SimpleNamespace
@@ -9,7 +9,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
-from kernels.abi import BWD_POSTPROCESS, BWD_PREPROCESS, ROWS
 from kernels.accumulate import STRIP, UNIT
 from kernels.compile import to_ptx
 from kernels.flash_fwd import DTYPES, LOG2E, named
@@ -20,6 +19,9 @@ from kernels.validity import rows_invalid
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.bwd_postprocess import BWD_POSTPROCESS
+from registry.ops.bwd_preprocess import BWD_PREPROCESS
+from registry.ops.workspaces import ROWS
 
 THREADS = 256
 STEPS = 4  # a warp takes 4 rows at once, 8 lanes each
@@ -82,7 +84,7 @@ class Preprocess(_Rows):
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, BWD_PREPROCESS)
+        call = named(parameters, BWD_PREPROCESS.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         at = place(call, block)
@@ -158,7 +160,7 @@ class Postprocess(_Rows):
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, BWD_POSTPROCESS)
+        call = named(parameters, BWD_POSTPROCESS.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         at = place(call, block)
@@ -209,7 +211,7 @@ def transposed(units: list, lane: Int32) -> cute.Tensor:
 
 def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     """Compile one variant of either op to PTX (see `kernels.generate`)."""
-    op, abi = (Preprocess, BWD_PREPROCESS) if variant.op == "bwd_preprocess" else (Postprocess, BWD_POSTPROCESS)
+    op, abi = (Preprocess, BWD_PREPROCESS.abi) if variant.op == "bwd_preprocess" else (Postprocess, BWD_POSTPROCESS.abi)
     kernel = op(variant)
     elements = dict.fromkeys(("o", "dout", "dq"), kernel.dtype)
     elements |= dict.fromkeys(("cu_seqlens_q", "seqused_q", "semaphores"), Int32)

@@ -1,22 +1,23 @@
 """`bwd_sum`: dK and dV as the sums of what the group splits of a backward computed.
 
-Both are taken as flat arrays, in units of SUM_UNIT elements: those of dK, then those of dV. A warp takes a unit. Elements
-that belong to no sequence are summed too: the caller's zeros.
+Both are taken as flat arrays, in units of SUM_UNIT elements: those of dK, then those of dV. A warp takes a unit.
+Elements that belong to no sequence are summed too: the caller's zeros.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from kernels.abi import BWD_SUM
 from kernels.compile import to_ptx
 from kernels.flash_fwd import DTYPES, named
 from kernels.generate import Generated
 from kernels.tiles import VECTOR
-from kernels.validity import SUM_UNIT, sum_invalid
+from kernels.validity import sum_invalid
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.bwd_sum import BWD_SUM
+from registry.ops.bwd_sum import UNIT as SUM_UNIT
 
 HALF = VECTOR // 2  # fp32 elements of 16 bytes
 
@@ -38,7 +39,7 @@ class SplitSum:
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, BWD_SUM)
+        call = named(parameters, BWD_SUM.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         unit = Int64(block) * self.units + tid // 32
@@ -77,5 +78,5 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     """Compile one variant to PTX (see `kernels.generate`)."""
     op = SplitSum(variant)
     elements = dict.fromkeys(("dk", "dv"), op.dtype)
-    ptx, entry = to_ptx(op, BWD_SUM, elements, symbol, dump_dir, vectors=("dk_partial", "dv_partial"))
+    ptx, entry = to_ptx(op, BWD_SUM.abi, elements, symbol, dump_dir, vectors=("dk_partial", "dv_partial"))
     return Generated(ptx, entry, op.threads, 0, Grid("rows", op.units))

@@ -10,7 +10,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from kernels.abi import FWD_COMBINE
 from kernels.compile import to_ptx
 from kernels.flash_fwd import DTYPES, LOG2E, named
 from kernels.generate import Generated
@@ -20,6 +19,7 @@ from kernels.validity import combine_invalid
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.fwd_combine import FWD_COMBINE
 
 LANE = 4  # columns a lane takes at once: 16 bytes of fp32
 AHEAD = 16  # loads in flight; divides 32
@@ -43,10 +43,10 @@ class Combine:
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, FWD_COMBINE)
+        call = named(parameters, FWD_COMBINE.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        # rows and num_splits are at most 2**31 − 32 (`kernels.abi`): what is added to them here does not wrap around.
+        # rows and num_splits are at most 2**31 − 32 (`registry.ops.attention`): no sum here wraps around.
         row = block * self.rows + tid // 32
         if row < call.rows:
             self.row(call, row, tid % 32)
@@ -137,5 +137,5 @@ class Combine:
 def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     """Compile one variant to PTX (see `kernels.generate`)."""
     op = Combine(variant)
-    ptx, entry = to_ptx(op, FWD_COMBINE, {"o": op.dtype}, symbol, dump_dir, vectors=("o_partial", "o"))
+    ptx, entry = to_ptx(op, FWD_COMBINE.abi, {"o": op.dtype}, symbol, dump_dir, vectors=("o_partial", "o"))
     return Generated(ptx, entry, op.threads, 0, Grid("rows", op.rows))

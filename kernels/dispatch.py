@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.abi import ROWS
-from kernels.validity import E4M3, bwd_invalid, fwd_invalid, paged_invalid
+from kernels.validity import bwd_invalid, fwd_invalid, paged_invalid
 from registry.contract.dispatch import Condition, DispatchRow
 from registry.contract.errors import ContractError
 from registry.contract.variant import ALL_DTYPES, DTYPES, Variant
+from registry.ops.attention import E4M3
+from registry.ops.workspaces import ROWS
 
 FWD_TILES = Path(__file__).with_name("fwd_tiles.json")
 PAGED_TILES = Path(__file__).with_name("paged_tiles.json")

@@ -14,7 +14,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from kernels import accumulate, grads, mask, scores
-from kernels.abi import BWD
 from kernels.bwd_keys import NOTED, following, place, recall, workspace_row
 from kernels.bwd_outputs import Outputs
 from kernels.compile import to_ptx
@@ -27,6 +26,7 @@ from kernels.validity import BWD_NOTES, bwd_invalid, bwd_smem, dq_warps, v_lent
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.bwd import BWD
 
 
 class FlashBackward(Outputs):
@@ -57,7 +57,7 @@ class FlashBackward(Outputs):
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, BWD)
+        call = named(parameters, BWD.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         keys = place(call, block, self.tile_n)
@@ -376,7 +376,7 @@ class FlashBackward(Outputs):
         gemm_st(mma, tid, acc_dQ, state.sdS, state.sK, self.dtype, True)
         row = workspace_row(state, m_tile, head, self.tile_m)
         if call.semaphores.toint() != 0:
-            keys, semaphore = recall(state), Int32(row // accumulate.STRIP)  # below 2**31 (`kernels.abi`)
+            keys, semaphore = recall(state), Int32(row // accumulate.STRIP)  # below 2**31 (`registry.ops.attention`)
             first = cutlass.max(m_tile * self.tile_m + keys.offset - call.window_left, 0) // self.tile_n
             turn = keys.start // self.tile_n - first
             accumulate.take_turn(call.semaphores, semaphore, turn, state.notes.iterator + NOTED.index("pending"))
@@ -399,5 +399,5 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     elements = dict.fromkeys(("q", "k", "v", "dout", "dk", "dv"), op.dtype)
     lengths = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"
     elements |= dict.fromkeys((*lengths, "semaphores"), Int32)
-    ptx, entry = to_ptx(op, BWD, elements, symbol, dump_dir, ("dq_accum", "lse_log2", "delta"), accumulate.ARCH)
+    ptx, entry = to_ptx(op, BWD.abi, elements, symbol, dump_dir, ("dq_accum", "lse_log2", "delta"), accumulate.ARCH)
     return Generated(ptx, entry, op.threads, op.smem, Grid("key_tiles_heads_batch", op.tile_n))

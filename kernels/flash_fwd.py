@@ -11,7 +11,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from kernels import mask, scores, softmax
-from kernels.abi import FWD
 from kernels.compile import to_ptx
 from kernels.generate import Generated
 from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, tiled_mma
@@ -41,6 +40,7 @@ from registry.contract.abi import Abi
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.fwd import FWD
 
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 LOG2E = 1.4426950408889634
@@ -104,7 +104,7 @@ class FlashForward:
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, FWD)
+        call = named(parameters, FWD.abi)
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         rows, entry = self.place(call, block)
@@ -412,5 +412,5 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     op = FlashForward(variant)
     elements = dict.fromkeys(("q", "k", "v", "o"), op.dtype)
     elements |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"), Int32)
-    ptx, entry = to_ptx(op, FWD, elements, symbol, dump_dir)
+    ptx, entry = to_ptx(op, FWD.abi, elements, symbol, dump_dir)
     return Generated(ptx, entry, op.threads, op.smem, Grid("tiles_heads_batch", op.tile_m))

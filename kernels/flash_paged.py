@@ -12,7 +12,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from kernels import fp8, mask, softmax
-from kernels.abi import FWD_PAGED
 from kernels.compile import to_ptx
 from kernels.flash_fwd import DTYPES, FIRST, FlashForward, aligned, named, note, recall, row_of
 from kernels.generate import Generated
@@ -20,10 +19,12 @@ from kernels.mma import as_a_operand, gemm_rs, gemm_ss, load_a, rows_columns, ti
 from kernels.pages import GROUP, LOW, load_pages, read_table, rows_of
 from kernels.place import element, left_padding, token_head
 from kernels.tiles import load_rows, smem_layout, store_rows, swizzle_columns, tile_copy
-from kernels.validity import E4M3, PAGED_NOTES, paged_invalid, paged_smem
+from kernels.validity import PAGED_NOTES, paged_invalid, paged_smem
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
 from registry.contract.variant import Variant
+from registry.ops.attention import E4M3
+from registry.ops.fwd_paged import FWD_PAGED
 
 
 class PagedForward(FlashForward):
@@ -49,7 +50,7 @@ class PagedForward(FlashForward):
 
     @cute.kernel
     def kernel(self, parameters: tuple):
-        call = named(parameters, FWD_PAGED)
+        call = named(parameters, FWD_PAGED.abi)
         call.cu_seqlens_k = None
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
@@ -385,5 +386,5 @@ def generate(variant: Variant, symbol: str, dump_dir: str) -> Generated:
     elements = {"q": op.dtype, "k": op.product, "v": op.product, "o": op.dtype}
     elements |= dict.fromkeys(("cu_seqlens_q", "seqused_q", "seqused_k", "leftpad_k", "page_table"), cutlass.Int32)
     arch = fp8.ARCH if op.e4m3 else None
-    ptx, entry = to_ptx(op, FWD_PAGED, elements, symbol, dump_dir, arch=arch)
+    ptx, entry = to_ptx(op, FWD_PAGED.abi, elements, symbol, dump_dir, arch=arch)
     return Generated(ptx, entry, op.threads, op.smem, Grid("tiles_heads_batch", op.tile_m))

@@ -85,7 +85,7 @@ def left_padding(leftpad: cute.Pointer, entry: Int32, length: Int32) -> Int32:
 def first_tile(cu_seqlens: cute.Pointer, entry: Int32, total: Int32, pack: Int32, tile_m: cutlass.Constexpr) -> Int32:
     """The number of an entry's first tile among those of all entries of a packed array (`registry.contract.Grid`).
 
-    first · pack ≤ total · pack < 2**31 (`kernels.abi`); the number is at most that of all tiles, which the grid has.
+    first · pack ≤ total · pack < 2**31 (`registry.ops.attention`); the number is at most that of all tiles in the grid.
     """
     first = cutlass.min(cutlass.max(element(cu_seqlens, entry), 0), total)
     return first * pack // tile_m + entry

@@ -1,6 +1,6 @@
 """What may change raw scores before softmax: softcap and ALiBi. Both are asked for at run time.
 
-A raw score s stands for the power of two s · scale_log2; `kernels.abi` says what that factor holds.
+A raw score s stands for the power of two s · scale_log2; `registry.ops.attention` says what that factor holds.
 """
 
 import cutlass

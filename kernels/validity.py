@@ -6,16 +6,14 @@ columns of Q that stay in registers, a 1 for addresses of K and V that are carri
 Apart from the table: a change of the table is then no change of a kernel's sources.
 """
 
-from kernels.abi import ROWS
 from registry.contract.arch import MAX_SMEM
 from registry.contract.variant import Variant
-
-E4M3 = "e4m3kv"  # the feature of a cache in float8_e4m3fn
+from registry.ops.attention import E4M3
+from registry.ops.workspaces import ROWS
 
 NOTES = 32  # bytes of shared memory in which a block keeps what it needs again after its loops
 PAGED_NOTES = 48  # the same of the paged forward
 BWD_NOTES = 80  # and of the backward
-SUM_UNIT = 256  # elements that a warp of `bwd_sum` takes, 8 a lane: what the rows of its grid are
 
 
 def fwd_smem(variant: Variant) -> int:

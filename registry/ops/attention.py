@@ -1,4 +1,17 @@
-"""What several ops of attention have in common: tensors, numbers and facts that mean the same in each of them."""
+"""What several ops of attention have in common: tensors, numbers and facts that mean the same in each of them.
+
+A null pointer means that an optional tensor is absent. Strides are in elements, lengths in tokens. A packed array has
+batch stride 0: cu_seqlens places its entries, and what it and seqused say is clamped to the array. With leftpad_k an
+entry still ends where cu_seqlens_k and seqused_k say; it is clamped to 0 … that end, and nothing before it is read.
+
+The kernels count in 32 bits within these ranges; the runtime refuses what lies outside:
+- batch and heads_q are below 2**31, seqlen_q + seqlen_k is below 2**30, seqlen_q · pack below 2**31;
+- batch · alibi_stride_b + heads_q is below 2**31, and alibi_stride_b is not negative;
+- from token to token, k and v of pages with several keys go less than 2**31 elements; num_splits is at most 2**16;
+- an op whose grid counts rows has at most 2**31 − 32 of them.
+A negative page of a key that exists is read as page 0, and is not written. Rows of the backward's workspaces are below
+2**31, and heads_q times as many below 2**35: dq_accum would be larger than any memory.
+"""
 
 from __future__ import annotations
 

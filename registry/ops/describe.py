@@ -13,7 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from registry.contract import ALL_DTYPES, DTYPES, GRID_RULES, PARAM_FORMATS, Abi, ContractError, Param
+from registry.contract.abi import PARAM_FORMATS, Abi, Param
+from registry.contract.errors import ContractError
+from registry.contract.grid import GRID_RULES
+from registry.contract.variant import ALL_DTYPES, DTYPES
 
 ROLES = ("in", "out", "inout", "workspace")
 # How a kernel reads or writes a tensor, and so what its strides and address must be: pieces of 16 bytes along the last

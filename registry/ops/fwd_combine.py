@@ -1,6 +1,6 @@
 """`fwd_combine`: the weighted sum of partial outputs."""
 
-from registry.contract import ALL_DTYPES
+from registry.contract.variant import ALL_DTYPES
 from registry.ops import attention as a
 from registry.ops.describe import Fact, Letter, Op, Scalar, Tensor, layout
 

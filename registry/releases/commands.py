@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.contract import check_arch, check_digest
 from registry.errors import ReleaseError, StoreError
+from registry.interrupt import ended_by_ctrl_c
 from registry.store import Store, default_path
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _push(options: argparse.Namespace) -> int:
     token = os.environ.get(TOKEN, "")
     if not token:
         raise ReleaseError(f"no token: put the server's into {TOKEN}", reason="argument")
-    with _store(options) as store, Push(store, options.url, token) as push:
+    with ended_by_ctrl_c(), _store(options) as store, Push(store, options.url, token) as push:
         sent = push.run()
     return _say(options, sent, ", ".join(f"{count} {what}" for what, count in sent.items()) + " sent")
 

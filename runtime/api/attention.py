@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.call import checks, forward, memory
-from runtime.call.plan import Plan, prepare, run
+from runtime.call.plan import Plan, prepare
 from runtime.call.request import Options, Request
+from runtime.call.run import run
 from runtime.load import plans
 from runtime.load.dynamo import untraced
 
@@ -92,7 +93,7 @@ def attend(op: str, given: dict[str, Any], options: tuple[Any, ...], determinist
     """`flash_attn` with everything that a call can have.
 
     op: 'fwd', or 'fwd_paged' where k and v are a cache. given: tensors by name, only those that are there, q first.
-    options: as runtime.call.request.Options has them, with hints about lengths. zeros: see runtime.call.plan.run.
+    options: as runtime.call.request.Options has them, with hints about lengths. zeros: see runtime.call.run.
     """
     key: Any = None
     try:

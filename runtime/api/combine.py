@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.call import combine
-from runtime.call.plan import prepare, run
+from runtime.call.plan import prepare
 from runtime.call.request import Options, Request
+from runtime.call.run import run
 from runtime.load import plans
 from runtime.load.dynamo import untraced
 

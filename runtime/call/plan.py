@@ -1,6 +1,6 @@
 """A kept plan: all that calls with one key share, and the path from their tensors to their launches.
 
-`run` is that path for every call; `runtime.api.attention` has it once more, inlined, for the plain dense one.
+`launch` is that path for every call; `runtime.api.attention` has it once more, inlined, for the plain dense one.
 """
 
 from __future__ import annotations
@@ -220,24 +220,11 @@ def _place(plan: Plan, workspaces: tuple[Workspace, ...]) -> None:
     plan.nbytes, plan.offsets = end, offsets
 
 
-def run(plan: Plan, given: Mapping[str, Any], return_lse: Any, deterministic: Any = False, zeros: Any = False) -> Any:
-    """(out, lse) of a call with these tensors, lse None if it is not wanted; through autograd where one requires grad.
+def launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = False) -> Any:
+    """Check what the key leaves open, allocate, launch. (out, lse), lse None if it is not wanted.
 
-    zeros: rows of new outputs that no sequence owns are zeros. They always are where autograd records: the next
-    layer's weight gradient reads them.
+    zeros: rows of new outputs that no sequence owns are zeros.
     """
-    if plan.grad_enabled():
-        for tensor in given.values():
-            if tensor.requires_grad:
-                from runtime.call import autograd  # here: it imports torch
-
-                again = partial(_launch, plan, return_lse=True, zeros=True)
-                return autograd.apply(plan.call, given, return_lse, deterministic, again)
-    return _launch(plan, given, return_lse, zeros)
-
-
-def _launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any) -> Any:
-    """Check what the key leaves open, allocate, launch."""
     if plan.forward_ad._current_level >= 0:
         checks.check_tangents(plan.forward_ad, given.items())
     found = addresses(plan, given)

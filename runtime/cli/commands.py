@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import runtime
-from registry.contract import DTYPES, Artifact, ContractError, Index, check_arch
+from registry import ops
+from registry.contract import ALL_DTYPES, DTYPES, Artifact, ContractError, Index, check_arch
+from registry.interrupt import ended_by_ctrl_c
 from runtime import config
 from runtime.call import numbers, options
 from runtime.call.forward import MAX_TOKENS
@@ -22,9 +23,9 @@ from runtime.trust import lockfile, resolve
 
 DOWNLOADS = 8  # at a time
 COUNTS = ("head_dim", "head_dim_v", "heads_q", "heads_kv", "batch", "seqlen_q", "seqlen_k", "total_q")
+KV_DTYPES = (*DTYPES, "e4m3")
 FLAGS = ("causal", "varlen", "window")
 LARGEST = MAX_TOKENS
-EXPLAINED = ("fwd", "bwd", "bwd_preprocess", "bwd_postprocess")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         given = {name: getattr(args, name) for name in ("registry", "root", "index", "cache", "channel", "lock")}
-        runtime.configure(**given, offline=args.offline or None)
+        session.configure(**given, offline=args.offline or None)
         report, code = args.run(args)
     except CubineryError as error:
         report = {"error": {"type": type(error).__name__, "reason": error.reason, "message": str(error)}}
@@ -101,8 +102,10 @@ def _shape_parser() -> argparse.ArgumentParser:
 
 def _add_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--arch", required=True, type=_arch)
-    explain.add_argument("--op", choices=EXPLAINED, default=EXPLAINED[0])
-    explain.add_argument("--dtype", choices=DTYPES, default="bf16")
+    explain.add_argument("--op", choices=ops.OPS, default=ops.OPS[0])
+    explain.add_argument("--dtype", choices=ALL_DTYPES, default="bf16", help="fp32: an output of fwd_combine")
+    explain.add_argument("--kv-dtype", choices=KV_DTYPES, help="of a KV cache (default: dtype)")
+    explain.add_argument("--rows", type=_count, help="of an op that counts rows (default: batch · seqlen-q · heads-q)")
     for name, default in (("head-dim", 128), ("batch", 1), ("seqlen-q", 1024), ("heads-q", 32)):
         explain.add_argument(f"--{name}", type=_count, default=default)
     explain.add_argument("--head-dim-v", type=_count, help="default: head-dim")
@@ -383,6 +386,9 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def _described(args: argparse.Namespace) -> dict[str, Any]:
+    if args.dtype not in ops.get(args.op).dtypes:
+        message = f"{args.dtype}, must be {' or '.join(ops.get(args.op).dtypes)} for {args.op}"
+        raise ArgumentError("--dtype", message, reason="dtype")
     heads_kv = args.heads_kv or args.heads_q
     seqlen_k = args.seqlen_k or args.seqlen_q
     if args.heads_q % heads_kv:
@@ -405,9 +411,10 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         window=options.window_bounds(args.causal, args.window),
         total_q=total_q,
     )
-    if args.op == EXPLAINED[0]:
-        return facts
-    return numbers.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
+    known = numbers.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
+    known["kv_dtype"] = args.kv_dtype or args.dtype
+    known["rows"] = args.rows or args.batch * args.seqlen_q * args.heads_q
+    return {fact.name: known[fact.name] for fact in ops.get(args.op).facts}
 
 
 def _show_explain(report: dict[str, Any]) -> str:
@@ -422,13 +429,14 @@ def _show_explain(report: dict[str, Any]) -> str:
 
 
 def program() -> int:
-    """`main` as a process ends: quietly when nobody reads on (`| head -1`: 141) or after Ctrl-C (130)."""
+    """`main` as a process ends: quietly when nobody reads on (`| head -1`: 141) or after Ctrl-C (130). Neither waits
+    for downloads under way, as the interpreter's own end would."""
     try:
-        code = main()
-        sys.stdout.flush()
-        return code
+        with ended_by_ctrl_c():
+            code = main()
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
-        return 141
+        os._exit(141)
     except KeyboardInterrupt:
-        os._exit(130)  # with downloads under way, which would be waited for
+        os._exit(130)

@@ -6,9 +6,9 @@ import argparse
 import time
 from typing import Any
 
-import runtime
 from registry.contract import WINDOW_OPEN
 from runtime import stages
+from runtime.api.attention import flash_attn
 from runtime.call import numbers
 from runtime.errors import CubineryError, NoKernelError
 from runtime.load import backend, select, session
@@ -123,7 +123,7 @@ def _first_call() -> list[str]:
     torch = backend.TorchBackend().torch
     try:
         q = torch.zeros(1, 256, 8, 128, dtype=torch.bfloat16, device="cuda")
-        runtime.flash_attn(q, q, q)
+        flash_attn(q, q, q)
         torch.cuda.synchronize()
     except CubineryError as error:
         return [f"{type(error).__name__} ({error.reason}): {error}"]

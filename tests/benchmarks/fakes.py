@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.reference import attention, packed
-from kernels.abi import ABIS
 from registry.contract import Artifact, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
 from registry.store import Store, compress
+from tests.support.abis import ABIS
 
 
 def artifact(key: str, arch: str, *, registers: int = 128, smem: int = 40_960) -> tuple[Artifact, bytes]:

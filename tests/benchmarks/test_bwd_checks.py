@@ -18,6 +18,7 @@ __all__ = ["graphs", "one_thread"]  # fixtures
 
 BWD, BWD_NARROW = "bwd-bf16-d64-dv64-m64-n64-w4-s1", "bwd-fp16-d64-dv40-m64-n64-w4-s1"
 PRE, POST = "bwd_preprocess-bf16-d256-dv256-m128", "bwd_postprocess-fp16-d256-dv256-m128"
+SUM = "bwd_sum-bf16-d256-dv256-m8"
 CAUGHT = [
     (BWD, "dQ's fragments scrambled", "lengths"),
     (BWD, "scale missing on dK", "lengths"),
@@ -67,6 +68,12 @@ CAUGHT = [
     (PRE, "not deterministic", "determinism"),
     (PRE, "32-bit offsets", "large"),
     (PRE, "a graph keeps the lengths", "graph_capture"),
+    (SUM, "a split's part missing", "splits"),
+    (SUM, "rows behind the last entry written", "varlen"),
+    (SUM, "a row not written", "head_dims"),
+    (SUM, "a row not written", "drawn"),
+    (SUM, "not deterministic", "determinism"),
+    (SUM, "a cold capture", "graph_capture"),
     (POST, "dQ's fragments scrambled", "lengths"),
     (POST, "dQ's fragments scrambled", "gqa"),
     (POST, "dQ's fragments scrambled", "varlen"),
@@ -88,7 +95,7 @@ TRAPS = {
     "head_dim > head_dim_v": "columns beyond head_dim",
     "fully masked rows": "empty rows are NaN",
 }
-OPS = ("bwd_preprocess", "bwd", "bwd_postprocess")
+OPS = ("bwd_preprocess", "bwd", "bwd_sum", "bwd_postprocess")
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +110,7 @@ def run(name, stand, key):
 
 
 @pytest.mark.parametrize(
-    ("key", "name"), [(key, name) for key in (BWD_NARROW, PRE, POST) for name in checks.OPS[key.split("-")[0]]]
+    ("key", "name"), [(key, name) for key in (BWD_NARROW, PRE, SUM, POST) for name in checks.OPS[key.split("-")[0]]]
 )
 def test_a_right_backward_passes(key, name):
     run(name, BwdStand(), key)

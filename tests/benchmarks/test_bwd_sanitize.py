@@ -20,6 +20,7 @@ from tests.gpu.sanitize import Run, judge
 __all__ = ["one_thread"]  # fixtures
 
 KEY, PRE = "bwd-bf16-d64-dv64-m64-n64-w4-s1", "bwd_preprocess-fp16-d256-dv256-m128"
+SUM = "bwd_sum-bf16-d256-dv256-m8"
 
 
 class Recorder:
@@ -41,7 +42,7 @@ class Recorder:
     varlen = attn
 
 
-@pytest.mark.parametrize("key", [KEY, PRE])
+@pytest.mark.parametrize("key", [KEY, PRE, SUM])
 def test_the_small_calls_take_every_path(key):
     """Each optional input is given at least once, and at least once not; memcheck sees the end of each tensor."""
     recorder = Recorder()
@@ -76,10 +77,10 @@ def test_a_race_of_each_op_must_be_seen():
 
 def test_a_forward_and_a_backward_are_planted(tmp_path, monkeypatch):
     from benchmarks.derived import read_index
-    from kernels.abi import ABIS
     from registry.contract import DispatchRow, Grid, Index, Variant, sha256_hex
     from registry.store import Store
     from tests.runtime.fakes import toy_artifact
+    from tests.support.abis import ABIS
 
     variants = [Variant.parse(key) for key in (KEY, PRE, "bwd-fp16-d64-dv64-m64-n64-w4-s1",
                                                "fwd-bf16-d64-dv64-m64-n64-w4-s1")]  # fmt: skip

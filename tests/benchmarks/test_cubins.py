@@ -14,9 +14,9 @@ pytest.importorskip("torch")
 import torch
 
 from benchmarks import cubins
-from kernels.abi import FWD
 from registry.contract import PARAM_FORMATS
 from tests.benchmarks.fakes import write_registry
+from tests.support.abis import FWD
 
 KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
 

@@ -9,8 +9,8 @@ pytest.importorskip("torch")
 from benchmarks import cases, cubins, measure
 from benchmarks.occupancy import SM90_RESERVED, SM90_SMEM, padded_smem
 from builder.inspect import blocks_per_sm
-from kernels.abi import FWD
 from tests.benchmarks.fakes import write_registry
+from tests.support.abis import FWD
 
 GOOD = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
 ALSO = "fwd-fp16-d64-dv64-m128-n64-w8-s1"

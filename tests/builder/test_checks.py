@@ -7,9 +7,9 @@ from builder import checks
 from builder.checks import elf_reasons, ptx_reasons, usage_reasons
 from builder.inspect import Elf, Usage
 from builder.sass import Loops
-from kernels.abi import ABIS
 from registry.contract import MAX_SMEM, Abi, Param
 from tests.builder import toys
+from tests.support.abis import ABIS
 
 GRID = {"rule": "tiles_heads_batch", "tile_m": 64}
 FACTS: dict[str, Any] = {"symbol": "toy", "threads": 128, "smem": 1024, "grid": GRID}

@@ -242,14 +242,20 @@ def test_require_verified_names_each_variant(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "reason"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+    ("number", "code", "reason", "unnoticed"),
+    [(signal.SIGINT, 130, "interrupted", False), (signal.SIGINT, 130, "interrupted", True),
+     (signal.SIGTERM, 143, "terminated", False)],
+)  # fmt: skip
 def test_an_interrupted_build_keeps_what_was_finished_and_leaves_no_files(
-    number: signal.Signals, code: int, reason: str, tmp_path: Path, sources: Path, calls: Path
+    number: signal.Signals, code: int, reason: str, unnoticed: bool, tmp_path: Path, sources: Path, calls: Path
 ) -> None:
-    """As in a terminal or a container: a signal while one worker hangs and another variant waits for nvdisasm."""
+    """As in a terminal or a container: a signal while one worker hangs and another variant waits for nvdisasm. One that
+    is noted by another thread does not wake the main one, as if it came right before that waits."""
     script = (
-        "import signal, sys; from pathlib import Path; from builder.__main__ import main\n"
+        "import signal, sys, threading, time; from pathlib import Path; from builder.__main__ import main\n"
+        f"if {unnoticed}:\n"
+        "    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
         "from tests.builder import toys\n"
         # A shell starts background jobs with SIGINT ignored, and the test may be part of one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

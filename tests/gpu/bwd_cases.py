@@ -15,7 +15,7 @@ from tests.gpu.cases import Call, Case, Dims, Lengths, Side, shape_of
 from tests.gpu.cases import varlen as varlen_case
 from tests.gpu.inputs import DTYPES
 
-# What preprocess and postprocess, which serve all, are checked with: the pairs that the table of `bwd` has.
+# What the ops around `bwd`, which serve all, are checked with: the pairs that the table of `bwd` has.
 ALL_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 Gradients = dict[str, torch.Tensor]
 

@@ -1,7 +1,7 @@
 """Checks of gradients: lengths, masks, head ratios, scores, head dims, strides, nothing to do, few blocks, draws.
 
-`bwd_preprocess` and `bwd_postprocess` take the same checks, with head dims of every `bwd` of the table in turn. Every
-fourth case or so is deterministic; each is held to the yardstick.
+`bwd_preprocess`, `bwd_sum` and `bwd_postprocess` take the same checks, with head dims of every `bwd` of the table in
+turn. Every fourth case or so is deterministic; each is held to the yardstick.
 """
 
 from __future__ import annotations

@@ -64,6 +64,10 @@ OPS: dict[str, dict[str, Check]] = {
         *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
         *(bwd_launch_checks.streams, bwd_launch_checks.autograd),
     ),
+    "bwd_sum": _named(
+        *(bwd_checks.splits, bwd_varlen_checks.varlen, bwd_checks.head_dims, bwd_checks.drawn),
+        *(bwd_launch_checks.determinism, bwd_launch_checks.graph_capture),
+    ),
     "bwd_postprocess": _named(
         *(bwd_checks.lengths, bwd_checks.gqa, bwd_varlen_checks.varlen, bwd_varlen_checks.varlen_many),
         *(bwd_checks.head_dims, bwd_checks.empty, bwd_checks.drawn),

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from kernels.abi import BWD, BWD_POSTPROCESS, BWD_PREPROCESS, ROWS
 from registry.contract import Abi, Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels import launch
 from tests.kernels.arrays import Strided
 from tests.kernels.launch import Case, Compiled, Tensor, Tokens, changed_bytes
 from tests.ptx.interpreter import Device, Kernel
 from tests.reference import Array, Scores, decode, encode, visible, yardstick
 from tests.reference_backward import BackwardReference, backward_reference, join_backward
+from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
 
 STRIP, UNIT_COLUMNS = 16, 8  # rows and columns of a unit of dq_accum
 ERROR = 5e-6  # of dsink and dalibi, relative to the sums of their terms without signs
@@ -93,7 +94,7 @@ def existing_rows(case: Case) -> Array:
 
 def units(matrix: Array) -> Array:
     """(…, rows, columns) in the order of dq_accum, flat but for the first axes: units of 16 rows × 8 columns, in each
-    4 elements of a lane, as `kernels.abi` says."""
+    4 elements of a lane, as `registry.ops` says."""
     *outer, rows, columns = matrix.shape
     split = matrix.reshape(
         *outer, rows // STRIP, 2, 8, columns // UNIT_COLUMNS, 4, 2
@@ -304,10 +305,12 @@ class Call:
 
 
 def key_tiles(case: Case, n: int) -> list[int]:
-    """The number of each entry's first tile of keys among those of all, and behind them how many there are."""
+    """The number of each entry's first tile of keys among those of all, padding or not, and behind them how many there
+    are."""
     if not case.cu_seqlens_k:
         return [b * -(-case.seqlen_k // n) for b in range(case.batch + 1)]
-    starts = [part.start // n + b for b, (_, part) in enumerate(case.keys.entries)]
+    whole = Tokens.of(case.seqlen_k, case.batch, case.cu_seqlens_k, ())
+    starts = [part.start // n + b for b, (_, part) in enumerate(whole.entries)]
     return [*starts, case.seqlen_k // n + case.batch]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kernels import dispatch
-from kernels.abi import ROWS
 from registry.contract import Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels.backward import Backward
 from tests.kernels.cases import packed
 
@@ -94,10 +94,19 @@ def option_cases(m: int, n: int, d: int, dv: int) -> list[Backward]:
         Backward("used-keys", 21, 2 * n, 2, 1, batch=3, seqused_k=(n + 3, 0, 2 * n), window=(None, 0), sink="fp32"),
         Backward("used-queries", m + 9, n + 9, 1, 1, batch=3, seqused_q=(m + 1, 3, 0), seqused_k=(n, n + 9, 4),
                  window=(7, 0), heads_first=True, alibi="entries", dalibi=True),
+        Backward("left-padding", m // 2 + 9, 2 * n + 11, 2, 1, batch=5, window=(None, 0), alibi="entries", dalibi=True,
+                 leftpad_k=(n + 5, 0, 2 * n + 11, 2**31 - 1, -9), family="x4", sink="fp32", dlse=True),
+        Backward("left-padding-splits", 21, 2 * n, 4, 1, batch=4, splits=2, window=(n // 2 + 3, 9), heads_first=True,
+                 seqused_k=(n + 9, n, 0, 2 * n), leftpad_k=(n - 1, n, 3, n + 9), family="low"),
+        Backward("left-padding-ordered", m + 9, 3 * n + 5, 2, 1, batch=2, ordered=True, leftpad_k=(n + 9, 3)),
+        varlen("left-padding-varlen", (m + 3, 0, 1, 20), (n + 30, 17, 3 * n + 1, 9), spare=5, heads_q=2,
+               leftpad_k=(31, 3, n + 2, 9), seqused_k=(n + 30, 17, 3 * n, 9), alibi="heads", dalibi=True, splits=2),
+        varlen("left-padding-varlen-ordered", (m + 9, 20, 5), (2 * n + 30, n + 7, 0), ordered=True, window=(n + 9, 0),
+               leftpad_k=(n + 3, 5, 1)),
         varlen("everything", (m + 9, 0, 1), (n + 41, 3, 2), spare=3, heads_q=2, family="x4",
                head_dim=d - 8, head_dim_v=dv - 16, softcap=25.0, sink="low", alibi="entries", heads_first=True,
-               seqused_q=(m + 5, 0, 1), seqused_k=(n + 33, 3, 1), window=(n + 1, 0), dlse=True, dalibi=True,
-               ordered=True, splits=2),
+               seqused_q=(m + 5, 0, 1), seqused_k=(n + 33, 3, 1), leftpad_k=(5, 1, 0), window=(n + 1, 0), dlse=True,
+               dalibi=True, ordered=True, splits=2),
     ]  # fmt: skip
 
 

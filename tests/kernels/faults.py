@@ -60,6 +60,13 @@ def shifted_bounds(ptx: str) -> list[Fault]:
     return planted(ptx, _BOUND, lambda match: match[0].replace(f".{match[1]}.", f".{WIDER[match[1]]}."))
 
 
+def dropped_bounds(ptx: str) -> list[Fault]:
+    """Maxima of two registers that are the first. Not those of look-ups in a page table: of a key, which is divided."""
+    found = planted(ptx, r"max\.s32(\s+%r\d+), (%r\d+), %r\d+;", lambda match: f"mov.b32{match[1]}, {match[2]};")
+    divided, lines = re.compile(r"min\.s32\s+(%r\d+), %r\d+, %r\d+;\s*cvt\.u64\.u32\s+%rd\d+, \1;"), ptx.splitlines()
+    return [fault for fault in found if not divided.search("\n".join(lines[fault.line : fault.line + 3]))]
+
+
 def trapped_bounds(ptx: str) -> list[Fault]:
     """Kernels that trap where the two sides of a comparison are equal, the only place where `shifted_bounds` differ."""
     return planted(

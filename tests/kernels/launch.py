@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kernels.abi import FWD
 from registry.contract import WINDOW_OPEN, Artifact, Variant, fast_divmod
 from tests.ptx.interpreter import Device, Kernel
 from tests.reference import Array, Reference, Scores, Window, decode, encode, join, reference
+from tests.support.abis import FWD
 
 PAD = 8  # elements of NaN beside each row of head_dim; a multiple of 8, as strides must be
 FAR_TOKENS = 2**26  # skipped in front of a far packed array: times any stride of a token, more than 32 bits can count

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kernels.abi import FWD_PAGED
 from registry.contract import Variant, fast_divmod
 from tests.kernels import launch
 from tests.kernels.launch import Case, Compiled, Statistics, Tensor, Tokens, put_exact
 from tests.ptx.interpreter import Device, Kernel
 from tests.reference import Array, Reference, Scores, combine, decode, encode, gather, join, reference
+from tests.support.abis import FWD_PAGED
 
 SPARE_PAGES = 2  # pages of nobody
 UNUSED = (-1, 2**31 - 1, -(2**31))  # what a page table holds behind an entry's last page
@@ -26,11 +26,11 @@ class PagedCase(Case):
     """One call, see `Case`. Keys are no packed array: `seqused_k` are the lengths before `new` tokens came.
 
     page_size: 0 for no page table: an entry's keys are a page of `seqlen_k` tokens with the entry's number. Else
-    seqlen_k, a table row's room, is a multiple of it. pages: how the entries' pages lie: 'permuted', or 'shared': every
-    other page of an entry is the first one's. layout: 'apart', K and V in arrays of their own; 'halves' of one array;
-    'heads-first'; 'far', as 'apart' with pages 2**32 elements apart. descale: '', 'heads' or 'entries', for e4m3, as is
-    the family 'codes': every code one after the other, but no NaN in k. The family 'huge', for bf16: q beyond fp16's
-    range, k small.
+    seqlen_k, a table row's room, is a multiple of it. pages: how the entries' pages lie: 'permuted'; 'shared': every
+    other page of an entry is the first one's; 'first': all are page 0, by numbers below 0. layout: 'apart', K and V
+    in arrays of their own; 'halves' of one array; 'heads-first'; 'far', as 'apart' with pages 2**32 elements apart.
+    descale: '', 'heads' or 'entries', for e4m3, as is the family 'codes': every code one after the other, but no NaN
+    in k. The family 'huge', for bf16: q beyond fp16's range, k small.
     """
 
     page_size: int = 16
@@ -103,6 +103,8 @@ def page_table(case: PagedCase) -> Array:
         for j in range(count):
             shared = case.pages == "shared" and b and j % 2 == 0 and j < counts[0]
             table[b, j] = b if not case.page_size else table[0, j] if shared else next(numbers)
+    if case.pages == "first":
+        table[...] = 0
     for b, padding in enumerate(case.paddings):
         pages = slice(table.shape[1] if padding == case.lengths[b] else padding // max(size, 1))
         table[b, pages] = np.resize(UNUSED, table[b, pages].shape)
@@ -207,6 +209,8 @@ def lengths_on(device: Device, case: PagedCase) -> dict[str, int]:
     for b, (padding, length) in enumerate(zip(case.paddings, case.lengths, strict=True)):
         if padding < length:
             used[b, 1 + padding // case.page_size : 1 + -(-length // case.page_size)] = True
+    if case.pages == "first":
+        rows[used] = np.resize((-1, -(2**31)), used.sum())
     return values | {"page_table": device.put(rows, used) + 4, "page_table_stride": rows.shape[1]}
 
 

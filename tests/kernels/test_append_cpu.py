@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.abi import KV_APPEND
 from registry.contract import Variant, fast_divmod
 from tests.kernels.arrays import Strided
 from tests.kernels.cases import of
-from tests.kernels.faults import Switchable, shifted
+from tests.kernels.faults import Switchable, planted, shifted
 from tests.kernels.launch import Compiled, put_exact
 from tests.kernels.paged import UNUSED, kv_dtype
 from tests.ptx.interpreter import Device, Kernel, PtxError
 from tests.reference import Array, decode, encode, misrounded, rotate
+from tests.support.abis import KV_APPEND
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "kv_append"]
 SKELETONS = [variant for variant in VARIANTS if variant.dtype == "bf16"]
@@ -30,6 +30,7 @@ class Append:
     """One call. had: lengths before it, () for none; room: tokens of an entry's row of pages; page_size: 0 for one page
     an entry. new, queries: tokens of k_new and v_new and of q, 0 for no such input. halves: K and V are halves of one
     array; heads_first: all arrays are (…, heads, tokens, dim) in memory; descale: '', 'heads' or 'entries', for e4m3.
+    lost: (entry, place in its row of the table) of pages that are negative.
     """
 
     had: tuple[int, ...] = (0, 5, 17)
@@ -50,6 +51,7 @@ class Append:
     heads_first: bool = False
     descale: str = ""
     factor: float = 1.0
+    lost: tuple[tuple[int, int], ...] = ()
 
     def positions(self, entry: int) -> Array:
         """Of the new tokens in the cache."""
@@ -68,6 +70,9 @@ CASES = {
     "no-table": Append(page_size=0, room=24, rotary_dim=16, heads_first=True, head_dim=192, head_dim_v=128, queries=1),
     "full": Append(had=(30, 32, 40), new=4, rotary_dim=16, queries=2),
     "garbage-lengths": Append(had=(-3, -(2**31), 2**31 - 9), rotary_dim=16, rotary_rows=9, queries=3),
+    "garbage-angles": Append(had=(2**31 - 1, 2**30, 2**31 - 2), rotary_dim=16, rotary_rows=9, queries=3),
+    "padded-graph": Append(new=1, queries=1, rotary_dim=64, had=(5, 0, 0), lost=((1, 0), (2, 0))),
+    "lost-pages": Append(new=7, page_size=3, room=33, lost=((0, 1), (1, 2), (2, 6), (2, 7)), heads_first=True),
     "empty-cache": Append(had=(), new=6, head_dim=256, head_dim_v=256, rotary_dim=256, queries=6),
     "queries-alone": Append(new=0, queries=9, rotary_dim=64, heads_q=7),
     "last-angle": Append(rotary_dim=32, rotary_rows=10, interleaved=True, queries=3),
@@ -121,6 +126,9 @@ class Call:
             self.pages = int(used.sum()) + 2
             table = np.resize(np.array(UNUSED, np.int64), used.shape)
             table[used] = self.random.permutation(self.pages)[: used.sum()]
+            for j, (b, column) in enumerate(case.lost):
+                table[b, column] = (-1, -(2**31))[j % 2]
+                self.kept[b] &= number[b] != column
             placed = Strided(self.device, table.astype(np.int32).view(np.uint32), used, pad=3)
             self.values |= {"page_table": placed.address, "page_table_stride": placed.strides[0]}
             self.page = np.where(self.kept, np.take_along_axis(table, number, 1), 0)
@@ -252,6 +260,15 @@ def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled])
     assert [kernel.text(number) for number in left] == []
 
 
+@of(SKELETONS)
+def test_pages_taken_for_one(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """A page's number decides whether K and V are written: -1 and others below 0 are none."""
+    compiled = variant_of(variant.key)
+    found = planted(compiled.ptx, r"(setp\.[a-z]+\.s(32|64)\s+%p\d+, %rd?\d+), (0|-1);", lambda m: f"{m[1]}, -{2**30};")
+    caught = [fault for fault in found if problems(compiled, cases(variant)["padded-graph"], Kernel(fault.ptx))]
+    assert len(caught) == 2, [fault.before for fault in found]
+
+
 FALSE_PARAMETERS: list[tuple[str, str, dict[str, int]]] = [
     ("room-missing", "full", {"seqlen_k": 31}),
     ("room-beyond", "full", {"seqlen_k": 33}),
@@ -273,6 +290,7 @@ FALSE_PARAMETERS: list[tuple[str, str, dict[str, int]]] = [
     ("page-shift", "interleaved", {"page_shift": fast_divmod(3)[1] + 1}),
     ("lengths", "plain", {"seqused_k": 0}),
     ("table", "plain", {"page_table": 0}),
+    ("table-without-lost-pages", "lost-pages", {"page_table_stride": 0}),
     ("no-new", "plain", {"k_new": 0}),
     ("no-queries", "interleaved", {"q": 0}),
     *[

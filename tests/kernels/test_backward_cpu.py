@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.abi import BWD, ROWS
 from registry.contract import Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels.backward import (
     Backward,
     Outcome,
@@ -29,6 +29,7 @@ from tests.kernels.backward_cases import VARIANTS, cases, loops, skeletons, varl
 from tests.kernels.cases import of, packed
 from tests.kernels.launch import Compiled, softmax_scale
 from tests.ptx.interpreter import PtxError
+from tests.support.abis import BWD
 
 SKELETONS = skeletons()
 SMALLEST = min(SKELETONS, key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
@@ -58,7 +59,7 @@ def test_backward(variant: Variant, case: Backward, variant_of: Callable[[str], 
 # ---- what other implementations fell into ----------------------------------------------------------------------------
 @of(SKELETONS)
 def test_dq_accum_is_laid_out_as_documented(variant: Variant, variant_of: Callable[[str], Compiled]):
-    """Writer and reader could both be wrong: decoded by the text of kernels/abi.py it is dQ, and 0 in other rows."""
+    """Writer and reader could both be wrong: decoded by the text of registry/ops it is dQ, and 0 in other rows."""
     m, n = variant.size("m"), variant.size("n")
     for case in (
         Backward("", 2 * m + 5, n + 9, 2, 1, batch=2),
@@ -135,6 +136,26 @@ def test_bad_seqused_stays_inside(seqused, variant, variant_of):
             check(Trio.of(variant, variant_of), replace(each, **{f"seqused_{side}": seqused}))
 
 
+@of([SMALLEST])
+@pytest.mark.parametrize("leftpad", [(10**9, -7), (-(2**31), 2**31 - 1), (41, 0), (39, 50)], ids=str)
+def test_bad_left_padding_stays_inside(leftpad, variant, variant_of):
+    """What is said is clamped to the entry, whose end it does not move."""
+    case = varlen("", (40, 50), (40, 50), window=(None, 0), head_dim=8, head_dim_v=8, leftpad_k=leftpad)
+    dense = Backward("", 40, 50, 1, 1, batch=2, head_dim=8, head_dim_v=8, leftpad_k=leftpad)
+    for each in (case, dense, replace(case, seqused_k=(17, 48)), replace(dense, splits=2, heads_q=2)):
+        check(Trio.of(variant, variant_of), each)
+
+
+@of(SKELETONS)
+def test_left_padding_costs_nothing(variant, variant_of):
+    """Tiles of keys behind padding are counted from its end, and those that are left have nothing to do."""
+    trio, n = Trio.of(variant, variant_of), variant.size("n")
+    exact = Backward("", 9, n + 3, 1, 1, window=(None, 0))
+    padded = Backward("", 9, 5 * n, 1, 1, window=(None, 0), leftpad_k=(4 * n - 3,))
+    steps, steps_padded = (check(trio, case).steps for case in (exact, padded))
+    assert steps_padded < 1.5 * steps
+
+
 # ---- deterministic ---------------------------------------------------------------------------------------------------
 @of(SKELETONS)
 @pytest.mark.parametrize("window", [(None, None), (None, 0)], ids=["full", "causal"])
@@ -162,8 +183,9 @@ def any_case(draw: st.DrawFn, variant: Variant) -> Backward:
             sides[f"seqlen_{side}"], sides[f"cu_seqlens_{side}"] = packed(lengths, draw(st.integers(0, 9)))
         else:
             sides[f"seqlen_{side}"] = draw(length)
-        if draw(st.booleans()):
-            sides[f"seqused_{side}"] = tuple(draw(st.lists(length, min_size=batch, max_size=batch)))
+        for name in ("seqused_q",) if side == "q" else ("seqused_k", "leftpad_k"):
+            if draw(st.booleans()):
+                sides[name] = tuple(draw(st.lists(length, min_size=batch, max_size=batch)))
     bound = st.none() | st.integers(0, 2 * n)
     alibi = draw(st.sampled_from(["", "heads", "entries"]))
     return Backward(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.abi import BWD_POSTPROCESS, BWD_PREPROCESS, ROWS
 from registry.contract import Variant
+from registry.ops.workspaces import ROWS
 from tests.kernels.backward import (
     STRIP,
     Backward,
@@ -30,6 +30,7 @@ from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import decode, encode
 from tests.reference_backward import row_sums
+from tests.support.abis import BWD_POSTPROCESS, BWD_PREPROCESS
 
 BEFORE, AFTER = ([v for v in dispatch.variants() if v.op == op] for op in ("bwd_preprocess", "bwd_postprocess"))
 LOG2_E = np.float32(np.log2(np.e))
@@ -185,7 +186,7 @@ def test_parameters_follow_the_abi(variant: Variant, variant_of: Callable[[str],
 
 
 def test_units_and_matrix():
-    """Against the text of kernels/abi.py, element by element."""
+    """Against the text of registry/ops, element by element."""
     accum = np.random.default_rng(6).permutation(3 * 32 * 24).reshape(3, 32, 24)
     flat = units(accum).reshape(3, 2, 3, 32, 4)
     for head, row, column in np.ndindex(accum.shape):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.abi import FWD_COMBINE
 from registry.contract import Variant
 from tests.kernels.arrays import Strided
 from tests.kernels.cases import of
@@ -18,6 +17,7 @@ from tests.kernels.faults import Switchable, shifted
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Device, Kernel, PtxError
 from tests.reference import Array, combine, decode, misrounded
+from tests.support.abis import FWD_COMBINE
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "fwd_combine"]
 ERROR = 2.0**-18  # of a sum's terms; exp2 and the reciprocal are approximate

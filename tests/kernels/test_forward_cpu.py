@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.abi import FWD
 from registry.contract import Variant
 from tests.kernels.cases import VARIANTS, cases, loops, of, options, packed, skeletons, varlen
 from tests.kernels.launch import Case, Compiled, Outcome, blocks, expected, run
 from tests.reference import yardstick
+from tests.support.abis import FWD
 
 SKELETONS = skeletons()
 RMS_ROWS = 256  # of a random case's softmax: with few, P's rounding exceeds twice the model's RMS by chance
@@ -110,6 +110,28 @@ def test_fully_masked_rows(window, sink, variant, variant_of):
         check(compiled, case)
 
 
+@of(SKELETONS)
+def test_left_padding_is_not_read_and_costs_nothing(variant, variant_of):
+    """The keys behind it give what they give by themselves, ALiBi's distances included, in as many steps."""
+    compiled, n = variant_of(variant.key), variant.size("n")
+    for window in ((None, 0), (n + 9, 0), (None, None)):
+        exact = Case("", 9, n + 3, 2, 1, window=window, alibi="heads")
+        padded = replace(exact, seqlen_k=9 * n + 5, leftpad_k=(8 * n + 2,))
+        steps, steps_padded = (check(compiled, case).steps for case in (exact, padded))
+        assert steps <= steps_padded < steps + 40
+
+
+@of(SKELETONS)
+@pytest.mark.parametrize("sink", ["", "fp32"])
+@pytest.mark.parametrize("leftpad", [(50, 9), (2**31 - 1, -(2**31)), (49, 50)], ids=str)
+def test_entries_that_are_all_padding(leftpad, sink, variant, variant_of):
+    """Zeros, and −inf or the sink."""
+    dense = Case("", 40, 50, 2, 1, batch=2, window=(None, 0), leftpad_k=leftpad, sink=sink)
+    check(variant_of(variant.key), dense)
+    check(variant_of(variant.key), replace(dense, seqused_k=(50, 9), pack=True))
+    check(variant_of(variant.key), varlen("", (40, 9), (50, 41), leftpad_k=leftpad, sink=sink))
+
+
 BAD_CU_SEQLENS = [
     (0, 90, 40),  # decreasing
     (0, 40, 10**9),
@@ -157,6 +179,8 @@ def any_case(draw: st.DrawFn, variant: Variant) -> Case:
             sides[f"seqlen_{side}"] = draw(length)
         if draw(st.booleans()):
             sides[f"seqused_{side}"] = tuple(draw(st.lists(length, min_size=batch, max_size=batch)))
+    if draw(st.booleans()):
+        sides["leftpad_k"] = tuple(draw(st.lists(st.integers(-1, 2 * n + 22), min_size=batch, max_size=batch)))
     bound = st.none() | st.integers(0, 2 * n)
     return Case(
         "",

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import dispatch
-from kernels.abi import FWD_PAGED
 from registry.contract import Variant
 from tests.kernels.cases import loops, of
 from tests.kernels.launch import Compiled, sink, softmax_scale
@@ -20,6 +19,7 @@ from tests.kernels.paged import PagedCase, PagedOutcome, expected, inputs, kv_dt
 from tests.kernels.paged_cases import FACTORS, case, rows, share
 from tests.ptx.formats import E4M3
 from tests.reference import LSE_TOLERANCE, Array, Scores, attention, decode, gather, yardstick
+from tests.support.abis import FWD_PAGED
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "fwd_paged"]
 RMS_ROWS = 256  # as in test_forward_cpu
@@ -36,7 +36,7 @@ SKELETONS = skeletons()
 
 def gathered(case: PagedCase, pages: Array) -> Array:
     """All tokens of the first entry."""
-    return gather(pages, page_table(case)[0], case.lengths[0])
+    return gather(pages, page_table(case)[0], case.lengths[0], case.paddings[0])
 
 
 def check(compiled: Compiled, case: PagedCase, rms_rows: int = 0) -> PagedOutcome:
@@ -126,6 +126,44 @@ def test_keys_left_of_the_window_cost_nothing(variant, variant_of):
         for k in (3, 12)
     )
     assert near == distant
+
+
+@of(SKELETONS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_left_padding_is_not_read_and_costs_nothing(splits, variant, variant_of):
+    """Not the pages, not the table's places before it; splits share the blocks behind it."""
+    compiled, n = variant_of(variant.key), variant.size("n")
+    for page_size, padding in ((16, 8 * n), (16, 8 * n - 5), (24, 8 * n + 2), (0, 8 * n + 3)):
+        exact = PagedCase("", 2, 12 * n, 2, 1, window=(None, 0), page_size=page_size, splits=splits, alibi="heads")
+        near, padded = replace(exact, seqused_k=(3 * n,)), replace(exact, seqused_k=(11 * n,), leftpad_k=(padding,))
+        steps, steps_padded = (check(compiled, case).steps for case in (near, padded))
+        # A block of keys that padding cuts is masked, and may be one more.
+        assert steps_padded < 1.8 * steps
+        if splits == 1:
+            twice = replace(padded, seqused_k=(11 * n - 4 * n,), leftpad_k=(padding - 4 * n,))
+            assert abs(check(compiled, twice).steps - steps_padded) < 0.1 * steps
+
+
+@of(SKELETONS)
+@pytest.mark.parametrize("splits", [2, 5])
+def test_splits_share_what_is_behind_the_padding(splits, variant, variant_of):
+    """None is left without keys while there are blocks; where all is padding, each writes zeros and −inf."""
+    n = variant.size("n")
+    case = PagedCase("", 1, 16 * n, 2, 1, batch=3, seqused_k=(16 * n, 16 * n - 3, 9), splits=splits, page_size=16,
+                     leftpad_k=(11 * n, 16 * n - 3, 2**31 - 1), pack=True)  # fmt: skip
+    outcome = check(variant_of(variant.key), case)
+    assert np.isfinite(outcome.lse[:, :, 0]).all()
+    assert np.isneginf(outcome.lse[:, :, 1:]).all()
+
+
+@of(SKELETONS)
+@pytest.mark.parametrize("page_size", [16, 24])
+def test_pages_below_0_are_read_as_page_0(page_size, variant, variant_of):
+    """As graphs are padded: an entry with a key or more and no page of its own."""
+    n = variant.size("n")
+    room = -(-3 * n // page_size) * page_size
+    case = PagedCase("", 1, room, 2, 1, batch=2, seqused_k=(1, room), page_size=page_size, pages="first")
+    check(variant_of(variant.key), case)
 
 
 @of(SKELETONS)

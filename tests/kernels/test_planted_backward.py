@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import pytest
 
-from kernels.abi import BWD
 from registry.contract import Variant
 from tests.kernels import faults
 from tests.kernels.backward import Backward, Trio, problems, run
@@ -19,6 +18,7 @@ from tests.kernels.faults import Fault
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.ptx.parser import Address, Instruction
+from tests.support.abis import BWD
 
 SKELETONS = skeletons()
 SMALLEST = min(SKELETONS, key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
@@ -264,6 +264,7 @@ def false_parameters() -> list[tuple[str, Backward, dict[str, int]]]:
         ("partials", replace(call, splits=2), {"splits": 1}),
         ("no-partials", replace(call, splits=2), {"dk_partial": 0}),
         ("used-keys", replace(call, seqused_k=(70, 9)), {"seqused_k": 0}),
+        ("left-padding", replace(call, leftpad_k=(9, 30)), {"leftpad_k": 0}),
         ("used-rows", replace(call, seqused_q=(30, 9)), {"seqused_q": 0}),
         ("packed-keys", packed, {"cu_seqlens_k": 0}),
         ("packed-rows", packed, {"cu_seqlens_q": 0}),

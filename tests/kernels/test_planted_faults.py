@@ -135,6 +135,7 @@ FALSE_PARAMETERS: list[tuple[str, Case, dict[str, int]]] = [
     ("left-bound", Case("", 37, 75, 1, 1, window=(20, None)), {"window_left": 19}),
     ("key-used", Case("", 37, 75, 1, 1, seqused_k=(70,)), {"seqused_k": 0}),
     ("row-used", Case("", 37, 75, 1, 1, seqused_q=(30,)), {"seqused_q": 0}),
+    ("left-padding", Case("", 37, 75, 1, 1, leftpad_k=(9,)), {"leftpad_k": 0}),
     ("entries-of-keys", varlen("", (20, 17), (40, 35)), {"cu_seqlens_k": 0}),
     ("column-beyond", Case("", 37, 75, 1, 1, head_dim=40), {"head_dim": 48}),
     ("column-missing", Case("", 37, 75, 1, 1, head_dim=40), {"head_dim": 32}),

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from kernels.abi import FWD_PAGED
 from registry.contract import Variant, fast_divmod
 from tests.kernels import faults
 from tests.kernels.cases import of, packed
@@ -17,6 +16,7 @@ from tests.kernels.paged import PagedCase, expected, kv_dtype, run
 from tests.kernels.test_paged_cpu import SKELETONS
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import yardstick
+from tests.support.abis import FWD_PAGED
 
 # For what is not about stages.
 SMALLEST = list({v.features: v for v in sorted(SKELETONS, key=lambda v: (-v.size("m"), -v.head_dim))}.values())
@@ -70,7 +70,17 @@ def probes(variant: Variant) -> list[PagedCase]:
     entries = [packed_queries((m, 0, 9), (n + 9, 5, 3)), packed_queries((1, 0, 2, 5) * 10, (3, 9, 0, 8) * 10)]
     behind = replace(packed_queries((m + 9, 0), (60, 0)), cu_seqlens_q=(0, m + 9, 0))  # a tile behind an entry's last
     no_keys = replace(one, seqlen_q=5, seqused_k=(0,))
-    return [*ends, *ungrouped, *ragged, *edges, *between, *splits, *columns, *entries, behind, no_keys]
+    # Padding up to every row of a thread, to the end of a block, of the keys, and of what some rows of a tile see.
+    padded = [
+        replace(one, batch=n, seqused_k=(3 * n + 5,) * n, leftpad_k=tuple(range(n, 2 * n)), page_size=size)
+        for size in (0, 16, 24)
+    ]
+    padded += [
+        replace(one, seqlen_q=q, batch=4, seqused_k=(n + 9, 2 * n, 2 * n + 5, 7), window=(None, 0), splits=splits,
+                leftpad_k=(n, 2 * n - 1, 2 * n + 5, 3))
+        for q, splits in ((1, 1), (m, 1), (m, 2))
+    ]  # fmt: skip
+    return [*padded, *ends, *ungrouped, *ragged, *edges, *between, *splits, *columns, *entries, behind, no_keys]
 
 
 def packed_queries(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> PagedCase:
@@ -152,6 +162,16 @@ def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled])
     assert len(reached) > 0.5 * len(kernel.places), "bounds that nothing reaches: remove them, or probe them"
 
 
+@of(SMALLEST[:1])
+def test_dropped_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """Where the keys of a row begin, by its window or behind the padding: in the range of blocks and in the mask."""
+    compiled = variant_of(variant.key)
+    found = faults.dropped_bounds(compiled.ptx)
+    assert len(found) >= 8
+    left = survivors(compiled, found)
+    assert len(left) <= 2, "the ends of ranges, of which the split's share takes care again"
+
+
 CALL = PagedCase("", 3, 80, 4, 2, batch=2, seqused_k=(75, 37), window=(None, 0))
 FALSE_PARAMETERS: list[tuple[str, PagedCase, dict[str, int]]] = [
     ("table", CALL, {"page_table": 0}),
@@ -162,6 +182,8 @@ FALSE_PARAMETERS: list[tuple[str, PagedCase, dict[str, int]]] = [
     ("used", CALL, {"seqused_k": 0}),
     ("new-missing", replace(CALL, new=2), {"seqlen_k_new": 1}),
     ("new-beyond", CALL, {"seqlen_k_new": 1}),
+    ("left-padding", replace(CALL, leftpad_k=(9, 3)), {"leftpad_k": 0}),
+    ("left-padding-of-splits", replace(CALL, splits=3, leftpad_k=(40, 3)), {"leftpad_k": 0}),
     ("room-missing", replace(CALL, seqused_k=()), {"seqlen_k": 79}),
     ("room-beyond", replace(CALL, seqused_k=()), {"seqlen_k": 81}),
     ("fewer-splits", replace(CALL, splits=3), {"num_splits": 2}),

@@ -15,6 +15,7 @@ from kernels.validity import (
     paged_invalid,
     paged_smem,
     rows_invalid,
+    sum_invalid,
 )
 from registry.contract import MAX_SMEM, Variant
 
@@ -26,6 +27,7 @@ INVALID = {
     "bwd": bwd_invalid,
     "bwd_preprocess": rows_invalid,
     "bwd_postprocess": rows_invalid,
+    "bwd_sum": sum_invalid,
 }
 SMEM = {"fwd": fwd_smem, "fwd_paged": paged_smem, "bwd": bwd_smem}
 
@@ -55,6 +57,8 @@ def test_the_table_is_valid(variant):
         ("bwd-bf16-d128-dv128-m64-n128-w8-s2", "bytes of shared memory"),
         ("bwd_preprocess-bf16-d128-dv128-m128", "are 256"),
         ("bwd_postprocess-bf16-d256-dv256-m64", "128 rows"),
+        ("bwd_sum-bf16-d128-dv128-m8", "are 256"),
+        ("bwd_sum-bf16-d256-dv256-m33", "1 to 32 units"),
     ],
 )
 def test_what_cannot_be_built_says_why(key, reason):

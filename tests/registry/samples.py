@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-from kernels.abi import FWD
 from kernels.dispatch import rows, variants
 from registry.contract import Artifact, Grid, Index, sha256_hex
 from registry.store import Store, compress
+from tests.support.abis import FWD
 
 KEYS = tuple(variant.key for variant in variants())
 

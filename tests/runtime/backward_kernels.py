@@ -1,6 +1,6 @@
 """The backward's kernels on the CPU, from nothing but their parameters, and a registry that has them.
 
-They compute as `kernels/abi.py` says what the parameters mean: workspaces in the order of an mma's fragments, rows of
+They compute as registry/ops says what the parameters mean: workspaces in the order of an mma's fragments, rows of
 no sequence left alone, and nothing read that the launch before has not written.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from kernels.abi import ABIS, FWD
 from registry import ops
 from registry.contract import WINDOW_OPEN, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
 from tests.runtime.cache_kernels import DTYPES, FP32, INT, LN2, view
+from tests.support.abis import ABIS, FWD
 
 ROWS = 128
 TILES = {64: "m64-n64-w4-s1", 128: "m64-n32-w4-s1"}  # of `bwd`, by head dims

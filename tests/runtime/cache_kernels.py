@@ -1,6 +1,6 @@
 """The kernels of a KV cache on the CPU, from nothing but their parameters, and a registry that has them.
 
-They compute entry by entry as `kernels/abi.py` says what the parameters mean, and read no page that they must not.
+They compute entry by entry as registry/ops says what the parameters mean, and read no page that they must not.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kernels.abi import ABIS, FWD
 from registry.contract import WINDOW_OPEN, Condition, DispatchRow, Grid, Index, Variant, fast_divmod, sha256_hex
+from tests.support.abis import ABIS, FWD
 
 LN2 = 0.6931471805599453
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -1,4 +1,4 @@
-"""Compiled calls against eager ones, in a process of their own: `python -m tests.runtime.compile_program ORDER BACKEND`.
+"""Compiled calls against eager ones, in a process of their own: ORDER and BACKEND are its arguments.
 
 ORDER: which of torch and runtime is imported first. Prints one JSON object: {case: same results}, and how many frames
 Dynamo looked at.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from kernels.abi import FWD
 from registry.contract import (
     PARAM_FORMATS,
     WINDOW_OPEN,
@@ -28,6 +27,7 @@ from registry.contract import (
 from registry.store import Store, compress
 from runtime.errors import DriverError
 from tests.runtime import backward_kernels, cache_kernels
+from tests.support.abis import FWD
 
 # A table like kernels.dispatch's, but retuning that one changes nothing here.
 TABLE = tuple(

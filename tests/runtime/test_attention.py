@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import runtime
-from kernels.abi import FWD
 from registry.contract import WINDOW_OPEN, Index, fast_divmod
 from runtime import stages
 from runtime.api import attention
@@ -17,6 +16,7 @@ from runtime.call import launch
 from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError, SourceError
 from runtime.load import kernel, plans, select, session
 from tests.runtime.fakes import TABLE, FakeBackend, rows, toy_artifact, toy_cubin, write_registry
+from tests.support.abis import FWD
 
 BF16 = torch.bfloat16
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import runtime
-from kernels.abi import ABIS
 from registry.contract import WINDOW_OPEN
 from runtime.call import launch, plan
 from runtime.errors import ArgumentError
@@ -19,6 +18,7 @@ from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs
 from tests.runtime.test_backward import SINK, assert_close, check, grads, leaves
 from tests.runtime.test_varlen import ints
+from tests.support.abis import ABIS
 
 LOG2E = math.log2(math.e)
 

@@ -10,7 +10,6 @@ import torch
 from torch.autograd import forward_ad as fwAD
 
 import runtime
-from kernels.abi import ABIS
 from registry.contract import Param
 from runtime.errors import ArgumentError, CaptureError, DriverError, IntegrityError, NoKernelError
 from tests.runtime import backward_kernels
@@ -20,6 +19,7 @@ from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import inputs
 from tests.runtime.test_backward import SINK, leaves
 from tests.runtime.test_varlen import ints
+from tests.support.abis import ABIS
 
 pytestmark = pytest.mark.usefixtures("backward_registry")
 

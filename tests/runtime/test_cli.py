@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -10,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from registry import ops
 from registry.contract import Condition, DispatchRow
 from runtime.cli import commands as cli
 from runtime.sources import source
 from tests.runtime.backward_kernels import KERNELS
+from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
 from tests.runtime.test_source import URL, Server, server
 
@@ -185,6 +189,20 @@ def test_explain_knows_every_fact(registry: Path, capsys):
     assert "m64-n64-w4-s1, packed GQA\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("op", ops.OPS)
+def test_explain_knows_every_op(op: str, backward_registry: Path, tmp_path: Path, capsys):
+    write_cache_registry(tmp_path / "cache.db")
+    codes = []
+    for registry in (backward_registry, tmp_path / "cache.db"):
+        code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_120", "--head-dim", 64, "--op", op)
+        assert list(report["facts"]) == [fact.name for fact in ops.get(op).facts]
+        assert (report["variant"] or report["message"].removeprefix("no ")).startswith(f"{op}{' -'[code == 0]}")
+        codes.append(code)
+    assert 0 in codes
+    code, report = run(capsys, "explain", "--registry", registry, "--arch", "sm_120", "--op", op, "--dtype", "fp32")
+    assert (code == 2 and "--dtype" in report["error"]["message"]) or op == "fwd_combine"
+
+
 def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys):
     given = ("explain", "--registry", backward_registry, "--arch", "sm_120", "--head-dim", 72, "--heads-kv", 8)
     for op, variant in (("bwd", "bwd-bf16-d128-dv128-m64-n32-w4-s1"), ("bwd_preprocess", "bwd_preprocess-bf16-d256-"),
@@ -195,7 +213,7 @@ def test_explain_and_prefetch_know_the_backward(backward_registry: Path, capsys)
         assert dense == ({"varlen_k": None, "total_k": None} if op == "fwd" else {"varlen_k": 0, "total_k": 210})
     code, report = run(capsys, *given, "--op", "bwd", "--batch", 3, "--seqlen-k", 70, "--varlen")
     assert (report["facts"]["varlen_k"], report["facts"]["total_k"]) == (1, 210)
-    assert "--op" in usage(capsys, *given, "--op", "kv_append")
+    assert "--op" in usage(capsys, *given, "--op", "fwd_sideways")
     prefetch = ("prefetch", "--registry", backward_registry, "--dtype", "bf16", "--head-dim", 64)
     code, every = run(capsys, *prefetch)
     assert code == 0 and every["missing"] == [] and every["verified"] == every["wanted"]
@@ -230,9 +248,10 @@ def test_doctor_without_a_kernel_for_its_sample_call(tmp_path: Path, capsys):
     assert "2 kernels of 0.1, none of them for a call with bf16 and head_dim 128" in text and "e.g. None" not in text
 
 
-def program(*argv: object, **options) -> subprocess.Popen:
-    """A shell may have started the tests with SIGINT ignored, which a child would inherit."""
-    start = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+def program(*argv: object, first: str = "", **options) -> subprocess.Popen:
+    """`python -m runtime` after the statements `first`. A shell may have started the tests with SIGINT ignored, which a
+    child would inherit."""
+    start = f"import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n{first}\n"
     start += f"sys.argv = {['runtime', *map(str, argv)]!r}; runpy.run_module('runtime', run_name='__main__')"
     where = Path(__file__).parents[2]
     return subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.PIPE, text=True, cwd=where, **options)
@@ -247,14 +266,18 @@ def test_a_reader_that_has_gone(registry: Path):
     assert process.returncode == 141 and errors == ""
 
 
-def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
-    """The server gives the index, and then nothing: kernels are being downloaded by a pool of threads."""
+@contextlib.contextmanager
+def holding_server(held: str) -> Iterator[tuple[list[str], threading.Event]]:
+    """A server that has an index for sm_120, and holds its answer to whatever has `held` in its path.
+
+    The options that name it and the index, and an event: something held was asked for.
+    """
     index, _ = toy_index(only="bf16-d64")
     asked, over = threading.Event(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if "/blobs/" in self.path:
+            if held in self.path:
                 asked.set()
                 over.wait(60)
                 return
@@ -267,16 +290,24 @@ def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        given = ("prefetch", "--registry", url, "--index", index.digest, "--cache", tmp_path / "cache")
-        with program(*given, stdout=subprocess.DEVNULL) as process:
-            assert asked.wait(60)
-            start = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
-            spent = time.monotonic() - start
-        over.set()
-        server.shutdown()
+        try:
+            yield ["--registry", f"http://127.0.0.1:{server.server_port}", "--index", index.digest], asked
+        finally:
+            over.set()
+            server.shutdown()
+
+
+def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):
+    """The server gives the index, and then nothing: kernels are being downloaded by a pool of threads."""
+    with (
+        holding_server("/blobs/") as (given, asked),
+        program("prefetch", *given, "--cache", tmp_path / "cache", stdout=subprocess.DEVNULL) as process,
+    ):
+        assert asked.wait(60)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        spent = time.monotonic() - start
     assert process.returncode == 130 and errors == "" and spent < 5
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import runtime
-from kernels.abi import FWD
 from registry.contract import Abi, Param
 from runtime.errors import DriverError, InstallError, IntegrityError
 from runtime.load import driver, kernel
 from tests.runtime.fakes import TABLE, FakeBackend, FakeDriver, toy_artifact, toy_cubin
+from tests.support.abis import FWD
 
 VARIANT = TABLE[0][-1]
 ARTIFACT, _ = toy_artifact(VARIANT, "sm_120")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import runtime
-from kernels.abi import FWD_PAGED
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
 from runtime.call import plan
@@ -18,6 +17,7 @@ from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, reference
 from tests.runtime.test_varlen import ints
+from tests.support.abis import FWD_PAGED
 
 E4M3 = torch.float8_e4m3fn
 NOWHERE = 2**31 - 1

@@ -27,9 +27,9 @@ def test_the_first_row_that_holds_wins():
 
 
 def test_the_real_table_serves_what_the_issue_names():
-    from kernels.abi import FWD
     from kernels.dispatch import rows, variants
     from tests.runtime.fakes import toy_artifact
+    from tests.support.abis import FWD
 
     index = Index("sm_120", "0", tuple(toy_artifact(v, "sm_120")[0] for v in variants()), rows(), (FWD,))
     for dtype in ("bf16", "fp16"):

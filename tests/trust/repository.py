@@ -20,7 +20,7 @@ from runtime.trust.state import State
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
 A, B, C = "a" * 64, "b" * 64, "c" * 64  # index digests
-FAR = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)
+FAR = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
 PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
 

@@ -237,10 +237,10 @@ def test_expired_local_root(repository, tmp_path):
 
 def test_expired_local_timestamp(repository, client, monkeypatch):
     """Freeze: a timestamp that was good when it was stored does not go on being good; a new one heals that."""
-    repository.timestamp.expires = datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC)
+    repository.timestamp.expires = FAR - datetime.timedelta(days=2)
     repository.publish("timestamp")
     client.refresh()
-    at(monkeypatch, datetime.datetime(2099, 6, 1, tzinfo=datetime.UTC))
+    at(monkeypatch, FAR - datetime.timedelta(days=1))
     assert client.refused() == "expired"
     repository.timestamp.expires = FAR
     repository.release(B)
@@ -249,14 +249,14 @@ def test_expired_local_timestamp(repository, client, monkeypatch):
 
 def test_freeze_with_an_expired_timestamp(repository, client, monkeypatch):
     """A source that goes on serving what it once had is found out when that expires; warm loads are not disturbed."""
-    repository.timestamp.expires = datetime.datetime(2050, 1, 8, tzinfo=datetime.UTC)
+    repository.timestamp.expires = FAR - datetime.timedelta(days=2)
     repository.publish("timestamp")
     frozen = dict(repository.files)
     repository.timestamp.expires = FAR
     repository.release(B)
     repository.files = frozen
     assert client.refresh() == {"sm_120": A}
-    at(monkeypatch, datetime.datetime(2050, 1, 9, tzinfo=datetime.UTC))
+    at(monkeypatch, FAR - datetime.timedelta(days=1))
     assert client.refused() == "expired"
     assert client.warm() == {"sm_120": A}
 

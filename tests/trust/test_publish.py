@@ -20,7 +20,7 @@ from registry.releases.publish import Draft
 from registry.store import Store
 from tests.runtime.fakes import write_registry
 
-NOW = datetime.datetime(2026, 11, 21, tzinfo=datetime.UTC)
+NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)  # signatures end on whole seconds
 ONLY = ("bf16-d64", "bf16-d96", "bf16-d128")
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.abi import FWD
 from registry.contract import PARAM_FORMATS, Abi, ContractError, Param, canonical_json
+from tests.support.abis import FWD
 
 _values = {
     "ptr": st.integers(0, 2**64 - 1),

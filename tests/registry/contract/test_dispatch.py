@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from kernels.abi import ABIS
 from kernels.dispatch import rows
 from registry.contract import Condition, ContractError, DispatchRow, Variant, canonical_json
 from tests.registry.samples import KEYS
+from tests.support.abis import ABIS
 
 
 def test_every_dispatch_row_round_trips_and_names_a_variant_of_its_op():

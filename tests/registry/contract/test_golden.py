@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.abi import ABIS
 from registry.contract import (
     Abi,
     Artifact,
@@ -18,6 +17,7 @@ from registry.contract import (
     check_arch,
     elf_machine,
 )
+from tests.support.abis import ABIS
 
 ABI = Abi("toy", 3, (Param("q", "ptr"), Param("stride", "i64"), Param("n", "i32"), Param("scale", "f32")))
 ARTIFACT = Artifact(

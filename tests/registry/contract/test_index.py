@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.abi import FWD
 from kernels.dispatch import rows
 from registry.contract import FORMAT, Artifact, ContractError, Index, canonical_json, sha256_hex
 from tests.registry.contract.json_values import JSON
 from tests.registry.samples import KEYS, artifact, index
+from tests.support.abis import FWD
 
 
 def _index() -> Index:
