@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import runtime
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs
 from tests.runtime.test_backward import assert_close, grads, leaves
@@ -93,12 +90,6 @@ def test_gradients_of_what_was_expanded_are_summed(backend: FakeBackend):
 
 
 # -- over a cache -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache_registry(tmp_path: Path) -> None:
-    write_cache_registry(tmp_path / "cache.db")
-    runtime.configure(registry=tmp_path / "cache.db")
 
 
 @pytest.mark.usefixtures("cache_registry")

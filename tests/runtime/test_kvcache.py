@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,7 +11,6 @@ from runtime.api import attention
 from runtime.call import plan
 from runtime.errors import ArgumentError, CaptureError, DriverError
 from runtime.load import kernel, plans, select, session
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, reference
 from tests.runtime.test_varlen import ints
@@ -23,17 +20,7 @@ E4M3 = torch.float8_e4m3fn
 NOWHERE = 2**31 - 1
 
 
-@pytest.fixture(scope="session")
-def cache_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "registry.db"
-    write_cache_registry(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def cache_registry(cache_template: Path) -> None:
-    cache_template.parent.chmod(0o755)
-    runtime.configure(registry=cache_template)
+pytestmark = pytest.mark.usefixtures("cache_registry")
 
 
 class Cache:

@@ -4,14 +4,11 @@ end. Padding is NaN here, and pages of nothing else are not even in the table.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import runtime
 from runtime.load import plans
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, reference
 from tests.runtime.test_backward import SINK, Side, assert_close, attention64, grads, leaves
@@ -122,12 +119,6 @@ def test_gradients(backend: FakeBackend, packed_q, packed_k, used, options, resi
 
 
 # -- over a cache -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache_registry(tmp_path: Path, backend: FakeBackend) -> None:
-    write_cache_registry(tmp_path / "cache.db")
-    runtime.configure(registry=tmp_path / "cache.db")
 
 
 def padded(lengths, first, **options) -> Cache:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from runtime.api import attention
 from runtime.call import launch, plan
 from runtime.errors import ArgumentError
 from runtime.load import plans, session
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, check, inputs, reference
 from tests.runtime.test_backward import assert_close, attention64, grads, leaves
@@ -166,10 +163,9 @@ def test_a_failing_change_leaves_no_half_changed_plan(backend: FakeBackend, monk
 
 
 @pytest.mark.parametrize("failing", ["kv_append", "fwd_paged", "fwd_combine"])
-def test_a_chain_that_fails_in_the_middle_is_forgotten(backend: FakeBackend, tmp_path: Path, monkeypatch, failing):
+@pytest.mark.usefixtures("cache_registry")
+def test_a_chain_that_fails_in_the_middle_is_forgotten(backend: FakeBackend, monkeypatch, failing):
     """Its first launches are changed then, and the later ones are not."""
-    write_cache_registry(tmp_path / "cache.db")
-    runtime.configure(registry=tmp_path / "cache.db")
     monkeypatch.setattr(plans, "MAX_SIZES", 1)
     torch.manual_seed(1)
     k, v, new = (torch.randn(6, 4, 2, 64).to(BF16) for _ in range(3))

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import runtime
 from runtime.errors import ArgumentError
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16
 from tests.runtime.test_kvcache import Cache
@@ -151,9 +150,7 @@ def test_gradients_of_such_rows_are_zeros(backend: FakeBackend, given, mask):
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    write_cache_registry(tmp_path / "cache.db")
-    runtime.configure(registry=tmp_path / "cache.db")
+def cache(cache_registry: Path) -> Cache:
     return Cache((5, 9, 70), max_pages=20)
 
 
