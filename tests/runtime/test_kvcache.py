@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -340,6 +341,18 @@ def test_a_warm_call_only_launches(backend: FakeBackend, monkeypatch):
     runtime.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=7, block_table=cache.table)
     assert backend.driver.calls == asked and len(plans.plans.by_call) == kept
     assert len(backend.driver.launches) == 5 * made + 1
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_num_splits_whose_hash_is_not_of_its_value_makes_no_plan(backend: FakeBackend, kind):
+    """An array has none, and a tensor's is that of the object, which may change."""
+    cache, q, num_splits = Cache(), queries(), kind(3)
+    for n in (3, 2, 1):
+        num_splits.fill(n) if kind is np.array else num_splits.fill_(n)
+        runtime.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=ints(0, 0, 0), block_table=cache.table,
+                                        num_splits=num_splits)  # fmt: skip
+        assert backend.driver.launched("fwd_paged")[-1]["params"]["num_splits"] == n
+    assert not plans.plans.by_call
 
 
 def test_tables_of_other_widths_need_no_plan(backend: FakeBackend):

@@ -127,6 +127,8 @@ CASES = {
     "lse device": ((OUT, LSE.to("meta")), {}, "lse_partial", "device"),
     "out_dtype": ((OUT, LSE), {"out_dtype": torch.float64}, "out_dtype", "dtype"),
     "out_dtype kind": ((OUT, LSE), {"out_dtype": "bf16"}, "out_dtype", "dtype"),
+    "out_dtype text": ((OUT, LSE), {"out_dtype": "torch.float32"}, "out_dtype", "dtype"),
+    "out_dtype unhashable": ((OUT, LSE), {"out_dtype": []}, "out_dtype", "dtype"),
     "out shape": ((OUT, LSE, OUT[0, :1]), {}, "out", "shape"),
     "out dtype": ((OUT, LSE, OUT[0].clone()), {"out_dtype": BF16}, "out", "dtype"),
     "out expanded": ((OUT, LSE, OUT[0, :1].clone().expand(2, 3, 4, 40)), {}, "out", "overlap"),
