@@ -22,7 +22,7 @@ APPENDED = ("k_new", "v_new")
 def fixed(request: Request) -> Any:
     """The options but for hints about lengths."""
     asked = request.options
-    if not options.has_hash_of_value(asked.window):
+    if not options.have_hash_of_value(asked.window, asked.num_splits):
         return None
     return asked._replace(max_seqlen_q=None, max_seqlen_k=None), type(asked.max_seqlen_q), type(asked.max_seqlen_k)
 

@@ -130,16 +130,16 @@ def masks(op: str, tensors: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def family(op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of the tensors stays as it is where lengths alone change: sizes of lengths count as 0, 1 or more.
+    """What of the tensors stays as it is where lengths alone change.
 
-    A stride along a dimension outside a length follows from that length, in a contiguous tensor.
+    Strides may follow from a length, in whatever order the dimensions lie. What is expanded stays so: K and V of one
+    head have other facts.
     """
     found = []
     for name, wanted in expected(op, tuple(tensors)).items():
         tensor = tensors[name]
-        shape = tensor.shape
-        dims = wanted.layouts[len(shape)]
-        inner = max((axis for axis, dim in enumerate(dims) if dim.name in LENGTHS), default=0)
-        sizes = tuple([min(n, 2) if dim.name in LENGTHS else n for dim, n in zip(dims, shape, strict=True)])
-        found.append((name, sizes, tensor.stride()[inner:], tensor.dtype, tensor.get_device()))
+        dims = wanted.layouts[tensor.dim()]
+        shape = tuple([0 if dim.name in LENGTHS else n for dim, n in zip(dims, tensor.shape, strict=True)])
+        expanded = tuple([step == 0 for step in tensor.stride()])
+        found.append((name, shape, expanded, tensor.dtype, tensor.get_device()))
     return tuple(found)
