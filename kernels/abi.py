@@ -29,8 +29,8 @@ FWD = Abi(
         # n // pack is n · pack_magic >> pack_shift for 0 ≤ n < 2**31 (`registry.contract.division`).
         *_params("i64", "pack_magic"),
         # seqlen_q, seqlen_k: of an entry, or of the whole array (total tokens) where cu_seqlens is given; what
-        # cu_seqlens and seqused say is clamped to that. Together they are below 2**30, and seqlen_q · pack is below
-        # 2**31. head_dim, head_dim_v: at most the variant's.
+        # cu_seqlens and seqused say is clamped to that. Together they are below 2**30, and seqlen_q · pack is at
+        # most 2**31 − 2**10. head_dim, head_dim_v: at most the variant's.
         *_params("i32", "batch heads_q heads_kv seqlen_q seqlen_k head_dim head_dim_v window_left window_right"),
         # pack: query heads that share a tile's rows (1, or all of a group: row r is head r % pack of token r // pack).
         *_params("i32", "pack pack_shift"),
