@@ -88,8 +88,8 @@ KV_APPEND = Abi(
     version=1,
     params=(
         # k_new, v_new (batch, seqlen_new, heads_kv, ·) go into the cache k, v; q (batch, seqlen_q, heads_q, head_dim)
-        # goes, rotated, to q_out. Either pair may be absent. There are at most 2**31 − 32 rows: 2 · batch · seqlen_new ·
-        # heads_kv and batch · seqlen_q · heads_q.
+        # goes, rotated, to q_out. Either pair may be absent. Their rows, 2 · batch · seqlen_new · heads_kv and batch ·
+        # seqlen_q · heads_q, are at most 2**31 − 32.
         *_params("ptr", "k_new v_new k v q q_out rotary_cos rotary_sin seqused_k page_table k_descale v_descale"),
         *_params("i64", "k_new_stride_b k_new_stride_s k_new_stride_h v_new_stride_b v_new_stride_s v_new_stride_h"),
         *_params("i64", "k_stride_b k_stride_s k_stride_h v_stride_b v_stride_s v_stride_h"),

@@ -20,7 +20,6 @@ from kernels.tiles import VECTOR, vector_at
 from kernels.validity import E4M3, append_invalid
 from registry.contract import ContractError, Grid, Variant
 
-
 BEHIND = 2**30  # behind every cache's last position; tokens added to it stay in 32 bits
 
 

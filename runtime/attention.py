@@ -394,7 +394,7 @@ def _plan(now: session.Session, ready: _Ready, given: Arguments, call: Call) -> 
 def _pack(call: Call, packs: bool) -> int:
     """How many query heads share a tile. packs: what the dispatch row says."""
     pack: int = call.facts["group"] if (packs if call.pack_gqa is None else call.pack_gqa) else 1
-    if call.seqlen_q * pack > checks.MAX_I32:
-        message = f"{call.seqlen_q} tokens of {pack} packed heads, must be below 2**31 rows; pass pack_gqa=False"
+    if call.seqlen_q * pack > launch.MAX_PACKED_ROWS:
+        message = f"{call.seqlen_q} tokens of {pack} packed heads, may be 2**31 - 2**10 rows; pass pack_gqa=False"
         raise ArgumentError("q", message, reason="too_large")
     return pack

@@ -17,7 +17,9 @@ from runtime.load import Kernel
 
 MAX_PLANS = 1024  # a thread keeps; the oldest goes first
 MAX_BLOCKS = 2**31 - 1  # of grid.x
-MAX_ROWS = 2**31 - 32  # of `fwd_combine` and `kv_append`, `kernels/abi.py`
+# As kernels/abi.py has them:
+MAX_ROWS = 2**31 - 32  # of `fwd_combine` and `kv_append`
+MAX_PACKED_ROWS = 2**31 - 2**10  # seqlen_q · pack of the forward
 
 # The parameters that change with every call. They lead the ABI, so that one pack_into of all addresses suffices, or two
 # where there are optional tensors.
@@ -92,10 +94,9 @@ class Plan:
         places = kernel.abi.layout
         self.pointers = (ctypes.c_void_p * len(places))(*(start + offset for offset, _ in places))
         self.params = ctypes.addressof(self.pointers)
-        main, optional = (
-            struct.Struct("<" + "".join("8x" if names is PAGED_SLOTS and name == "leftpad_k" else "Q" for name in names))
-            for names in SLOTS[kernel.abi.op]
-        )
+        main, optional = (struct.Struct("<" + "Q" * len(names)) for names in SLOTS[kernel.abi.op])
+        if kernel.abi.op == "fwd_paged":
+            optional = struct.Struct("<3Q8x5Q")
         self.pack: Callable[..., None] = partial(main.pack_into, buffer, 0)
         self.pack_optional: Callable[..., None] = partial(optional.pack_into, buffer, main.size)
         self.slots: dict[str, Callable[[int], None]] = {

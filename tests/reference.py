@@ -143,7 +143,7 @@ def join(parts: Sequence[Reference]) -> Reference:
 
 
 def gather(pages: Array, table: Array, length: int, first: int = 0) -> Array:
-    """(length − first, heads, dim): tokens first … length − 1 of an entry. pages: (pages, page_size, heads, dim); table:
+    """(length − first, heads, dim): an entry's tokens from the first on. pages: (pages, page_size, heads, dim); table:
     its row of page numbers, of which no more is looked at than the tokens need."""
     token = np.arange(first, length)
     return pages[table[token // pages.shape[1]], token % pages.shape[1]]

@@ -27,10 +27,10 @@ class PagedCase(Case):
 
     page_size: 0 for no page table: an entry's keys are a page of `seqlen_k` tokens with the entry's number. Else
     seqlen_k, a table row's room, is a multiple of it. pages: how the entries' pages lie: 'permuted'; 'shared': every
-    other page of an entry is the first one's; 'first': all are page 0, by numbers below 0. layout: 'apart', K and V in arrays of their own; 'halves' of one array;
-    'heads-first'; 'far', as 'apart' with pages 2**32 elements apart. descale: '', 'heads' or 'entries', for e4m3, as is
-    the family 'codes': every code one after the other, but no NaN in k. The family 'huge', for bf16: q beyond fp16's
-    range, k small.
+    other page of an entry is the first one's; 'first': all are page 0, by numbers below 0. layout: 'apart', K and V in
+    arrays of their own; 'halves' of one array; 'heads-first'; 'far', as 'apart' with pages 2**32 elements apart.
+    descale: '', 'heads' or 'entries', for e4m3, as is the family 'codes': every code one after the other, but no NaN in
+    k. The family 'huge', for bf16: q beyond fp16's range, k small.
     """
 
     page_size: int = 16
@@ -289,7 +289,8 @@ def expected(case: PagedCase, variant: Variant) -> Reference:
         alibi = None if rows is None else rows[b % len(rows)]
         scores = Scores(launch.softmax_scale(case, variant), case.window, case.softcap, alibi, weights)
         keys, values = (
-            gather(pages, page_table(case)[b], case.lengths[b], case.paddings[b])[None] * factor[b % len(factor), :, None]
+            gather(pages, page_table(case)[b], case.lengths[b], case.paddings[b])[None]
+            * factor[b % len(factor), :, None]
             for pages, factor in zip((k, v), factors, strict=True)
         )
         entries.append(reference(q[i : i + 1, tokens], keys, values, variant.dtype, scores))

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 
-from kernels import dispatch
 from tests.kernels.cases import of, skeletons
 from tests.kernels.large import Large, LargeRun
 from tests.kernels.launch import Compiled

@@ -157,8 +157,8 @@ def memory(device: Sparse, case: Append, bits: Array, kind: str) -> tuple[dict[s
     outs = [device.put(held, np.zeros(DIM, bool), at=at) for at in places]
     target = {"q": "q_out", "k": "k", "v": "v"}[case.of]
     values: dict[str, Any] = {source_of: start, target: there}
-    for name, of in ((source_of, strides), (target, to)):
-        values |= {f"{name}_stride_{axis}": stride for axis, stride in of.items()}
+    for name, steps in ((source_of, strides), (target, to)):
+        values |= {f"{name}_stride_{axis}": stride for axis, stride in steps.items()}
     if case.new:
         values |= {"k_new": values.get("k_new", 16)}  # not null: K's rows come before V's
     values |= {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv, "seqlen_new": case.new}
