@@ -372,19 +372,6 @@ def test_a_grid_too_large_is_refused(backend: FakeBackend, registry: Path, monke
     assert error.value.reason == "too_large"
 
 
-def test_packed_rows_too_many_are_refused(backend: FakeBackend, registry: Path, monkeypatch):
-    """The kernels' bound is below 2**31 by what a tile may have behind the last row."""
-    assert launch.MAX_PACKED_ROWS == 2**31 - 2**10
-    q, k, v = inputs(seqlen_q=5, heads_q=4, heads_kv=2)
-    monkeypatch.setattr(launch, "MAX_PACKED_ROWS", 10)
-    runtime.flash_attn(q, k, v, pack_gqa=True)
-    monkeypatch.setattr(launch, "MAX_PACKED_ROWS", 9)
-    runtime.configure()
-    with pytest.raises(ArgumentError, match="5 tokens of 2 packed heads") as error:
-        runtime.flash_attn(q, k, v, pack_gqa=True)
-    assert error.value.reason == "too_large"
-
-
 def test_configure_forgets_what_was_loaded(backend: FakeBackend, registry: Path, tmp_path: Path):
     q, k, v = inputs()
     runtime.flash_attn(q, k, v)
