@@ -115,9 +115,9 @@ class FlashForward:
     def place(self, call: SimpleNamespace, block: Int32) -> tuple[SimpleNamespace, Int32]:
         """(the tile's rows, its batch entry): start and count of packed rows, first query head, lengths and offsets.
 
-        heads · batch · tiles, or heads · tiles of a packed array, is the grid's number of blocks, below 2**31; a tile's
-        first row is one of seqlen_q · pack, below 2**31 too. Where cu_seqlens is not sorted it may wrap around to
-        another row of the entry.
+        heads · batch · tiles, or heads · tiles of a packed array, is the grid's number of blocks, below 2**31. There
+        are at most 2**31 − 2**10 rows, so that those of a tile behind the last have numbers, too. Where cu_seqlens is
+        not sorted a tile's first row may wrap around, to another row of the entry.
         """
         heads = divided(call.heads_q, call.pack_magic, call.pack_shift)
         tiles = cute.ceil_div(call.seqlen_q * call.pack, self.tile_m)
@@ -154,11 +154,6 @@ class FlashForward:
         return rows.head // (call.heads_q // call.heads_kv)
 
     @cute.jit
-    def last_row(self, rows: SimpleNamespace) -> Int32:
-        """The tile's last row that exists; start + tile_m may pass 2**31."""
-        return rows.start + cutlass.min(rows.count - rows.start, self.tile_m) - 1
-
-    @cute.jit
     def tile(self, call: SimpleNamespace, rows: SimpleNamespace, entry: Int32, tid: Int32):
         """One query tile: Q, every key block that it sees, and the output."""
         head_kv = self.head_of_keys(call, rows)
@@ -173,7 +168,7 @@ class FlashForward:
         state.tKgK = thread_view(state.copy_qk, mK, self.tile_n, tid)
         state.tVgV = thread_view(state.copy_v, mV, self.tile_n, tid)
         token_first, _ = token_head(rows, rows.start)
-        token_last, _ = token_head(rows, self.last_row(rows))
+        token_last, _ = token_head(rows, cutlass.min(rows.start + self.tile_m, rows.count) - 1)
         first, inner_first, inner_end, end = mask.block_ranges(
             token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right
         )
@@ -385,8 +380,9 @@ class FlashForward:
     def write_lse(self, state: SimpleNamespace, rows: SimpleNamespace, place: cute.Tensor, lse: cute.Pointer):
         """Write what softmax.finish left in row_sum. lse: where the tile head's first token has its own."""
         for r in cutlass.range_constexpr(cute.size(state.row_sum)):
-            token, head = token_head(rows, rows.start + row_of(place, r))
-            if row_of(place, r) < rows.count - rows.start:
+            row = rows.start + row_of(place, r)
+            token, head = token_head(rows, row)
+            if row < rows.count:
                 there = lse + (head * state.call.lse_stride_h + token)
                 cute.make_tensor(there, cute.make_layout(1))[0] = state.row_sum[r]
 
@@ -397,8 +393,7 @@ class FlashForward:
         sinks.fill(-Float32.inf)
         if call.sink.toint() != 0:
             for r in cutlass.range_constexpr(cute.size(sinks)):
-                row = cutlass.min(row_of(place, r), rows.count - rows.start - 1)
-                _, head = token_head(rows, rows.start + row)
+                _, head = token_head(rows, cutlass.min(rows.start + row_of(place, r), rows.count - 1))
                 if call.sink_low != 0:
                     low = cute.recast_ptr(call.sink, dtype=self.dtype)
                     sinks[r] = Float32(element(low, rows.head + head)) * LOG2E

@@ -72,7 +72,7 @@ class PagedForward(FlashForward):
         """One query tile and one split of the keys that it sees."""
         head_kv = self.head_of_keys(call, rows)
         token_first, _ = token_head(rows, rows.start)
-        token_last, _ = token_head(rows, self.last_row(rows))
+        token_last, _ = token_head(rows, cutlass.min(rows.start + self.tile_m, rows.count) - 1)
         padding = left_padding(call.leftpad_k, entry, rows.seqlen_k)
         first, inner_first, inner_end, end = mask.block_ranges(
             token_first, token_last, self.tile_n, rows.offset, rows.seqlen_k, call.window_left, call.window_right,
@@ -340,8 +340,9 @@ class PagedForward(FlashForward):
         partial = cute.recast_ptr(o, dtype=Float32)
         values = rows_columns(state.acc_O)
         for r in cutlass.range_constexpr(cute.size(values, mode=[0])):
-            token, head = token_head(rows, rows.start + row_of(place, r))
-            if row_of(place, r) < rows.count - rows.start:
+            row = rows.start + row_of(place, r)
+            token, head = token_head(rows, row)
+            if row < rows.count:
                 offset = start + Int64(token) * call.o_stride_s + Int64(head) * call.o_stride_h
                 for c in cutlass.range_constexpr(0, cute.size(values, mode=[1])):
                     column = self.column(place, c)

@@ -184,6 +184,17 @@ def rotated(x, cos, sin, positions, interleaved):
     return torch.cat((found, x[..., dim:]), -1)
 
 
+def test_rows_too_many_are_refused(backend: FakeBackend, monkeypatch):
+    """Of K, V and a rotated q together; the kernel counts them in 32 bits, and a block's behind the last as well."""
+    assert launch.MAX_ROWS == 2**31 - 32
+    cache, new = Cache((5, 0, 17), max_pages=9, room=6), torch.zeros(3, 1, 2, 64, dtype=BF16)
+    monkeypatch.setattr(launch, "MAX_ROWS", 2 * 3 * 2 - 1)
+    with pytest.raises(ArgumentError, match="12 rows") as error:
+        runtime.flash_attn_with_kvcache(queries(), cache.k, cache.v, new, new, None, None, cache.lengths,
+                                        block_table=cache.table)  # fmt: skip
+    assert error.value.reason == "too_large"
+
+
 @pytest.mark.parametrize("seqlen_new", [1, 6])
 @pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize(("rotary_dim", "interleaved", "causal"), [
