@@ -125,6 +125,8 @@ class BwdStand(Stand):
         q, k, v, dout = (x.float().transpose(0, 1).contiguous() for x in (q, k[:, pick], v[:, pick], dout))
         p, slant, distance = self._weights(q, k, lse, options)
         delta = (dout * out.float().transpose(0, 1)).sum(-1)
+        if fault == "statistics of the first heads":
+            delta = delta[torch.arange(len(delta)) % 128]
         if dlse is not None and fault != "delta without dLSE":
             delta = delta - dlse.T
         dscore = p * (dout @ v.mT - delta[..., None])

@@ -127,6 +127,8 @@ class PagedStand(Stand):
             page = 0
         if self.fault == "appended a row late":
             within = min(within + 1, store.page_size - 1)
+        if self.fault == "heads in 16 bits":
+            row = row[torch.arange(len(row)) % 128]
         raw(cache)[page, within] = raw(row)
         if self.fault == "a row beside is cleared" and within + 1 < store.page_size:
             raw(cache)[page, within + 1] = 0
@@ -269,7 +271,7 @@ class PagedStand(Stand):
             if self.fault == "not deterministic" and self.calls % 3 == 0:
                 result[(0,) * result.dim()] += 1
             if self.fault == "32-bit offsets" and outs.stride(0) + outs[0].numel() > self.long:
-                result.view(-1, result.shape[-1])[-1] = result.view(-1, result.shape[-1])[0]
+                result[(-1,) * (result.dim() - 1)] = result[(0,) * (result.dim() - 1)]
             if self.fault == "writes columns beyond head_dim_v" and result._base is not None:
                 result._base[..., -1] = 0
 

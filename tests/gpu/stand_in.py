@@ -82,6 +82,7 @@ class Stand:
                 lse, by_row = by_row, by_row
         options = self._options(q, v, causal, softmax_scale, window, softcap, sink, alibi_slopes)
 
+        zero_unused = zero_unused and self.fault != "zero_unused ignored"
         if zero_unused or (q.requires_grad and self.fault != "rows that nobody owns are NaN to autograd"):
             lse.zero_()
             out = q.new_zeros(*q.shape[:-1], v.shape[-1]) if out is None else out
