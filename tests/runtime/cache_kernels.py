@@ -57,15 +57,20 @@ def keys(p: dict[str, Any], name: str, dtype: torch.dtype, dim: int, b: int, n: 
     return torch.cat(parts)
 
 
+def page_of(p: dict[str, Any], b: int, j: int) -> int:
+    """The page of key j of entry b, negative for one that is lost."""
+    assert (p["page_magic"], p["page_shift"]) == fast_divmod(p["page_size"])
+    column = j // p["page_size"]
+    if p["page_table"]:
+        place = p["page_table"] + 4 * (b * p["page_table_stride"] + column)
+        return int(view(place, INT, (1,), (1,)).item())
+    assert column == 0
+    return b
+
+
 def cache_row(p: dict[str, Any], name: str, dtype: torch.dtype, dim: int, b: int, j: int) -> torch.Tensor:
     """(heads_kv, dim): key or value j of entry b, where the page table says."""
-    assert (p["page_magic"], p["page_shift"]) == fast_divmod(p["page_size"])
-    page, row = divmod(j, p["page_size"])
-    if p["page_table"]:
-        page = view(p["page_table"] + 4 * (b * p["page_table_stride"] + page), INT, (1,), (1,)).item()
-    else:
-        assert page == 0
-        page = b
+    page, row = max(page_of(p, b, j), 0), j % p["page_size"]
     place = page * p[f"{name}_stride_b"] + row * p[f"{name}_stride_s"]
     return view(p[name] + place * dtype.itemsize, dtype, (p["heads_kv"], dim), (p[f"{name}_stride_h"], 1))
 
@@ -180,7 +185,7 @@ def append(variant: Variant, p: dict[str, Any]) -> None:
                 row = _row(p, f"{name}_new", dtype, p["heads_kv"], dim, b, i)
                 if name == "k":
                     row = _rotate(p, dtype, row, start + i)
-                if 0 <= start + i < p["seqlen_k"]:
+                if 0 <= start + i < p["seqlen_k"] and page_of(p, b, start + i) >= 0:
                     row = row / descale(p, name, b) if stored == E4M3 else row
                     cache_row(p, name, stored, dim, b, start + i).copy_(row.clamp(-448, 448) if stored == E4M3 else row)
         for i in range(p["seqlen_q"]):

@@ -9,7 +9,7 @@ import torch
 import runtime
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
-from runtime.call import plan
+from runtime.call import launch, plan
 from runtime.errors import ArgumentError, CaptureError, DriverError
 from runtime.load import kernel, plans, select, session
 from tests.runtime.fakes import FakeBackend
