@@ -15,6 +15,8 @@ from runtime.call.request import Call
 from runtime.call.tensors import described
 from runtime.errors import ArgumentError
 
+# The op that computes an op's gradients, as its description names it -> from a call's tensors to gradients by name.
+GRADIENTS: dict[str, Callable[..., dict[str, Any]]] = {"bwd": backward.gradients}
 Run = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 
 
@@ -59,5 +61,6 @@ class Attention(torch.autograd.Function):
         needs = frozenset(name for name, needed in wanted if needed and known[name].differentiable)
         saved = dict(zip((*ctx.names, "out", "lse"), ctx.saved_tensors, strict=True))
         deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
-        found = backward.gradients(ctx.call, saved, dout, dlse, needs, deterministic)
+        gradients = GRADIENTS[ops.get(ctx.call.op).backward]
+        found = gradients(ctx.call, saved, dout, dlse, needs, deterministic)
         return (*nothing, *(found.get(name) for name in ctx.names))

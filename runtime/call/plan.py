@@ -238,7 +238,8 @@ def launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = F
     lse = None
     if return_lse:
         lse = plan.zero_lse() if zeros else plan.new_lse()
-        found["lse"] = lse.data_ptr()
+        if lse is not None:  # an op may have none
+            found["lse"] = lse.data_ptr()
     for name in plan.written_names:
         plan.written(given[name])
     space = allocate(plan, found) if plan.nbytes else None

@@ -71,10 +71,10 @@ def check_kinds(op: str, tensors: Mapping[str, Any], torch: Any, device_type: st
 
 
 def _check_dtype(name: str, tensor: Tensor, tensors: Mapping[str, Any], torch: Any) -> None:
-    """dtypes of the description are dtypes by name, CALL for q's, or another tensor's name for its dtype."""
-    wanted, words = [], []
+    """dtypes of the description are dtypes by name, CALL for the first tensor's, or another's name for its dtype."""
+    wanted, words, first = [], [], next(iter(tensors))
     for dtype in tensor.dtypes:
-        whose = "q" if dtype == CALL and "q" in tensors else dtype
+        whose = first if dtype == CALL else dtype
         if whose in tensors:
             wanted.append(tensors[whose].dtype)
             words.append(f"{whose}'s, {wanted[-1]}" if len(tensor.dtypes) == 1 else str(wanted[-1]))
