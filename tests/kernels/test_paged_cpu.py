@@ -174,6 +174,8 @@ def test_bad_lengths_stay_inside(splits, lengths, variant, variant_of):
     case = PagedCase("", 5, 48, 2, 1, batch=2, seqused_k=lengths, splits=splits, window=(None, 0))
     check(variant_of(variant.key), case)
     check(variant_of(variant.key), replace(case, page_size=0))
+    check(variant_of(variant.key), replace(case, new=3))
+    check(variant_of(variant.key), replace(case, leftpad_k=lengths[::-1]))
 
 
 @of([variant for variant in VARIANTS if kv_dtype(variant) == "e4m3"])
