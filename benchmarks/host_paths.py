@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def _child(root: Path, registry: str, stand_in: bool) -> dict[str, float]:
     arguments = ["--stand-in"] if stand_in else ["--registry", str(Path(registry).resolve())]
     command = [sys.executable, str(Path(__file__).with_name("host_child.py")), *arguments]
-    done = subprocess.run(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
-    )
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{root}: {done.stderr.strip()}")
     found: dict[str, float] = json.loads(done.stdout)
