@@ -7,6 +7,7 @@ rows: P and dS are then operands of dV += Pᵀ·dO and dK += dSᵀ·Q as they li
 shared memory, for dQ. Where warps stand side by side (`x`), because head_dim is large, P does too.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import cutlass
@@ -26,6 +27,23 @@ from kernels.trunk.tiles import load_tile, matrix_of, smem_layout, thread_view, 
 from kernels.trunk.workspaces import STRIP
 from registry.contract.variant import Variant
 from registry.ops.bwd import BWD
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Where the scores of a chunk lie: see `score_mods.differentiate`."""
+
+    state: SimpleNamespace
+    head: Int32
+    coordinates: cute.Tensor
+    diagonal: Int32
+    keys_left: Int32
+
+    def slope(self) -> Float32:
+        """The head's, in raw scores a token."""
+        call, keys = self.state.call, recall(self.state)
+        slope = element(call.alibi_slopes, Int64(keys.batch_idx) * call.alibi_stride_b + keys.head_q + self.head)
+        return slope * call.slope_scale
 
 
 class FlashBackward(Outputs):
@@ -139,8 +157,8 @@ class FlashBackward(Outputs):
     def load_keys(self, state: SimpleNamespace, keys: SimpleNamespace):
         """K and V of the tile; V, where it stays in registers, by way of memory that is lent to others then."""
         call, tid = state.call, state.tid
-        k_start = keys.entry * call.k_stride_b + keys.k_first * call.k_stride_s + keys.head * call.k_stride_h
-        v_start = keys.entry * call.v_stride_b + keys.k_first * call.v_stride_s + keys.head * call.v_stride_h
+        k_start = keys.batch_idx * call.k_stride_b + keys.k_first * call.k_stride_s + keys.head * call.k_stride_h
+        v_start = keys.batch_idx * call.v_stride_b + keys.k_first * call.v_stride_s + keys.head * call.v_stride_h
         mK = matrix_of(call.k, keys.count, self.head_dim, call.k_stride_s, k_start)
         mV = matrix_of(call.v, keys.count, self.head_dim_v, call.v_stride_s, v_start)
         left = keys.count - keys.start
@@ -178,7 +196,7 @@ class FlashBackward(Outputs):
         """Start the copy of a tile of rows of q or dout."""
         keys, tid, (stride_b, stride_s, stride_h) = recall(state), self.tid(state), strides
         first = m_tile * self.tile_m
-        start = keys.entry * stride_b + (keys.q_first + first) * stride_s + (keys.head_q + head) * stride_h
+        start = keys.batch_idx * stride_b + (keys.q_first + first) * stride_s + (keys.head_q + head) * stride_h
         left = keys.seqlen_q - first
         mX = matrix_of(pointer, left, cute.size(sX, mode=[1]), stride_s, start)
         load_tile(copy, thread_view(copy, mX, self.tile_m, tid), sX, columns, Int64(0), tid, left)
@@ -302,7 +320,8 @@ class FlashBackward(Outputs):
         lse, delta = (self.of_columns(state, tid, cute.local_tile(s, (m,), (h,))) for s in (tiles.sLSE, tiles.sDelta))
         grads.subtract(acc_dP, delta)
         if cutlass.const_expr(special):
-            self.modify(state, tiles, acc_S, acc_dP, lse, h, slope_sum)
+            at = self.of_scores(state, tiles, h)
+            score_mods.differentiate(state.call, acc_S, acc_dP, at, tiles.masked, lse, slope_sum)
         grads.weigh(acc_S, acc_dP, lse, state.call.scale_log2)
         rP, rdS = cute.make_fragment_like(acc_S, self.dtype), cute.make_fragment_like(acc_S, self.dtype)
         rP.store(acc_S.load().to(self.dtype))
@@ -314,35 +333,13 @@ class FlashBackward(Outputs):
             gemm_rs(mma, tid, state.acc_dV, as_a_operand(rP), sdO, self.dtype)
             gemm_rs(mma, tid, state.acc_dK, as_a_operand(rdS), sQ, self.dtype)
 
-    @cute.jit
-    def modify(
-        self, state: SimpleNamespace, tiles: SimpleNamespace, acc_S: cute.Tensor, acc_dP: cute.Tensor,
-        lse: cute.Tensor, h: cutlass.Constexpr, slope_sum: cute.Tensor,
-    ):  # fmt: skip
-        """Apply softcap, ALiBi and the mask to scores, softcap's derivative to dP − delta, and sum up ALiBi's."""
-        call, keys, n = state.call, recall(state), self.tile_n
-        tScS = state.mma.get_slice(reread_tid()).partition_C(cute.make_identity_tensor((n, self.chunk)))
-        diagonal = tiles.m_tile * self.tile_m + h * self.chunk + keys.offset - keys.start  # the row of column 0's
-        keys_left = keys.count - keys.start
-        if call.softcap_scale != 0.0:
-            score_mods.cap(acc_S, call.softcap_scale)
-        if call.dalibi.toint() != 0:
-            slope_sum[0] = slope_sum[0] + grads.slope_gradient(
-                acc_S, acc_dP, tScS, lse, call.scale_log2, self.slope(state, tiles), diagonal, keys_left,
-                call.window_left, call.window_right,
-            )  # fmt: skip
-        if call.softcap_scale != 0.0:
-            grads.uncap(acc_S, acc_dP)
-        if call.alibi_slopes.toint() != 0:
-            grads.add_distance(acc_S, tScS, self.slope(state, tiles), diagonal)
-        if tiles.masked:
-            mask.apply_transposed(acc_S, tScS, diagonal, keys_left, call.window_left, call.window_right)
-
-    def slope(self, state: SimpleNamespace, tiles: SimpleNamespace) -> Float32:
-        """The head's, in raw scores a token."""
-        call, keys = state.call, recall(state)
-        slope = element(call.alibi_slopes, Int64(keys.entry) * call.alibi_stride_b + keys.head_q + tiles.head)
-        return slope * call.slope_scale
+    def of_scores(self, state: SimpleNamespace, tiles: SimpleNamespace, h: int) -> Scores:
+        """Where the scores of a chunk lie."""
+        keys = recall(state)
+        identity = cute.make_identity_tensor((self.tile_n, self.chunk))
+        coordinates = state.mma.get_slice(reread_tid()).partition_C(identity)
+        diagonal = tiles.m_tile * self.tile_m + h * self.chunk + keys.offset - keys.start
+        return Scores(state, tiles.head, coordinates, diagonal, keys.count - keys.start)
 
     @cute.jit
     def add_dalibi(self, state: SimpleNamespace, head: Int32):

@@ -13,7 +13,7 @@ from registry.ops.workspaces import ROWS
 # What a block notes down in shared memory, in this order, so that no register holds it through the loop. pending: the
 # semaphore of the query tile at which its turn has not ended yet (`kernels.bwd.accumulate`), or -1.
 NOTED = (
-    *("start", "count", "entry", "head", "split", "head_q", "heads", "q_first", "k_first", "seqlen_q", "offset"),
+    *("start", "count", "batch_idx", "head", "split", "head_q", "heads", "q_first", "k_first", "seqlen_q", "offset"),
     *("number", "row", "first", "inner_first", "inner_end", "pending"),
 )
 
@@ -40,28 +40,28 @@ def tile_coord(call: SimpleNamespace, block: Int32, tile_n: cutlass.Constexpr) -
         pairs = heads
     tile, pair = schedule(block, tiles, pairs)
     tile = tiles - 1 - tile  # the first keys have the most queries under a causal mask
-    entry = pair // heads
-    head = pair - entry * heads
-    number = entry * tiles + tile
+    batch_idx = pair // heads
+    head = pair - batch_idx * heads
+    number = batch_idx * tiles + tile
     if call.cu_seqlens_k.toint() != 0:
-        entry = batch_idx_of(tile, call.cu_seqlens_k, call.batch, call.seqlen_k, Int32(1), tile_n)
+        batch_idx = batch_idx_of(tile, call.cu_seqlens_k, call.batch, call.seqlen_k, Int32(1), tile_n)
         number = tile
-        first = first_tile(call.cu_seqlens_k, entry, call.seqlen_k, Int32(1), tile_n)
+        first = first_tile(call.cu_seqlens_k, batch_idx, call.seqlen_k, Int32(1), tile_n)
         # If the array is not sorted, an entry's first tile may have no block: then none may wait for it.
-        complete = batch_idx_of(first, call.cu_seqlens_k, call.batch, call.seqlen_k, Int32(1), tile_n) == entry
+        complete = batch_idx_of(first, call.cu_seqlens_k, call.batch, call.seqlen_k, Int32(1), tile_n) == batch_idx
         tile = tile - first if complete else Int32(-1)
     start = tile_start(tile, call.seqlen_k, tile_n)
-    q_first, seqlen_q = sequence(call.cu_seqlens_q, call.seqused_q, entry, call.seqlen_q)
-    k_first, seqlen_k = sequence(call.cu_seqlens_k, call.seqused_k, entry, call.seqlen_k)
-    padding = left_padding(call.leftpad_k, entry, seqlen_k)
+    q_first, seqlen_q = sequence(call.cu_seqlens_q, call.seqused_q, batch_idx, call.seqlen_q)
+    k_first, seqlen_k = sequence(call.cu_seqlens_k, call.seqused_k, batch_idx, call.seqlen_k)
+    padding = left_padding(call.leftpad_k, batch_idx, seqlen_k)
     k_first, seqlen_k = k_first + padding, seqlen_k - padding
-    row = entry * cute.ceil_div(call.seqlen_q, ROWS) * ROWS
+    row = batch_idx * cute.ceil_div(call.seqlen_q, ROWS) * ROWS
     if call.cu_seqlens_q.toint() != 0:
-        row = packed_row(q_first, entry)
+        row = packed_row(q_first, batch_idx)
     head_kv = head // call.splits
     per_split = call.heads_q // heads
     return SimpleNamespace(
-        start=start, count=seqlen_k, entry=entry, head=head_kv, split=head - head_kv * call.splits,
+        start=start, count=seqlen_k, batch_idx=batch_idx, head=head_kv, split=head - head_kv * call.splits,
         head_q=head * per_split, heads=per_split, q_first=q_first, k_first=k_first, seqlen_q=seqlen_q,
         offset=seqlen_k - seqlen_q, number=number, row=row, pending=Int32(-1),
     )  # fmt: skip

@@ -61,7 +61,7 @@ class Outputs:
         cute.arch.barrier()  # other warps may still read what lay there
         self.to_smem(state, state.tid, low, sX, 0)
         cute.arch.barrier()
-        start = keys.entry * stride_b + (keys.k_first + keys.start) * stride_s + keys.head * stride_h
+        start = keys.batch_idx * stride_b + (keys.k_first + keys.start) * stride_s + keys.head * stride_h
         copy = tile_copy(self.dtype, width, self.threads, False)
         store_tile(copy, sX, aligned(pointer, start), stride_s, keys.count - keys.start, columns, state.tid)
 
@@ -74,7 +74,7 @@ class Outputs:
         call, keys = state.call, recall(state)
         token = Int64(keys.k_first + keys.start)
         if call.cu_seqlens_k.toint() == 0:
-            token = token + Int64(keys.entry) * call.seqlen_k
+            token = token + Int64(keys.batch_idx) * call.seqlen_k
         start = keys.split * stride_split + (token * call.heads_kv + keys.head) * columns
         row_stride = Int64(call.heads_kv) * columns
         tCcC = state.mma.get_slice(state.tid).partition_C(cute.make_identity_tensor((self.tile_n, width)))

@@ -26,7 +26,7 @@ class Postprocess(QueryRows):
         at = tile_coord(call, block)
         strip, lane = tid // 32, tid % 32
         first = (at.head * call.rows + at.row + strip * STRIP) * call.head_dim_accum + lane * 4
-        dq_start = at.entry * call.dq_stride_b + at.q_first * call.dq_stride_s + at.head * call.dq_stride_h
+        dq_start = at.batch_idx * call.dq_stride_b + at.q_first * call.dq_stride_s + at.head * call.dq_stride_h
         token = at.start + strip * STRIP + lane // 4
         if at.start + strip * STRIP < at.count:
             for group in cutlass.range(cute.ceil_div(call.head_dim, 32), unroll=1):

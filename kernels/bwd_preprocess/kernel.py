@@ -56,8 +56,8 @@ class Preprocess(QueryRows):
     @cute.jit
     def products(self, call: SimpleNamespace, at: SimpleNamespace, tid: Int32, sums: cute.Tensor):
         """Add this lane's columns of dO ∘ O to sums. What does not exist is read as something else, and left out."""
-        o_start = at.entry * call.o_stride_b + at.q_first * call.o_stride_s + at.head * call.o_stride_h
-        dout_start = at.entry * call.dout_stride_b + at.q_first * call.dout_stride_s + at.head * call.dout_stride_h
+        o_start = at.batch_idx * call.o_stride_b + at.q_first * call.o_stride_s + at.head * call.o_stride_h
+        dout_start = at.batch_idx * call.dout_stride_b + at.q_first * call.dout_stride_s + at.head * call.dout_stride_h
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
         rO, rdO = (cute.make_rmem_tensor((VECTOR, STEPS), self.dtype) for _ in range(2))
         for chunk in cutlass.range_constexpr(MAX_HEAD_DIM // 64):
@@ -76,8 +76,8 @@ class Preprocess(QueryRows):
 
     @cute.jit
     def store(self, call: SimpleNamespace, at: SimpleNamespace, tid: Int32, sums: cute.Tensor):
-        lse_start = at.entry * call.lse_stride_b + at.head * call.lse_stride_h + at.q_first
-        dlse_start = at.entry * call.dlse_stride_b + at.head * call.dlse_stride_h + at.q_first * call.dlse_stride_s
+        lse_start = at.batch_idx * call.lse_stride_b + at.head * call.lse_stride_h + at.q_first
+        dlse_start = at.batch_idx * call.dlse_stride_b + at.head * call.dlse_stride_h + at.q_first * call.dlse_stride_s
         first = at.head * call.rows + at.row
         for step in cutlass.range_constexpr(STEPS):
             row = self.row(tid, step)

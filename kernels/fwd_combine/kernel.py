@@ -49,9 +49,9 @@ class Combine:
     def row(self, call: SimpleNamespace, row: Int32, lane: Int32):
         token = row // call.heads
         head = row - token * call.heads
-        entry = token // call.seqlen
-        token = token - entry * call.seqlen
-        start = entry * call.lse_partial_stride_b + token * call.lse_partial_stride_s
+        batch_idx = token // call.seqlen
+        token = token - batch_idx * call.seqlen
+        start = batch_idx * call.lse_partial_stride_b + token * call.lse_partial_stride_s
         start = start + head * call.lse_partial_stride_h
         highest = self.highest(call, start, lane)
         base = Float32(0.0) if highest == -Float32.inf else highest * LOG2E
@@ -62,11 +62,11 @@ class Combine:
             if chunk * 32 * LANE < call.head_dim_v:
                 total = self.sum_up(call, acc[None, chunk], chunk, row, start, base, lane)
         factor = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
-        o_start = entry * call.o_stride_b + token * call.o_stride_s + head * call.o_stride_h
+        o_start = batch_idx * call.o_stride_b + token * call.o_stride_s + head * call.o_stride_h
         self.store(call, acc, o_start, lane, factor)
         if (call.lse.toint() != 0) & (lane == 0):
             lse = -Float32.inf if total == 0.0 else (base + cute.math.log2(total, fastmath=True)) * LN2
-            there = entry * call.lse_stride_b + token * call.lse_stride_s + head * call.lse_stride_h
+            there = batch_idx * call.lse_stride_b + token * call.lse_stride_s + head * call.lse_stride_h
             cute.make_tensor(call.lse + there, cute.make_layout(1))[0] = lse
 
     @cute.jit

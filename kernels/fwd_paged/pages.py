@@ -57,7 +57,7 @@ def rows_of(copy: cute.TiledCopy, sX: cute.Tensor, tid: Int32) -> Rows:
 @cute.jit
 def page_of(pages: SimpleNamespace, key: Int32, low: Int32, end: Int32) -> Int32:
     """The page of a key or, where there is none, of the nearest one that there is."""
-    number = pages.entry
+    number = pages.batch_idx
     if pages.table.toint() != 0:
         key = cutlass.min(cutlass.max(key, low), end - 1)
         number = cutlass.max(element(pages.table, pages.table_row + fast_div(key, pages.magic, pages.shift)), 0)

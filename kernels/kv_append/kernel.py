@@ -60,53 +60,53 @@ class Append:
         """(entry, token, head, keys that the entry had) of a row."""
         token = row // heads
         head = row - token * heads
-        entry = token // seqlen
+        batch_idx = token // seqlen
         had = Int32(0)
         if call.seqused_k.toint() != 0:
-            had = cutlass.min(element(call.seqused_k, entry), BEHIND)
-        return entry, token - entry * seqlen, head, had
+            had = cutlass.min(element(call.seqused_k, batch_idx), BEHIND)
+        return batch_idx, token - batch_idx * seqlen, head, had
 
     @cute.jit
     def key(self, call: SimpleNamespace, row: Int32, column: Int32):
-        entry, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
+        batch_idx, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
         position = had + token
         if (position >= 0) & (position < call.seqlen_k) & (column < call.head_dim):
-            page, slot = self.slot(call, entry, position)
+            page, slot = self.slot(call, batch_idx, position)
             if page >= 0:
-                start = entry * call.k_new_stride_b + token * call.k_new_stride_s + head * call.k_new_stride_h
+                start = batch_idx * call.k_new_stride_b + token * call.k_new_stride_s + head * call.k_new_stride_h
                 values = self.rotated(call, call.k_new, start, column, position)
                 there = page * call.k_stride_b + slot * call.k_stride_s + head * call.k_stride_h + column
-                self.keep(call.k, there, values, call.k_descale, Int64(entry) * call.k_descale_stride_b + head)
+                self.keep(call.k, there, values, call.k_descale, Int64(batch_idx) * call.k_descale_stride_b + head)
 
     @cute.jit
     def value(self, call: SimpleNamespace, row: Int32, column: Int32):
-        entry, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
+        batch_idx, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
         position = had + token
         if (position >= 0) & (position < call.seqlen_k) & (column < call.head_dim_v):
-            page, slot = self.slot(call, entry, position)
+            page, slot = self.slot(call, batch_idx, position)
             if page >= 0:
-                start = entry * call.v_new_stride_b + token * call.v_new_stride_s + head * call.v_new_stride_h
+                start = batch_idx * call.v_new_stride_b + token * call.v_new_stride_s + head * call.v_new_stride_h
                 values = self.load(call.v_new, start + column)
                 there = page * call.v_stride_b + slot * call.v_stride_s + head * call.v_stride_h + column
-                self.keep(call.v, there, values, call.v_descale, Int64(entry) * call.v_descale_stride_b + head)
+                self.keep(call.v, there, values, call.v_descale, Int64(batch_idx) * call.v_descale_stride_b + head)
 
     @cute.jit
     def query(self, call: SimpleNamespace, row: Int32, column: Int32):
-        entry, token, head, had = self.place(call, row, call.heads_q, call.seqlen_q)
+        batch_idx, token, head, had = self.place(call, row, call.heads_q, call.seqlen_q)
         position = had if call.q_still != 0 else had + token
         if column < call.head_dim:
-            start = entry * call.q_stride_b + token * call.q_stride_s + head * call.q_stride_h
+            start = batch_idx * call.q_stride_b + token * call.q_stride_s + head * call.q_stride_h
             values = self.rotated(call, call.q, start, column, position)
-            there = entry * call.q_out_stride_b + token * call.q_out_stride_s + head * call.q_out_stride_h + column
+            there = batch_idx * call.q_out_stride_b + token * call.q_out_stride_s + head * call.q_out_stride_h + column
             self.write(call.q_out, there, values)
 
     @cute.jit
-    def slot(self, call: SimpleNamespace, entry: Int32, position: Int32) -> tuple[Int64, Int64]:
+    def slot(self, call: SimpleNamespace, batch_idx: Int32, position: Int32) -> tuple[Int64, Int64]:
         """(page, row in it) of a key. A page below 0 is none: graphs are padded with sequences of such."""
         number = fast_div(position, call.page_magic, call.page_shift)
-        page = entry
+        page = batch_idx
         if call.page_table.toint() != 0:
-            page = element(call.page_table, Int64(entry) * call.page_table_stride + number)
+            page = element(call.page_table, Int64(batch_idx) * call.page_table_stride + number)
         return Int64(page), Int64(position - number * call.page_size)
 
     @cute.jit

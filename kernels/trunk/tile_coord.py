@@ -10,6 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from kernels.trunk.mma import rows_columns
 from kernels.trunk.scalars import element, fast_div
 
 SECTION = 64  # tile heads whose query tiles run side by side; docs/tuning.md
@@ -34,6 +35,20 @@ def token_head(rows: SimpleNamespace, row: Int32) -> tuple[Int32, Int32]:
     """(token, query head within the tile head) of a packed row. rows: with pack, magic and shift of the ABI."""
     token = fast_div(row, rows.magic, rows.shift)
     return token, row - token * rows.pack
+
+
+@cute.jit
+def tokens(rows: SimpleNamespace, tile_m: cutlass.Constexpr) -> tuple[Int32, Int32]:
+    """The first and the last token of a tile of packed rows."""
+    first, _ = token_head(rows, rows.start)
+    last = rows.start + cutlass.min(rows.count - rows.start, tile_m) - 1  # start + tile_m may pass 2**31
+    last, _ = token_head(rows, last)
+    return first, last
+
+
+def row_of(tXcX: cute.Tensor, r: int) -> Int32:
+    """The tile's row that is this thread's r-th. tXcX: a partition of the tile's coordinates like an accumulator."""
+    return rows_columns(tXcX)[r, 0][0]
 
 
 @cute.jit

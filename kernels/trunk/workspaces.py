@@ -1,6 +1,7 @@
-"""The backward's workspaces of query rows, and the two kernels around it: `bwd_preprocess` and `bwd_postprocess`.
+"""The backward's workspaces of query rows, and what the two kernels around it have alike.
 
-`registry.ops.workspaces` has their layout. A block of either takes ROWS rows of one query head and batch entry.
+`registry.ops.workspaces` has their layout. A block of `bwd_preprocess` or
+`bwd_postprocess` takes ROWS rows of one query head and batch entry.
 """
 
 from types import SimpleNamespace
@@ -19,9 +20,9 @@ STRIP = 16  # rows of a unit of dq_accum
 UNIT = 8 * STRIP  # its elements
 
 
-def packed_row(token: Int32, entry: Int32) -> Int32:
+def packed_row(token: Int32, batch_idx: Int32) -> Int32:
     """The workspace row of a packed entry that begins at `token`."""
-    return (token // ROWS + entry) * ROWS
+    return (token // ROWS + batch_idx) * ROWS
 
 
 @cute.jit
@@ -45,14 +46,16 @@ def tile_coord(call: SimpleNamespace, block: Int32) -> SimpleNamespace:
     head = block // tiles
     tile = block - head * tiles
     of_entry = cute.ceil_div(call.seqlen_q, ROWS)
-    entry = tile // of_entry
-    start = (tile - entry * of_entry) * ROWS
+    batch_idx = tile // of_entry
+    start = (tile - batch_idx * of_entry) * ROWS
     if call.cu_seqlens_q.toint() != 0:
-        entry = batch_idx_of(tile, call.cu_seqlens_q, call.batch, call.seqlen_q, Int32(1), ROWS)
-        first = first_tile(call.cu_seqlens_q, entry, call.seqlen_q, Int32(1), ROWS)
+        batch_idx = batch_idx_of(tile, call.cu_seqlens_q, call.batch, call.seqlen_q, Int32(1), ROWS)
+        first = first_tile(call.cu_seqlens_q, batch_idx, call.seqlen_q, Int32(1), ROWS)
         start = tile_start(tile - first, call.seqlen_q, ROWS)
-    q_first, count = sequence(call.cu_seqlens_q, call.seqused_q, entry, call.seqlen_q)
-    return SimpleNamespace(entry=entry, head=head, start=start, count=count, q_first=q_first, row=Int64(tile) * ROWS)
+    q_first, count = sequence(call.cu_seqlens_q, call.seqused_q, batch_idx, call.seqlen_q)
+    return SimpleNamespace(
+        batch_idx=batch_idx, head=head, start=start, count=count, q_first=q_first, row=Int64(tile) * ROWS
+    )
 
 
 class QueryRows:

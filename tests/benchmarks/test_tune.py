@@ -19,6 +19,7 @@ from benchmarks.workloads import Workload
 from builder import accept
 from kernels.fwd.table import TILES
 from kernels.tables import Tiles
+from registry import ops
 from tests.benchmarks.fakes import FakeKernel, fake_bind, write_registry
 
 DIMS = (64, 64)
