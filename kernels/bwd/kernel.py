@@ -286,8 +286,8 @@ class FlashBackward(Outputs):
     @cute.jit
     def share(self, state: SimpleNamespace, total: Float32):
         """Put the warp's sum where `add_dalibi` finds it."""
-        for step in cutlass.range_constexpr(5):
-            total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+        for bit in cutlass.range_constexpr(5):
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << bit)
         state.sums[state.tid // 32] = total  # by all lanes alike: the DSL has trouble with an `if` at this depth
 
     @cute.jit

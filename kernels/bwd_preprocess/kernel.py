@@ -14,7 +14,7 @@ from registry.contract.variant import Variant
 from registry.ops.bwd_preprocess import BWD_PREPROCESS
 from registry.ops.workspaces import ROWS
 
-STEPS = 4  # a warp takes 4 rows at once, 8 lanes each
+PASSES = 4  # of a warp over its rows: 4 at once, 8 lanes each
 MAX_HEAD_DIM = 256
 
 
@@ -28,13 +28,13 @@ class Preprocess(QueryRows):
         block, _, _ = cute.arch.block_idx()
         at = tile_coord(call, block)
         self.clear(call, at, tid)
-        sums = cute.make_rmem_tensor(STEPS, Float32)
+        sums = cute.make_rmem_tensor(PASSES, Float32)
         sums.fill(0.0)
         if at.start < at.count:
             self.products(call, at, tid, sums)
-        for step in cutlass.range_constexpr(STEPS):
+        for nth in cutlass.range_constexpr(PASSES):
             for width in (1, 2, 4):
-                sums[step] = sums[step] + cute.arch.shuffle_sync_bfly(sums[step], offset=width)
+                sums[nth] = sums[nth] + cute.arch.shuffle_sync_bfly(sums[nth], offset=width)
         self.store(call, at, tid, sums)
 
     @cute.jit
@@ -49,9 +49,9 @@ class Preprocess(QueryRows):
             there = call.semaphores + ((at.head * call.rows + at.row) // STRIP + tid)
             cute.make_tensor(there, cute.make_layout(1))[0] = Int32(0)
 
-    def row(self, tid: Int32, step: int) -> Int32:
-        """The row of the tile that this thread's 8 lanes take in a step."""
-        return tid // 32 * STRIP + 4 * step + tid % 32 // 8
+    def row(self, tid: Int32, nth: int) -> Int32:
+        """The row of the tile that this thread's 8 lanes take in the nth pass."""
+        return tid // 32 * STRIP + 4 * nth + tid % 32 // 8
 
     @cute.jit
     def products(self, call: SimpleNamespace, at: SimpleNamespace, tid: Int32, sums: cute.Tensor):
@@ -59,34 +59,34 @@ class Preprocess(QueryRows):
         o_start = at.batch_idx * call.o_stride_b + at.q_first * call.o_stride_s + at.head * call.o_stride_h
         dout_start = at.batch_idx * call.dout_stride_b + at.q_first * call.dout_stride_s + at.head * call.dout_stride_h
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
-        rO, rdO = (cute.make_rmem_tensor((VECTOR, STEPS), self.dtype) for _ in range(2))
+        rO, rdO = (cute.make_rmem_tensor((VECTOR, PASSES), self.dtype) for _ in range(2))
         for chunk in cutlass.range_constexpr(MAX_HEAD_DIM // 64):
             if chunk * 64 < call.head_dim_v:
                 column = chunk * 64 + tid % 8 * VECTOR
                 there = cutlass.min(column, call.head_dim_v - VECTOR)
-                for step in cutlass.range_constexpr(STEPS):
-                    token = cutlass.min(at.start + self.row(tid, step), at.count - 1)
-                    cute.copy(copy, self.vector(call.o, o_start + token * call.o_stride_s + there), rO[None, step])
+                for nth in cutlass.range_constexpr(PASSES):
+                    token = cutlass.min(at.start + self.row(tid, nth), at.count - 1)
+                    cute.copy(copy, self.vector(call.o, o_start + token * call.o_stride_s + there), rO[None, nth])
                     dout = self.vector(call.dout, dout_start + token * call.dout_stride_s + there)
-                    cute.copy(copy, dout, rdO[None, step])
-                for step in cutlass.range_constexpr(STEPS):
+                    cute.copy(copy, dout, rdO[None, nth])
+                for nth in cutlass.range_constexpr(PASSES):
                     for i in cutlass.range_constexpr(VECTOR):
-                        product = Float32(rO[i, step]) * Float32(rdO[i, step])
-                        sums[step] = sums[step] + (product if column < call.head_dim_v else Float32(0.0))
+                        product = Float32(rO[i, nth]) * Float32(rdO[i, nth])
+                        sums[nth] = sums[nth] + (product if column < call.head_dim_v else Float32(0.0))
 
     @cute.jit
     def store(self, call: SimpleNamespace, at: SimpleNamespace, tid: Int32, sums: cute.Tensor):
         lse_start = at.batch_idx * call.lse_stride_b + at.head * call.lse_stride_h + at.q_first
         dlse_start = at.batch_idx * call.dlse_stride_b + at.head * call.dlse_stride_h + at.q_first * call.dlse_stride_s
         first = at.head * call.rows + at.row
-        for step in cutlass.range_constexpr(STEPS):
-            row = self.row(tid, step)
+        for nth in cutlass.range_constexpr(PASSES):
+            row = self.row(tid, nth)
             token = at.start + row
             lse, delta = Float32.inf, Float32(0.0)
             if token < at.count:
                 given = element(call.lse, lse_start + token)
                 lse = Float32.inf if given == -Float32.inf else given * LOG2E
-                delta = sums[step]
+                delta = sums[nth]
                 if call.dlse.toint() != 0:
                     delta = delta - element(call.dlse, dlse_start + token * call.dlse_stride_s)
             if tid % 8 == 0:

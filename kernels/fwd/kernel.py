@@ -23,7 +23,7 @@ from registry.ops.fwd import FWD
 
 
 class DenseKeys:
-    """Keys and values one behind another (see `kernels.trunk.forward`).
+    """Keys and values one behind another (`kernels.trunk.interfaces.Keys`).
 
     Only the last key block may reach past seqlen_k, and it comes first: the loads ahead need no bound.
     """
@@ -112,7 +112,7 @@ class DenseKeys:
 
 
 class Whole:
-    """An output that one block computes."""
+    """An output that one block computes (`kernels.trunk.interfaces.Output`)."""
 
     def tile(self, forward: Forward, memory: cute.Pointer) -> cute.Tensor:
         """Where O goes in shared memory: to Q's place, which begins at `memory`."""

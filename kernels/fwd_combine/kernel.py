@@ -77,8 +77,8 @@ class Combine:
         while split < call.num_splits:
             highest = cute.arch.fmax(highest, element(call.lse_partial, start + split * call.lse_partial_stride_split))
             split = split + 32
-        for step in cutlass.range_constexpr(5):
-            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << step))
+        for bit in cutlass.range_constexpr(5):
+            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << bit))
         return highest
 
     @cute.jit
@@ -103,13 +103,13 @@ class Combine:
                 split = first + lane
                 lse = element(call.lse_partial, start + split * call.lse_partial_stride_split)
                 own = cute.math.exp2(lse * LOG2E - base, fastmath=True)
-            for step in cutlass.range(0, cutlass.min(32, call.num_splits - first), AHEAD, unroll=1):
+            for behind in cutlass.range(0, cutlass.min(32, call.num_splits - first), AHEAD, unroll=1):
                 for i in cutlass.range_constexpr(AHEAD):
-                    split = cutlass.min(first + step + i, call.num_splits - 1)
+                    split = cutlass.min(first + behind + i, call.num_splits - 1)
                     there = call.o_partial + cute.assume(o_start + split * call.o_partial_stride_split, divby=LANE)
                     cute.copy(copy, cute.make_tensor(there, cute.make_layout(LANE)), parts[None, i])
                 for i in cutlass.range_constexpr(AHEAD):
-                    weight = cute.arch.shuffle_sync(own, step + i)
+                    weight = cute.arch.shuffle_sync(own, behind + i)
                     total = total + weight
                     for c in cutlass.range_constexpr(LANE):
                         acc[c] = acc[c] + (parts[c, i] * weight if weight != 0.0 else Float32(0.0))

@@ -1,7 +1,6 @@
 """Keys and values of a cache as the forward's main loop sees them: pages, and a split's share of them."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -9,6 +8,7 @@ from cutlass import Int32, Int64
 
 from kernels.fwd_paged.pages import GROUP, LOW, load_pages, read_table, rows_of
 from kernels.trunk import mask
+from kernels.trunk.interfaces import Multiplies
 from kernels.trunk.scalars import aligned, element
 from kernels.trunk.tile_coord import left_padding, tokens
 from kernels.trunk.tiles import swizzle_columns, tile_copy
@@ -18,13 +18,16 @@ from registry.contract.variant import Variant
 
 
 class PagedKeys:
-    """Keys and values in pages (see `kernels.trunk.forward`). With several stages, loads run whole blocks ahead: short
-    queries leave nothing else to hide memory's latency behind. A block's pages are read one block before that."""
+    """Keys and values in pages (`kernels.trunk.interfaces.Keys`).
+
+    With several stages, loads run whole blocks ahead: short queries leave nothing else to hide memory's latency behind.
+    A block's pages are read one block before that.
+    """
 
     from_notes = bounded_ahead = True
     carried = False
 
-    def __init__(self, variant: Variant, products: Any):
+    def __init__(self, variant: Variant, products: Multiplies):
         self.tile_m, self.tile_n, self.threads = variant.size("m"), variant.size("n"), 32 * variant.size("w")
         stages = variant.size("s")
         self.ahead = max(stages - 1, 1)
@@ -56,9 +59,9 @@ class PagedKeys:
         )  # fmt: skip
         blocks = visits(*self.share(call, first, inner_first, inner_end, end))
         state.copy = tile_copy(self.dtype, self.columns, self.threads, True, self.panel)
-        steps = cute.size(rows_of(state.copy, state.sK[None, None, 0], state.tid).coordinates, mode=[1])
-        state.numbers = cute.make_rmem_tensor(steps, Int32)
-        state.numbers_next = cute.make_rmem_tensor(steps, Int32)
+        rows_each = cute.size(rows_of(state.copy, state.sK[None, None, 0], state.tid).coordinates, mode=[1])
+        state.numbers = cute.make_rmem_tensor(rows_each, Int32)
+        state.numbers_next = cute.make_rmem_tensor(rows_each, Int32)
         rows.lowest = cutlass.max(token_first + rows.offset - call.window_left, padding)
         state.pages = self.pages(call, state, batch_idx, head_kv)
         return blocks

@@ -1,7 +1,6 @@
 """The output of a forward whose keys may be shared out: whole, or a split's part of it for `fwd_combine`."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -9,6 +8,7 @@ from cutlass import Float32, Int32, Int64
 
 from kernels.trunk import softmax
 from kernels.trunk.forward import Forward, recall
+from kernels.trunk.interfaces import Multiplies
 from kernels.trunk.mma import rows_columns
 from kernels.trunk.outputs import sinks_of, write_lse
 from kernels.trunk.scalars import aligned
@@ -17,9 +17,9 @@ from kernels.trunk.tiles import smem_layout, store_rows, tile_copy
 
 
 class SplitOutput:
-    """The epilogue of `fwd_paged` (see `kernels.trunk.forward`)."""
+    """The epilogue of `fwd_paged` (`kernels.trunk.interfaces.Output`)."""
 
-    def __init__(self, products: Any):
+    def __init__(self, products: Multiplies):
         self.products = products
 
     def tile(self, forward: Forward, memory: cute.Pointer) -> cute.Tensor:

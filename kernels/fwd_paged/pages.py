@@ -16,17 +16,18 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
+from kernels.trunk.forward import NOTED
 from kernels.trunk.scalars import element, fast_div
 from kernels.trunk.tiles import vector_at
 
-LOW, END = 7, 8  # their places among the notes
+LOW, END = NOTED, NOTED + 1  # where they are among the notes
 GROUP = 16  # keys: the smallest page that is common, and what every tile is a multiple of
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a thread copies of a tile. coordinates: (vector, row, panel) of it; at_once: rows that all threads copy in a
-    step; group: steps of each GROUP."""
+    """What a thread copies of a tile. coordinates: (vector, row, panel) of it; at_once: rows that all threads copy at
+    once; group: how many of a thread's rows lie in the same GROUP."""
 
     coordinates: cute.Tensor
     target: cute.Tensor
@@ -105,7 +106,7 @@ def load_rows_of_pages(
 ):  # fmt: skip
     rows = rows_of(copy, sX, tid)
     tXcX, tXsX = rows.coordinates, rows.target
-    step = rows.at_once * of.row_stride
+    apart = rows.at_once * of.row_stride
     low, end = Int32(0), Int32(0)
     if cutlass.const_expr(bounded):
         low, end = pages.notes[LOW], pages.notes[END]
@@ -114,7 +115,7 @@ def load_rows_of_pages(
     for i in cutlass.range_constexpr(cute.size(numbers)):
         key = n_start + tXcX[0, i, 0][0]
         if cutlass.const_expr(grouped and i % rows.group != 0):
-            offset = offset + step
+            offset = offset + apart
         else:
             first = n_start + rows.group_start(i) if grouped else key
             slot = first - fast_div(first, pages.magic, pages.shift) * pages.size

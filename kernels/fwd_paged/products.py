@@ -13,7 +13,10 @@ from registry.contract.variant import Variant
 
 
 class E4m3Products:
-    """As `kernels.trunk.products.Products`. K and V tiles are kept in units of two bytes: a row is half as long."""
+    """Products by way of fp16 (`kernels.trunk.interfaces.Multiplies`).
+
+    K and V tiles are kept in units of two bytes: a row is half as long.
+    """
 
     packing = 2  # elements of K and V in two bytes
 

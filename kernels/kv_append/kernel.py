@@ -54,7 +54,7 @@ class Append:
             self.query(call, row - 2 * new, column)
 
     @cute.jit
-    def place(
+    def row_coord(
         self, call: SimpleNamespace, row: Int32, heads: Int32, seqlen: Int32
     ) -> tuple[Int32, Int32, Int32, Int32]:
         """(entry, token, head, keys that the entry had) of a row."""
@@ -68,7 +68,7 @@ class Append:
 
     @cute.jit
     def key(self, call: SimpleNamespace, row: Int32, column: Int32):
-        batch_idx, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
+        batch_idx, token, head, had = self.row_coord(call, row, call.heads_kv, call.seqlen_new)
         position = had + token
         if (position >= 0) & (position < call.seqlen_k) & (column < call.head_dim):
             page, slot = self.slot(call, batch_idx, position)
@@ -80,7 +80,7 @@ class Append:
 
     @cute.jit
     def value(self, call: SimpleNamespace, row: Int32, column: Int32):
-        batch_idx, token, head, had = self.place(call, row, call.heads_kv, call.seqlen_new)
+        batch_idx, token, head, had = self.row_coord(call, row, call.heads_kv, call.seqlen_new)
         position = had + token
         if (position >= 0) & (position < call.seqlen_k) & (column < call.head_dim_v):
             page, slot = self.slot(call, batch_idx, position)
@@ -92,7 +92,7 @@ class Append:
 
     @cute.jit
     def query(self, call: SimpleNamespace, row: Int32, column: Int32):
-        batch_idx, token, head, had = self.place(call, row, call.heads_q, call.seqlen_q)
+        batch_idx, token, head, had = self.row_coord(call, row, call.heads_q, call.seqlen_q)
         position = had if call.q_still != 0 else had + token
         if column < call.head_dim:
             start = batch_idx * call.q_stride_b + token * call.q_stride_s + head * call.q_stride_h

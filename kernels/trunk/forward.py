@@ -3,24 +3,8 @@
 One block computes one (query tile, tile head, batch entry). Scores never leave registers. Key blocks that need a mask
 come first, then the interior ones in a loop of its own without any mask code; softmax does not mind the order.
 
-What ops differ in are three parts of `Forward`:
-
-`keys`, where keys and values are and when their loads start:
-- `ahead`: turns between the start of a block's loads and its own; `first_steps`: steps of Q·Kᵀ before a turn's loads;
-- `from_notes`: loads read the block's notes, and Q's have a group of their own in front of them;
-- `bounded_ahead`: blocks that are loaded ahead may end behind the keys, or begin before them;
-- `carried`: interior blocks are counted, so that the compiler carries their addresses from block to block;
-- `turns`: which stage is whose (`kernels.trunk.turns`);
-- `work(call, block)`: the number of a block's tile; `lengths(call, batch_idx)`: (first token, length) of an entry;
-- `open(state, rows, batch_idx, head_kv)`: the key blocks to visit (`visits`); what loads need is put into `state`;
-- `noted(rows)`: numbers for its notes;
-- `load_k`, `load_v(state, n_block, stage, seqlen_k)`: start a copy; seqlen_k: None if all rows have keys;
-- `look_up(state, n_block)`, `look_ahead(state, n_block, more)`, `advance(state)`: what must be known of a block before
-  its loads: now, for the next turn's, and that this has come;
-- `left_at_edge`, `left_inside`, `more(left, blocks)`: whether there are more than so many blocks from this one on;
-- `first_key(state)`: the first that the tile sees, None if all before have keys.
-
-`products`, what the tensor cores multiply (`kernels.trunk.products`), and `outputs(forward, state)`, the epilogue.
+What ops differ in are three parts of it, of `kernels.trunk.interfaces`: where keys are, what is multiplied, and how the
+output is written.
 """
 
 from types import SimpleNamespace
@@ -31,6 +15,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from kernels.trunk import score_mods, softmax
+from kernels.trunk.interfaces import Keys, Multiplies, Output
 from kernels.trunk.mma import rows_columns, tiled_mma
 from kernels.trunk.scalars import DTYPES, aligned, fast_div, named, note, reread_tid
 from kernels.trunk.tile_coord import batch_idx_of, first_tile, schedule, sequence
@@ -74,9 +59,10 @@ class Scores:
 class Forward:
     """The forward kernel of one variant: its tile, its shared memory and its device code."""
 
-    def __init__(self, variant: Variant, abi: Abi, smem: int, notes: int, keys: Any, products: Any, outputs: Any):
+    def __init__(self, variant: Variant, abi: Abi, smem: int, notes: int, keys: Keys, products: Multiplies,
+                 output: Output):  # fmt: skip
         self.abi, self.smem, self.notes = abi, smem, notes
-        self.keys, self.products, self.outputs = keys, products, outputs
+        self.keys, self.products, self.output = keys, products, output
         self.dtype = DTYPES[variant.dtype]
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.size("m"), variant.size("n")
@@ -153,7 +139,7 @@ class Forward:
                 cute.arch.barrier()  # the notes are read next; else behind a barrier of `one_block`
         self.products.load_queries(state, batch_idx, head_kv)
         self.loops(state, blocks)
-        self.outputs.write(self, state, head_kv)
+        self.output.write(self, state, head_kv)
 
     def q_start(self, call: SimpleNamespace, rows: SimpleNamespace, batch_idx: Int32) -> Int64:
         """Where the tile head's first token begins in q."""
@@ -217,7 +203,7 @@ class Forward:
         sV = self.staged(memory, products.v_columns)
         memory += (self.stages - (1 if self.q_steps else 0)) * self.tile_n * products.v_columns
         sQ = cute.make_tensor(cute.recast_ptr(memory, dtype=self.dtype), smem_layout(self.tile_m, self.head_dim))
-        sO = self.outputs.tile(self, memory)
+        sO = self.output.tile(self, memory)
         end = cute.arch.get_dyn_smem(Int32, alignment=1024) + (self.smem - self.notes) // 4
         mma = tiled_mma(products.dtype, self.warps)
         acc_O = cute.make_rmem_tensor(mma.get_slice(tid).partition_shape_C((self.tile_m, self.head_dim_v)), Float32)
@@ -247,7 +233,7 @@ class Forward:
         """Add key block n_block, which lies in `stage`, to the output.
 
         n_next: the block whose loads start, in the stage that the last turn has used up; n_then: the one after it.
-        left: see `keys.more`.
+        left: what `Keys.more` needs.
         """
         first_steps, steps, ahead = self.keys.first_steps, self.head_dim // 16, self.keys.ahead
         acc_S = cute.make_rmem_tensor(
@@ -285,6 +271,7 @@ class Forward:
         self.products.values(state, acc_S, state.sV[None, None, stage])
 
     def bound(self, state: SimpleNamespace, bounded: bool) -> Int32 | None:
+        """Where the keys of a load end; None where all its rows have one."""
         return state.notes[SEQLEN_K] if bounded else None
 
     def coordinates(self, state: SimpleNamespace, columns: int) -> cute.Tensor:

@@ -86,8 +86,8 @@ def shrinking(tAcA: cute.Tensor, sA: cute.Tensor, steps: cutlass.Constexpr) -> F
                 for i in cutlass.range_constexpr(4):
                     bits = Float32(sA[row, 16 * k + 2 * (column - 16 * k) + i]).bitcast(Uint32)
                     largest = cutlass.max(largest, bits & 0x7FFFFFFF)
-    for step in cutlass.range_constexpr(5):
-        largest = cutlass.max(largest, Uint32(cute.arch.shuffle_sync_bfly(largest, offset=1 << step)))
+    for bit in cutlass.range_constexpr(5):
+        largest = cutlass.max(largest, Uint32(cute.arch.shuffle_sync_bfly(largest, offset=1 << bit)))
     above = cutlass.max(Int32(largest >> 23) - (127 + 14), 0)  # the exponent, less 14
     return Uint32((127 - above) << 23).bitcast(Float32)
 

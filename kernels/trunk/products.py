@@ -12,7 +12,7 @@ from registry.contract.variant import Variant
 
 
 class Products:
-    """Of keys and values in the queries' dtype. k_columns, v_columns: of their tiles, in elements of `dtype`."""
+    """Products of keys and values in the queries' dtype (`kernels.trunk.interfaces.Multiplies`)."""
 
     packing = 1  # elements of K and V in one of `dtype`
 

@@ -96,12 +96,12 @@ def batch_idx_of(
     """
     low, width = Int32(0), batch
     while width > 1:
-        step = (width - 1) // 32 + 1
-        ahead = cute.arch.lane_idx() * step  # at most width + 30 and 31 · 2**26; low + width is at most batch
+        stride = (width - 1) // 32 + 1
+        ahead = cute.arch.lane_idx() * stride  # at most width + 30 and 31 · 2**26; low + width is at most batch
         begun = cutlass.Boolean(False)
         if ahead < width:
             begun = first_tile(cu_seqlens, low + ahead, total, pack, tile_m) <= tile
         passed = cutlass.max(cute.arch.popc(cute.arch.vote_ballot_sync(begun)), 1) - 1
-        width = cutlass.min(step, width - passed * step)
-        low = low + passed * step
+        width = cutlass.min(stride, width - passed * stride)
+        low = low + passed * stride
     return low
