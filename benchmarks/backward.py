@@ -33,7 +33,7 @@ from benchmarks.ours import MODES, Ours
 from benchmarks.workloads import lengths
 from registry.contract import CubineryError
 
-OPS = ("fwd", "bwd_preprocess", "bwd", "bwd_postprocess")
+OPS = ("fwd", "bwd_preprocess", "bwd", "bwd_sum", "bwd_postprocess")
 MAX_DIFFERENCE = 2e-2  # relative, of norms, from the peer's gradients and from float64's: P and dS are of the dtype
 DETERMINISTIC = frozenset(
     f"{model}/S{seqlen}/{mask}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import tempfile
@@ -72,7 +73,15 @@ def training_paths(runtime: Any, device: str) -> dict[str, Callable[[], Any]]:
         for leaf in leaves:
             leaf.grad = None
 
+    buffers = [torch.randn(1, 8192, 2, 64, device=device).bfloat16() for _ in range(2)]
+    token, lengths = q[:, :1].contiguous(), itertools.count(1)
+
+    def grown() -> None:
+        n = next(lengths) % 8192 + 1
+        runtime.flash_attn(token, *(buffer[:, :n] for buffer in buffers), causal=True)
+
     return {
+        "dense, growing keys": grown,
         "dense": lambda: runtime.flash_attn(q, k, v, causal=True),
         "dense with LSE": lambda: runtime.flash_attn(q, k, v, causal=True, return_lse=True),
         "varlen": lambda: runtime.flash_attn_varlen(

@@ -1,5 +1,7 @@
 """The gradients against torch's autograd in float64, and the yardstick against near misses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ SCORES = {
     "alibi": Scores(0.3, (None, 0), alibi=SLOPES[0]),
     "alibi-of-each-entry": Scores(0.3, alibi=SLOPES),
     "sink": Scores(0.3, sink=np.array([-1.0, 2.0, 0.0, 0.5])),
+    "left-padding": Scores(0.3, (2, 1), alibi=SLOPES, leftpad=3),
     "all": Scores(0.3, (4, -3), 0.7, SLOPES, np.array([-1.0, 2.0, 0.5, 0.1])),  # row 0 sees no key
 }
 
@@ -41,7 +44,7 @@ def autograd(q, k, v, scores, dout, dlse) -> Gradients:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
     i, j = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1], torch.arange(k.shape[1])
     left, right = (10**6 if side is None else side for side in scores.window)
-    hidden = (j < i - left) | (j > i + right)
+    hidden = (j < i - left) | (j > i + right) | (j < scores.leftpad)
     logits = (logits - slopes[..., None, None] * (i - j).abs()).masked_fill(hidden, -torch.inf)
     seen = ~hidden.all(-1) | torch.isfinite(sink)[:, None]  # a row that sees nothing gets a logit to share with nobody
     extra = torch.where(seen, sink[:, None], 0).expand(batch, -1, -1)
@@ -49,6 +52,18 @@ def autograd(q, k, v, scores, dout, dlse) -> Gradients:
     out = (logits.softmax(-1)[..., :-1] @ values).transpose(1, 2)
     loss = (out * torch.tensor(dout)).sum() + (logits.logsumexp(-1) * torch.tensor(dlse)).sum()
     return Gradients(*(x.numpy() for x in torch.autograd.grad(loss, leaves)))
+
+
+def test_left_padding_is_as_if_its_keys_were_not_there():
+    """Which is how `tests.kernels` gives entries with padding to the reference."""
+    q, k, v, dout, dlse = arrays(3, 5)
+    padded = gradients(q, k, v, SCORES["left-padding"], dout, dlse)
+    cut = gradients(q, k[:, 3:], v[:, 3:], replace(SCORES["left-padding"], leftpad=0), dout, dlse)
+    for name in ("dq", "dsink", "dalibi"):
+        np.testing.assert_allclose(getattr(padded, name), getattr(cut, name), atol=1e-14)
+    for name in ("dk", "dv"):
+        np.testing.assert_allclose(getattr(padded, name)[:, 3:], getattr(cut, name), atol=1e-14)
+        assert not getattr(padded, name)[:, :3].any()
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)

@@ -58,8 +58,9 @@ class SplitOutput:
         partial = cute.recast_ptr(o, dtype=Float32)
         values = rows_columns(state.acc_O)
         for r in cutlass.range_constexpr(cute.size(values, mode=[0])):
-            token, head = token_head(rows, rows.start + row_of(tOcO, r))
-            if row_of(tOcO, r) < rows.count - rows.start:
+            row = rows.start + row_of(tOcO, r)
+            token, head = token_head(rows, row)
+            if row < rows.count:
                 offset = start + Int64(token) * call.o_stride_s + Int64(head) * call.o_stride_h
                 for c in cutlass.range_constexpr(0, cute.size(values, mode=[1])):
                     column = self.products.column(tOcO, c)

@@ -87,9 +87,9 @@ class Forward:
     def tile_coord(self, call: SimpleNamespace, work: Int32) -> tuple[SimpleNamespace, Int32]:
         """(the tile's rows, its batch entry): start and count of packed rows, first query head, lengths and offsets.
 
-        heads · batch · tiles, or heads · tiles of a packed array, is the grid's number of blocks, below 2**31; a tile's
-        first row is one of seqlen_q · pack, below 2**31 too. Where cu_seqlens is not sorted it may wrap around to
-        another row of the entry.
+        heads · batch · tiles, or heads · tiles of a packed array, is the grid's number of blocks, below 2**31. There
+        are at most 2**31 − 2**10 rows, so that those of a tile behind the last have numbers, too. Where cu_seqlens is
+        not sorted a tile's first row may wrap around, to another row of the entry.
         """
         heads = fast_div(call.heads_q, call.pack_magic, call.pack_shift)
         tiles = cute.ceil_div(call.seqlen_q * call.pack, self.tile_m)

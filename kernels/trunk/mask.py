@@ -3,9 +3,9 @@
 Query token i sees key j when i + offset − left ≤ j ≤ i + offset + right, with offset = seqlen_k − seqlen_q
 (bottom-right alignment). Causal is right = 0; an open side is `registry.contract.WINDOW_OPEN`, 2**30.
 
-Range: seqlen_q + seqlen_k < 2**30 (`registry.ops.attention`), so that |i + offset| < 2**30 for a token i that exists,
-and sums with one bound of a window, and then with minus a block's first key, stay in 32 bits. In a row past the last
-token they may wrap around: nobody looks at its scores.
+Range: seqlen_q + seqlen_k < 2**30 (`registry.ops.attention`). So i + offset, also relative to a block's first key,
+lies between −2**30 and 2**30 for a token i that exists, and with a side of the window added it stays in 32 bits. In a
+row past the last token the sum may wrap around: nobody looks at its scores.
 """
 
 import cutlass

@@ -15,8 +15,9 @@ from kernels.trunk.tile_coord import row_of, token_head
 def write_lse(state: SimpleNamespace, rows: SimpleNamespace, tOcO: cute.Tensor, lse: cute.Pointer):
     """Write what softmax.finish left in row_sum. lse: where the tile head's first token has its own."""
     for r in cutlass.range_constexpr(cute.size(state.row_sum)):
-        token, head = token_head(rows, rows.start + row_of(tOcO, r))
-        if row_of(tOcO, r) < rows.count - rows.start:
+        row = rows.start + row_of(tOcO, r)
+        token, head = token_head(rows, row)
+        if row < rows.count:
             there = lse + (head * state.call.lse_stride_h + token)
             cute.make_tensor(there, cute.make_layout(1))[0] = state.row_sum[r]
 
@@ -28,8 +29,7 @@ def sinks_of(call: SimpleNamespace, rows: SimpleNamespace, tOcO: cute.Tensor, dt
     sinks.fill(-Float32.inf)
     if call.sink.toint() != 0:
         for r in cutlass.range_constexpr(cute.size(sinks)):
-            row = cutlass.min(row_of(tOcO, r), rows.count - rows.start - 1)
-            _, head = token_head(rows, rows.start + row)
+            _, head = token_head(rows, cutlass.min(rows.start + row_of(tOcO, r), rows.count - 1))
             if call.sink_low != 0:
                 low = cute.recast_ptr(call.sink, dtype=dtype)
                 sinks[r] = Float32(element(low, rows.head + head)) * LOG2E

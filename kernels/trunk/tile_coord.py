@@ -41,8 +41,7 @@ def token_head(rows: SimpleNamespace, row: Int32) -> tuple[Int32, Int32]:
 def tokens(rows: SimpleNamespace, tile_m: cutlass.Constexpr) -> tuple[Int32, Int32]:
     """The first and the last token of a tile of packed rows."""
     first, _ = token_head(rows, rows.start)
-    last = rows.start + cutlass.min(rows.count - rows.start, tile_m) - 1  # start + tile_m may pass 2**31
-    last, _ = token_head(rows, last)
+    last, _ = token_head(rows, cutlass.min(rows.start + tile_m, rows.count) - 1)
     return first, last
 
 

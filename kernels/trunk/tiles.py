@@ -92,10 +92,7 @@ def load_tile(
 
 @cute.jit
 def row_offsets(rows: SimpleNamespace, tXcX: cute.Tensor) -> cute.Tensor:
-    """Where each row that a thread copies begins, in elements. tXcX: their coordinates in the tile. See `load_rows`.
-
-    Strides have 64 bits. The number of a row past the last may wrap around: it is not copied.
-    """
+    """Where each row that a thread copies begins, in elements. tXcX: their coordinates in the tile. See `load_rows`."""
     offsets = cute.make_rmem_tensor(cute.size(tXcX, mode=[1]), cutlass.Int64)
     first = rows.start + tXcX[0, 0, 0][0]
     if rows.pack == 1:  # by far the most frequent: one product for all rows
@@ -122,12 +119,11 @@ def load_rows(
     tXsX = thread.partition_D(sX)
     tXcX = thread.partition_S(cute.make_identity_tensor((cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))))
     offsets = row_offsets(rows, tXcX)
-    rows_left = rows.count - rows.start
     inside = cute.make_rmem_tensor(1, cutlass.Boolean)
     for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
         for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
             column = tXcX[0, row, panel][1]
-            inside[0] = (tXcX[0, row, panel][0] < rows_left) & (column < columns)
+            inside[0] = (rows.start + tXcX[0, row, panel][0] < rows.count) & (column < columns)
             cute.copy(copy, vector_at(pointer, offsets[row] + column), tXsX[None, row, panel], pred=inside)
 
 
@@ -143,11 +139,10 @@ def store_rows(
     rX = cute.make_fragment_like(tXsX)
     cute.copy(copy, tXsX, rX)
     offsets = row_offsets(rows, tXcX)
-    rows_left = rows.count - rows.start
     for row in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
         for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
             column = tXcX[0, row, panel][1]
-            if (tXcX[0, row, panel][0] < rows_left) & (column < columns):
+            if (rows.start + tXcX[0, row, panel][0] < rows.count) & (column < columns):
                 cute.copy(copy, rX[None, row, panel], vector_at(pointer, offsets[row] + column))
 
 

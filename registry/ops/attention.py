@@ -5,7 +5,8 @@ batch stride 0: cu_seqlens places its entries, and what it and seqused say is cl
 entry still ends where cu_seqlens_k and seqused_k say; it is clamped to 0 … that end, and nothing before it is read.
 
 The kernels count in 32 bits within these ranges; the runtime refuses what lies outside:
-- batch and heads_q are below 2**31, seqlen_q + seqlen_k is below 2**30, seqlen_q · pack below 2**31;
+- batch and heads_q are below 2**31, seqlen_q + seqlen_k is below 2**30, seqlen_q · pack at most 2**31 − 2**10, so that
+  rows of a tile behind the last have numbers too;
 - batch · alibi_stride_b + heads_q is below 2**31, and alibi_stride_b is not negative;
 - from token to token, k and v of pages with several keys go less than 2**31 elements; num_splits is at most 2**16;
 - an op whose grid counts rows has at most 2**31 − 32 of them.

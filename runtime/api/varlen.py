@@ -68,7 +68,7 @@ def flash_attn_varlen(
         neither read nor attended to. Where keys end stays as cu_seqlens_k or seqused_k has it, and masks stay aligned
         with that end.
     zero_unused: True or False (or 1 or 0): rows of a new output and LSE that belong to no sequence are zeros, for one
-        more pass over them; where an input requires grad they always are.
+        more pass over them; where an input requires grad they always are. With cu_seqlens_q num_splits is then 1.
     Everything else: as in `flash_attn`, whose errors this function raises as well. Without page_table, descales and
         splits it is differentiable as that function is; a packed q has (total_q / 128 + batch) · 128 rows there.
 
@@ -90,8 +90,18 @@ def flash_attn_varlen(
         if cu_seqlens_k is not None:
             raise _needs_cache(page_table, num_splits)
         op = "fwd_paged"
+        if zero_unused and cu_seqlens_q is not None:
+            num_splits = _unsplit(num_splits)
     options = (causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa, num_splits)
     return attend(op, given, options, deterministic, zero_unused)
+
+
+def _unsplit(num_splits: Any) -> int:
+    """Partial outputs are combined in all rows, whether they belong to a sequence or not."""
+    if num_splits not in (0, 1):
+        message = f"{num_splits!r:.50}, must be 0 or 1 with zero_unused and cu_seqlens_q"
+        raise ArgumentError("num_splits", message, reason="unsupported")
+    return 1
 
 
 def _needs_cache(page_table: Any, num_splits: Any) -> ArgumentError:

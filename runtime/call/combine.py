@@ -29,9 +29,11 @@ def check(request: Request, torch: Any, device_type: str) -> Call:
     if not 1 <= splits <= MAX_SPLITS:
         raise ArgumentError("out_partial", f"{splits} splits, must be from 1 to {MAX_SPLITS}", reason="shape")
     checks.check_head_dim("out_partial", head_dim_v)
-    dtype = asked.out_dtype or (torch.float32 if out is None else out.dtype)
-    if str(dtype) not in OUTPUTS:
-        raise ArgumentError("out_dtype", f"{dtype}, must be fp32, bf16 or fp16", reason="dtype")
+    dtype = asked.out_dtype
+    if dtype is None:
+        dtype = torch.float32 if out is None else out.dtype
+    if not isinstance(dtype, torch.dtype) or str(dtype) not in OUTPUTS:
+        raise ArgumentError("out_dtype", f"{dtype!r:.50}, must be fp32, bf16 or fp16", reason="dtype")
     if out is not None and out.dtype != dtype:
         raise ArgumentError("out", f"dtype {out.dtype}, must be out_dtype, {dtype}", reason="dtype")
     if partials.numel() and not partials[0].is_contiguous():

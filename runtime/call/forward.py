@@ -14,6 +14,7 @@ from runtime.call.request import Call, Request
 from runtime.errors import ArgumentError
 
 MAX_TOKENS = WINDOW_OPEN - 1  # of q and k together: sums with window bounds stay in 32 bits
+MAX_PACKED_ROWS = 2**31 - 2**10  # seqlen_q · pack: rows of a tile behind the last are counted in 32 bits too
 ROTARY_STEP = 16  # of rotary_dim: each half of the rotated columns is whole pieces of 16 bytes
 NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 APPENDED = ("k_new", "v_new")
@@ -22,7 +23,7 @@ APPENDED = ("k_new", "v_new")
 def fixed(request: Request) -> Any:
     """The options but for hints about lengths."""
     asked = request.options
-    if not options.has_hash_of_value(asked.window):
+    if not options.have_hash_of_value(asked.window, asked.num_splits):
         return None
     return asked._replace(max_seqlen_q=None, max_seqlen_k=None), type(asked.max_seqlen_q), type(asked.max_seqlen_k)
 
@@ -282,8 +283,8 @@ def _pack(call: Call, packs: bool) -> int:
     """How many query heads share a tile. packs: what the dispatch row says."""
     pack: int = call.facts["group"] if (packs if call.pack_gqa is None else call.pack_gqa) else 1
     seqlen_q = call.numbers["seqlen_q"]
-    if seqlen_q * pack > checks.MAX_I32:
-        message = f"{seqlen_q} tokens of {pack} packed heads, must be below 2**31 rows; pass pack_gqa=False"
+    if seqlen_q * pack > MAX_PACKED_ROWS:
+        message = f"{seqlen_q} tokens of {pack} packed heads, may be 2**31 - 2**10 rows; pass pack_gqa=False"
         raise ArgumentError("q", message, reason="too_large")
     return pack
 

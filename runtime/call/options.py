@@ -33,8 +33,10 @@ def window_bounds(causal: Any, window: Any) -> tuple[int, int]:
     return bounds[0], 0 if causal else bounds[1]
 
 
-def has_hash_of_value(window: Any) -> bool:
-    """Whether a window can be part of a key: a list or an array has no hash, and a tensor's is not of its value."""
+def have_hash_of_value(window: Any, num_splits: Any) -> bool:
+    """Whether both can be part of a key: a list or an array has no hash, and a tensor's is not of its value."""
+    if not isinstance(num_splits, numbers.Integral):
+        return False
     return window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window))
 
 

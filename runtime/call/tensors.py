@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 from registry import ops
 from registry.ops.attention import LENGTHS
-from registry.ops.describe import CALL, Layout, Tensor
+from registry.ops.describe import CALL, Tensor
 from runtime.call import checks, memory
 from runtime.errors import ArgumentError
 
@@ -25,25 +25,59 @@ def described(op: str) -> dict[str, Tensor]:
     return found
 
 
+class Dim(NamedTuple):
+    """A dimension: n entries of it mean that `name` is n · times − plus."""
+
+    name: str
+    times: int = 1
+    plus: int = 0
+
+
+class Expected(NamedTuple):
+    """What a tensor must be in a call with certain others. layouts: by the number of dimensions; texts: the same."""
+
+    tensor: Tensor
+    layouts: dict[int, tuple[Dim, ...]]
+    texts: dict[int, str]
+
+
+@lru_cache(maxsize=256)
+def expected(op: str, given: tuple[str, ...]) -> dict[str, Expected]:
+    """By name, for a call with the tensors `given`."""
+    return {name: _expected(described(op)[name], given) for name in given}
+
+
+def _expected(tensor: Tensor, given: tuple[str, ...]) -> Expected:
+    layouts, texts = {}, {}
+    for layout in tensor.layouts_for(given):
+        layouts[len(layout.dims)] = tuple(map(_dim, layout.dims))
+        texts[len(layout.dims)] = f"{layout}{f' with {layout.when}' if layout.when else ''}"
+    return Expected(tensor, layouts, texts)
+
+
+def _dim(text: str) -> Dim:
+    """Of 'batch', 'batch + 1' or 'rotary_dim / 2'."""
+    if text.endswith(" + 1"):
+        return Dim(text.removesuffix(" + 1"), plus=1)
+    return Dim(text.removesuffix(" / 2"), times=2) if text.endswith(" / 2") else Dim(text)
+
+
 def check_kinds(op: str, tensors: Mapping[str, Any], torch: Any, device_type: str) -> None:
     """Types, layouts in memory, dtypes, ranks and devices: what no size changes."""
-    known = described(op)
-    for name, tensor in tensors.items():
-        allowed = known[name].layouts_for(tensors)
-        texts = {len(layout.dims): f"{layout}{' with ' + layout.when if layout.when else ''}" for layout in allowed}
-        checks.check_tensor(name, tensor, torch, device_type, texts)
-        _check_dtype(name, known[name], tensors, torch)
+    for name, wanted in expected(op, tuple(tensors)).items():
+        checks.check_tensor(name, tensors[name], torch, device_type, wanted.texts)
+        _check_dtype(name, wanted.tensor, tensors, torch)
     checks.check_device(tensors.items())
 
 
-def _check_dtype(name: str, described: Tensor, tensors: Mapping[str, Any], torch: Any) -> None:
+def _check_dtype(name: str, tensor: Tensor, tensors: Mapping[str, Any], torch: Any) -> None:
     """dtypes of the description are dtypes by name, CALL for q's, or another tensor's name for its dtype."""
     wanted, words = [], []
-    for dtype in described.dtypes:
+    for dtype in tensor.dtypes:
         whose = "q" if dtype == CALL and "q" in tensors else dtype
         if whose in tensors:
             wanted.append(tensors[whose].dtype)
-            words.append(f"{whose}'s, {wanted[-1]}" if len(described.dtypes) == 1 else str(wanted[-1]))
+            words.append(f"{whose}'s, {wanted[-1]}" if len(tensor.dtypes) == 1 else str(wanted[-1]))
         else:
             wanted.append(getattr(torch, TORCH_DTYPES[dtype]))
             words.append(str(wanted[-1]))
@@ -52,52 +86,37 @@ def _check_dtype(name: str, described: Tensor, tensors: Mapping[str, Any], torch
         raise ArgumentError(name, message, reason="dtype")
 
 
-def layout_of(described: Tensor, tensor: Any, given: Iterable[str]) -> Layout:
-    """The layout that a tensor of the right rank has."""
-    return next(layout for layout in described.layouts_for(given) if len(layout.dims) == tensor.dim())
-
-
 def sizes(op: str, tensors: Mapping[str, Any]) -> dict[str, int]:
     """Every dimension's size by name. ArgumentError ('shape') where two tensors disagree."""
-    known = described(op)
+    table = expected(op, tuple(tensors))
     found: dict[str, int] = {}
     whose: dict[str, str] = {}
     first = [name for name in FIRST if name in tensors]
     for name in (*first, *(name for name in tensors if name not in first)):
         shape = tensors[name].shape
-        for dim, n in zip(layout_of(known[name], tensors[name], tensors).dims, shape, strict=True):
-            dim, n = _solve(name, dim, n)
-            if found.setdefault(dim, n) != n:
-                message = f"shape {tuple(shape)} has {dim} {n}, must be {whose[dim]}'s, {found[dim]}"
+        for (dim, times, plus), n in zip(table[name].layouts[len(shape)], shape, strict=True):
+            size = n * times - plus
+            if size < 0:
+                raise ArgumentError(name, f"is empty, must have {dim} + {plus} entries", reason="shape")
+            if found.setdefault(dim, size) != size:
+                message = f"shape {tuple(shape)} has {dim} {size}, must be {whose[dim]}'s, {found[dim]}"
                 raise ArgumentError(name, message, reason="shape")
             whose.setdefault(dim, name)
     return found
 
 
-def _solve(name: str, dim: str, n: int) -> tuple[str, int]:
-    """(variable, its value) of a dimension such as 'batch + 1' or 'rotary_dim / 2'."""
-    if dim.endswith(" + 1"):
-        if n == 0:
-            raise ArgumentError(name, f"is empty, must have {dim} entries", reason="shape")
-        return dim.removesuffix(" + 1"), n - 1
-    if dim.endswith(" / 2"):
-        return dim.removesuffix(" / 2"), 2 * n
-    return dim, n
-
-
 def check_memory(op: str, tensors: Mapping[str, Any]) -> None:
     """Strides, storage, alignment, and that what is written does not overlap itself."""
-    known = described(op)
-    for name, tensor in tensors.items():
-        described_tensor = known[name]
-        if described_tensor.access == "vectors":
+    for name, (described_as, _, _) in expected(op, tuple(tensors)).items():
+        tensor = tensors[name]
+        if described_as.access == "vectors":
             checks.check_vectors(name, tensor)
-        elif described_tensor.access == "elements":
+        elif described_as.access == "elements":
             checks.check_elements(name, tensor)
         else:
             memory.check_storage((name, tensor))
             memory.check_alignment(tensor.element_size(), (name, tensor.data_ptr()))
-        if described_tensor.role != "in":
+        if described_as.role != "in":
             checks.check_apart_within(name, tensor)
 
 
@@ -111,14 +130,16 @@ def masks(op: str, tensors: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def family(op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of the tensors stays as it is where lengths alone change: sizes of lengths count as 0, 1 or more.
+    """What of the tensors stays as it is where lengths alone change.
 
-    A stride along a dimension outside a length follows from that length, in a contiguous tensor.
+    Strides may follow from a length, in whatever order the dimensions lie. What is expanded stays so: K and V of one
+    head have other facts.
     """
-    known, found = described(op), []
-    for name, tensor in tensors.items():
-        dims = layout_of(known[name], tensor, tensors).dims
-        inner = max((axis for axis, dim in enumerate(dims) if dim in LENGTHS), default=-1)
-        shape = tuple(min(n, 2) if dim in LENGTHS else n for dim, n in zip(dims, tensor.shape, strict=True))
-        found.append((name, shape, tensor.stride()[max(inner, 0) :], tensor.dtype, tensor.get_device()))
+    found = []
+    for name, wanted in expected(op, tuple(tensors)).items():
+        tensor = tensors[name]
+        dims = wanted.layouts[tensor.dim()]
+        shape = tuple([0 if dim.name in LENGTHS else n for dim, n in zip(dims, tensor.shape, strict=True)])
+        expanded = tuple([step == 0 for step in tensor.stride()])
+        found.append((name, shape, expanded, tensor.dtype, tensor.get_device()))
     return tuple(found)

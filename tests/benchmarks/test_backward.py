@@ -21,7 +21,7 @@ from tests.benchmarks.fakes import FakeKernel, attend, tables_read, write_regist
 
 FORWARD = [f"fwd-bf16-d{d}-dv{dv}-m64-n64-w4-s1" for d, dv in ((64, 64), (64, 32))]
 KEY = "bwd-bf16-d64-dv64-m64-n64-w4-s1"
-AROUND = [f"bwd_{part}process-bf16-d256-dv256-m128" for part in ("pre", "post")]
+AROUND = [*(f"bwd_{part}process-bf16-d256-dv256-m128" for part in ("pre", "post")), "bwd_sum-bf16-d256-dv256-m8"]
 TINY = cases.grid({"tiny": (4, 2, 64)}, (64,))
 SMALL = (
     Case("tiny", 80, False, 4, 2, 64, 1, window=9),

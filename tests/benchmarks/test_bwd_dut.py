@@ -24,8 +24,8 @@ KEYS = (
 )
 # Graphs are a GPU's. The two ops around `bwd` run in its checks too.
 CASES = [(KEYS[0], name) for name in checks.OPS["bwd"] if name != "graph_capture"]
-CASES += [(key, name) for key in KEYS[1:3] for name in ("varlen", "determinism")]
-CASES += [(KEYS[3], name) for name in ("splits", "varlen", "determinism")]
+CASES += [(key, name) for key in KEYS[1:3] for name in ("varlen", "determinism", "largest")]
+CASES += [(KEYS[3], name) for name in ("splits", "varlen", "determinism", "largest")]
 
 
 @pytest.fixture

@@ -48,8 +48,8 @@ def test_the_small_calls_take_every_path(key):
     recorder = Recorder()
     small_calls.launch(recorder, key, device="cpu")
     asked = [{name: x for name, x in given.items() if x is not False} for given in recorder.asked]
-    optional = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "sink", "alibi_slopes", "softcap", "window",
-                "deterministic", "return_lse"}  # fmt: skip
+    optional = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "sink", "alibi_slopes",
+                "softcap", "window", "deterministic", "return_lse"}  # fmt: skip
     assert all(0 < sum(name in given for given in asked) < len(asked) for name in optional)
     assert {given["q"].shape[-2] // given["k"].shape[-2] for given in asked} == {1, 2, 3, 6}
     tensors = [x for given in asked for x in given.values() if hasattr(x, "untyped_storage")]

@@ -62,6 +62,12 @@ CAUGHT = {
     (PAGED, "a graph keeps the table"): "graph_capture",
     (PAGED, "a cold capture"): "graph_capture",
     (PAGED, "a plan keeps its first lengths"): "streams",
+    (PAGED, "leftpad ignored"): "leftpad",
+    (LOW, "one key of the padding too many"): "leftpad",
+    (PAGED, "padding that ends behind the keys ignored"): "leftpad",
+    (PAGED, "heads · heads_kv in 32 bits"): "largest",
+    (PAGED, "32-bit offsets "): "largest",
+    (LOW, "32-bit rows of pages"): "largest",
     (COMBINE, "partials weighted alike"): "combine",
     (COMBINE, "lse of the last split"): "combine",
     (COMBINE, "weights without their maximum"): "combine",
@@ -72,6 +78,8 @@ CAUGHT = {
     (COMBINE, "output not returned"): "into_given",
     (COMBINE_BF16, "writes columns beyond head_dim_v"): "into_given",
     (COMBINE, "not deterministic"): "determinism",
+    (COMBINE, "32-bit offsets"): "largest",
+    (COMBINE_BF16, "lse of the last split"): "largest",
     (APPEND, "appended a row late"): "append_rows",
     (APPEND, "a row beside is cleared"): "append_rows",
     (APPEND, "no room ignored"): "append_rows",
@@ -80,6 +88,10 @@ CAUGHT = {
     (APPEND, "a position too far"): "rotary",
     (APPEND, "32-bit rows"): "beyond_2g",
     (APPEND, "not deterministic"): "determinism",
+    (APPEND, "lost pages are written"): "lost_pages",
+    (APPEND_LOW, "appended a row late"): "lost_pages",
+    (APPEND, "appended a row late "): "largest",
+    (APPEND_LOW, "heads in 16 bits"): "largest",
 }
 
 

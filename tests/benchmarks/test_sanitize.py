@@ -137,7 +137,8 @@ def test_the_small_calls_take_every_path(key):
         varlen = attn
 
     small_calls.launch(Recorder(), key, device="cpu")
-    optional = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "sink", "alibi_slopes", "softcap", "window"}
+    optional = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"}
+    optional |= {"sink", "alibi_slopes", "softcap", "window"}
     assert all(0 < sum(name in given for given in calls) < len(calls) for name in optional)
     variant, dims = Variant.parse(key), {(given["q"].shape[-1], given["v"].shape[-1]) for given in calls}
     full = (variant.head_dim, variant.head_dim_v)
@@ -176,6 +177,7 @@ def test_the_small_calls_over_caches_take_every_path(key):
 
     small_calls.launch(Recorder(), key, device="cpu")
     optional = {"cu_seqlens_q", "seqused_q", "sink", "alibi_slopes", "softcap", "block_table", "k", "rotary_cos"}
+    optional |= {"cache_leftpad"}
     optional |= {"k_descale"} if key.endswith("kv") else set()
     assert all(0 < sum(name in given for given in calls) < len(calls) for name in optional)
     assert {given.get("num_splits", 0) for given in calls} >= {0, 1, 3}

@@ -119,7 +119,7 @@ class AppendCall(PagedCall):
         shape, attention = self.shape, case.paged.attention
         self.still = attention.window == (None, None)
         self.start = self.shareable(device)
-        at, self.place = self.pages.places(self.start, self.k.lengths)
+        at, self.place = self.pages.places(self.start, self.k.ends)
         self.at = (at[0], at[1] - self.start[at[0]])  # entry and number of each new token that finds room
         for name in "kv":
             empty = canaries((1,), case.paged.dtype, device)
@@ -154,6 +154,14 @@ class AppendCall(PagedCall):
         positions = self.start[:, None] + steps
         return rotated(x, *self.cos_sin, positions, self.appended.rotary == "interleaved")
 
+    def lose(self, lost: torch.Tensor) -> None:
+        """Make the pages of these columns, bool (batch, columns), -1: nothing arrives in them."""
+        entry, number = self.at
+        kept = ~lost[entry, (self.start[entry] + number) // self.pages.page_size]
+        self.pages.table[lost] = -1
+        self.at = entry[kept], number[kept]
+        self.place = tuple(x[kept] for x in self.place)
+
     def restore(self) -> None:
         """Take the new rows out of the cache again."""
         for name, before in self.before.items():
@@ -161,8 +169,7 @@ class AppendCall(PagedCall):
 
     def problems(self, out: torch.Tensor, lse: torch.Tensor) -> list[str]:
         found = self.cache_problems()
-        whole = torch.zeros_like(self.start), self.k.lengths
-        all_at, all_place = self.pages.places(*whole)
+        all_at, all_place = self.places(torch.zeros_like(self.start), self.k.ends)
         for name in "kv":
             self.clean[name][all_at] = take(self.tensors[name], all_place).to(self.clean[name].dtype)
         self.clean["q"] = self._rotated(self.queries, self.still)[0].to(self.queries.dtype)

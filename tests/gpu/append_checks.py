@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from registry.contract import Variant
 from tests.gpu.append_cases import append
 from tests.gpu.dut import Dut
 from tests.gpu.inputs import FAMILIES, Shape, values
-from tests.gpu.paged_checks import FAR_PAGE, append_cases, around_pages
+from tests.gpu.paged_checks import DESCALES, FAR_PAGE, LAYOUTS, append_cases, around_pages
 from tests.gpu.paged_inputs import E4M3, Cache, cache_dtype, canaries, quantised, raw
 from tests.gpu.paged_launch_checks import repeated_append
 from tests.gpu.report import Report, Scale
@@ -36,6 +37,26 @@ def rotary(dut: Dut, key: str, scale: Scale) -> None:
             asked["window"] = ((None, None), (None, 0))[turn // 4 % 2]
             before = around_pages(16, scale)["edges"]
             report.call(dut, append(key, (4, 2), 3, before, 3, Cache(16), family=FAMILIES[turn % 3], **asked))
+    report.done()
+
+
+def lost_pages(dut: Dut, key: str, scale: Scale) -> None:
+    """Pages of number -1: new tokens in them are written nowhere, not before the cache either; all others arrive."""
+    report = Report()
+    pages = (1, 3, 16, 64)
+    for seed, (page, whole, rotary) in enumerate(product(pages, (False, True), ("", "halves", "interleaved"))):
+        before, tokens = around_pages(page, scale)["edges"], (1, 3, 17)[seed % 3]
+        more: dict[str, Any] = {"rotary": rotary, "rotary_dim": 16 if rotary else 0, "window": (None, 0), "seed": seed}
+        cache = Cache(page, descale=DESCALES[seed % 3], **tuple(LAYOUTS.values())[seed % 3])
+        dims = _dims(key, scale)[seed % len(_dims(key, scale))]
+        call = append(key, (4, 2), 3, before, tokens, cache, dims=dims, **more).on(dut.device)
+        # Of every other entry the last of its pages or, as graphs are padded, all of them.
+        last = (call.k.ends - 1)[:, None] // page
+        column = torch.arange(call.pages.table.shape[1], device=dut.device)
+        odd = torch.arange(len(before), device=dut.device)[:, None] % 2 == seed // 2 % 2
+        call.lose(odd & ((column == last) | whole))
+        call(dut)
+        report.note(f"{call.appended}, page {page}, whole entries {whole}", call.cache_problems())
     report.done()
 
 

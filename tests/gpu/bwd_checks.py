@@ -21,6 +21,8 @@ from tests.gpu.feature_checks import MODIFIERS, draw
 from tests.gpu.inputs import FAMILIES
 from tests.gpu.report import MASKS, Report, Scale
 
+ROUNDING = 2**-6  # of the largest gradient: what an output that is rounded otherwise changes
+
 
 def lengths(dut: Dut, key: str, scale: Scale) -> None:
     """Lengths × head ratios × masks, input families in turn."""
@@ -100,7 +102,8 @@ def head_dims(dut: Dut, key: str, scale: Scale) -> None:
 
 
 def strides(dut: Dut, key: str, scale: Scale) -> None:
-    """Strided inputs and gradients of outputs: each bit-equal to the same values in order."""
+    """Strided inputs and gradients of outputs: each bit-equal to the same values in order. Heads that are one run as
+    one, in another tile of the forward: those gradients are equal but for rounding."""
     report = Report()
     case = dense(key, 2, (6, 2), scale.bwd_ragged, dims_of(key, 2), dlse=True, deterministic=True, window=CAUSAL)
     call = BwdCall(case, dut.device)
@@ -112,7 +115,8 @@ def strides(dut: Dut, key: str, scale: Scale) -> None:
         (right,) = call(dut)
         call.inputs = inputs
         (got,) = call(dut)
-        report.expect(bool(same(got, right)), f"{name}: differs from contiguous inputs")
+        equal = near if name == "k and v expanded over the heads" else same
+        report.expect(bool(equal(got, right)), f"{name}: differs from contiguous inputs")
         if "expanded" not in name:
             report.note(name, call.problems(got))
     call.inputs = ordered
@@ -123,6 +127,12 @@ def strides(dut: Dut, key: str, scale: Scale) -> None:
         (got,) = call(dut)
         report.expect(bool(same(got, right)), f"{name}: differs from a contiguous one")
     report.done()
+
+
+def near(got: Any, right: Any) -> bool:
+    """Whether gradients differ by no more than the forward's rounding of its output brings about."""
+    pairs = [(got[name].float(), right[name].float()) for name in right]
+    return all(bool((a - b).abs().max() <= ROUNDING * b.abs().max()) for a, b in pairs)
 
 
 def _layouts(ordered: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

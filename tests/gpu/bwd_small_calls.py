@@ -20,6 +20,7 @@ def cases(key: str) -> list[BwdCase]:
     modified: dict[str, Any] = {"softcap": 15.0, "alibi": "batch", "dlse": True}
     ragged = Lengths((70, 0, 1, 140), (150, 40, 200, 9), (66, 0, 1, 140), (150, 17, 131, 0), spare=5)
     dense_q = Lengths((19, 19), (200, 33), (19, 3), packed_q=False)
+    padded = Lengths((70, 1, 9), (200, 40, 9), None, (170, 40, 7), leftpad=(75, -3, 9))
     full = [dims_of(key, turn) for turn in range(5)]
     smaller = [(dim - 8, dim_v - 8) for dim, dim_v in full]
     return [
@@ -29,6 +30,7 @@ def cases(key: str) -> list[BwdCase]:
         varlen(key, (3, 1), ragged, smaller[3], window=(33, 7), sink="low", **modified),
         varlen(key, (2, 1), ragged, full[4], window=CAUSAL, alibi="heads", deterministic=True),
         varlen(key, (1, 1), dense_q, full[0], window=CAUSAL),
+        varlen(key, (2, 1), padded, smaller[2], alibi="batch"),
     ]
 
 

@@ -82,6 +82,7 @@ class BwdStand(Stand):
         cu_q, cu_k, used_q, used_k = (given.get(f"{a}_{b}") for a in ("cu_seqlens", "seqused") for b in "qk")
         if fault == "seqused_k ignored":
             used_k = None
+        leftpad = None if fault == "leftpad ignored in the backward" else given.get("leftpad_k")
         changed = {"causal": False, "softmax_scale": None, "window": None, "softcap": 0.0} | given
         if fault == "causal ignored":
             changed["causal"] = False
@@ -90,7 +91,7 @@ class BwdStand(Stand):
         options.left = options.left and options.left + (fault == "window one too wide")
         options.scale *= {"scale 0.5 % off": 1.005}.get(fault, 1)
         by_row, dlse_by_row = (None if x is None else x.transpose(-1, -2) for x in (lse, dlse))
-        rooms = zip(self._rooms(q, cu_q, used_q), self._rooms(k, cu_k, used_k), strict=True)
+        rooms = zip(self._rooms(q, cu_q, used_q), self._rooms(k, cu_k, used_k, leftpad), strict=True)
         for b, (at_q, at_k) in enumerate(rooms):
             of_q = [None if x is None else _rows(x, at_q) for x in (q, out, by_row, dout, dlse_by_row)]
             if fault == "statistics off by the padding" and cu_q is not None:
@@ -102,6 +103,8 @@ class BwdStand(Stand):
                 dk = dk.roll(b, 0)
             for whole, part, at in zip(found, (dq, dk, dv), (at_q, at_k, at_k), strict=False):
                 _rows(whole, at).copy_(part)
+                if fault == "gradients of the padding are not 0" and at[1].start and at is at_k and leftpad is not None:
+                    _rows(whole, (at[0], slice(at[1].start - 1, at[1].start))).fill_(1)
             if sink is not None:
                 found[3] += dsink
             if slopes is not None:
@@ -117,9 +120,13 @@ class BwdStand(Stand):
         fault, dtype, heads_kv = self.broken, q.dtype, k.shape[1]
         heads = torch.arange(q.shape[1])
         pick = heads % heads_kv if fault == "heads mapped wrongly" else heads // (q.shape[1] // heads_kv)
+        if fault == "heads · heads_kv in 32 bits":
+            pick = heads * heads_kv % self.long // q.shape[1]
         q, k, v, dout = (x.float().transpose(0, 1).contiguous() for x in (q, k[:, pick], v[:, pick], dout))
         p, slant, distance = self._weights(q, k, lse, options)
         delta = (dout * out.float().transpose(0, 1)).sum(-1)
+        if fault == "statistics of the first heads":
+            delta = delta[torch.arange(len(delta)) % 128]
         if dlse is not None and fault != "delta without dLSE":
             delta = delta - dlse.T
         dscore = p * (dout @ v.mT - delta[..., None])
@@ -186,6 +193,10 @@ class BwdStand(Stand):
             dq[1:] = dq[:1]
         if fault == "32-bit workspaces" and q.dim() == 4 and dq.numel() > self.long:
             dq[-1] = 0
+        if fault == "32-bit rows of the accumulator" and q.dim() == 4 and q.shape[1] * self.variant_dim > self.long:
+            dq[:, -300:] = 0
+        if fault == "entries in 16 bits" and q.dim() == 4 and q.shape[0] * 128 * self.variant_dim > self.long:
+            dk[16:] = dk[:1]
         cu_k = given.get("cu_seqlens_k")
         if fault == "rows behind the last entry written" and cu_k is not None:
             dk[int(cu_k[-1]) :] = 1

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import Any
 
 from tests.gpu.bwd_cases import dims_of
 from tests.gpu.bwd_cases import varlen as varlen_case
 from tests.gpu.cases import CAUSAL, OPEN, Lengths
+from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.feature_checks import MODIFIERS
 from tests.gpu.inputs import FAMILIES
 from tests.gpu.report import MASKS, Report, Scale
-from tests.gpu.varlen_checks import rooms, used
+from tests.gpu.varlen_checks import padded_entries, padded_lengths, rooms, tile_of_keys, used
 
 
 def varlen(dut: Dut, key: str, scale: Scale) -> None:
@@ -61,4 +63,28 @@ def varlen_many(dut: Dut, key: str, scale: Scale) -> None:
     for seed, (lengths, window) in enumerate(product(batches.values(), (OPEN, CAUSAL))):
         more = {"family": FAMILIES[seed % 3], "seed": seed, "window": window, "deterministic": seed % 4 == 3}
         report.call(dut, varlen_case(key, (4, 2), lengths, dims_of(key, seed), **more))
+    report.done()
+
+
+def leftpad(dut: Dut, key: str, scale: Scale) -> None:
+    """Padding in front of keys, around every edge, × packed and dense × seqused × masks × modifiers × head ratios.
+
+    Keys of the padding are NaN, so that one that is read shows; their gradients are 0.
+    """
+    report = Report()
+    keys, padding = padded_entries(tile_of_keys(key, scale))
+    queries = tuple((scale.near[0], 1, 17, 40)[i % 4] for i in range(len(keys)))
+    factors: dict[str, tuple[Any, ...]] = {
+        "modifier": tuple(MODIFIERS), "window": MASKS, "family": FAMILIES,
+        "heads": (*scale.groups.values(), (8, 1)), "packed_k": (True, False), "used_k": (False, True),
+        "packed_q": (True, False), "dlse": (False, True), "deterministic": (False, True),
+    }  # fmt: skip
+    for seed, case in enumerate(covering(factors)):
+        lengths = padded_lengths(queries, keys, padding, *(case.pop(n) for n in ("packed_q", "packed_k", "used_k")))
+        more = MODIFIERS[case.pop("modifier")]
+        report.call(dut, varlen_case(key, case.pop("heads"), lengths, dims_of(key, seed), seed=seed, **case, **more))
+    few = ((3 * max(keys), 40), (2 * max(keys), 9))  # of so few keys, blocks share a group's heads
+    for seed, packed in enumerate((True, False)):
+        lengths = padded_lengths((scale.near[0], 17), *few, packed, packed, not packed)
+        report.call(dut, varlen_case(key, (8, 1), lengths, dims_of(key, seed), seed=seed, window=CAUSAL))
     report.done()

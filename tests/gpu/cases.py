@@ -30,6 +30,7 @@ class Lengths:
     q, k: rows that the array has for each entry; all the same if it is not packed. used_q, used_k: rows that count,
     given to the device as seqused; None: all, and seqused is not given. packed_q, packed_k: (tokens, heads, head_dim)
     with cu_seqlens. spare: rows of a packed array behind its last entry. told: whether the call states max_seqlen.
+    leftpad: of k, as the device is told: it is cut to the entry's keys; None: not given.
     """
 
     q: tuple[int, ...]
@@ -40,6 +41,7 @@ class Lengths:
     packed_k: bool = True
     spare: int = 0
     told: bool = True
+    leftpad: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,20 @@ def varlen(key: str, heads: tuple[int, int], lengths: Lengths, dims: Dims | None
 class Side:
     """Where the rows of one side's entries lie, in the device's array and in the reference's (batch, seqlen, …).
 
-    cu_seqlens, seqused: int32 tensors, or None where the call has none.
+    cu_seqlens, seqused, leftpad: int32 tensors, or None where the call has none. ends: int64 (batch,), where each
+    entry's rows end; padding: how many before do not count; lengths: the others, which the reference has alone.
     """
 
     def __init__(
-        self, rooms: Sequence[int], used: Sequence[int] | None, packed: bool, spare: int, seqlen: int, device: Any
-    ):
+        self, rooms: Sequence[int], used: Sequence[int] | None, packed: bool, spare: int, seqlen: int, device: Any,
+        leftpad: Sequence[int] | None = None,
+    ):  # fmt: skip
         self.packed, self.batch, self.seqlen = packed, len(rooms), seqlen
-        counts = torch.tensor(rooms if used is None else used, dtype=torch.int64, device=device)
+        self.ends = torch.tensor(rooms if used is None else used, dtype=torch.int64, device=device)
+        given = torch.tensor(leftpad or (0,) * len(rooms), dtype=torch.int64, device=device)
+        self.padding = torch.minimum(given.clamp(min=0), self.ends)
+        self.leftpad = None if leftpad is None else integers(leftpad, device)
+        counts = self.ends - self.padding
         starts = [0]
         for room in rooms:
             starts.append(starts[-1] + room)
@@ -102,8 +110,8 @@ class Side:
         entry = torch.repeat_interleave(torch.arange(self.batch, device=device), counts)
         row = torch.arange(entry.numel(), device=device) - (counts.cumsum(0) - counts)[entry]
         self.reference = (entry, row)
-        first = torch.tensor(starts[:-1], dtype=torch.int64, device=device)
-        self.device = (first[entry] + row,) if packed else (entry, row)
+        first = torch.tensor(starts[:-1], dtype=torch.int64, device=device) * packed + self.padding
+        self.device = (first[entry] + row,) if packed else (entry, first[entry] + row)
 
     def empty(self, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         """The device's array, all NaN, amid NaN."""
@@ -134,7 +142,9 @@ class Call:
             whole = ((seqlen,) * shape.batch for seqlen in (shape.seqlen_q, shape.seqlen_k))
             lengths = Lengths(*whole, packed_q=False, packed_k=False)
         self.q = Side(lengths.q, lengths.used_q, lengths.packed_q, lengths.spare, shape.seqlen_q, device)
-        self.k = Side(lengths.k, lengths.used_k, lengths.packed_k, lengths.spare, shape.seqlen_k, device)
+        self.k = Side(
+            lengths.k, lengths.used_k, lengths.packed_k, lengths.spare, shape.seqlen_k, device, lengths.leftpad
+        )
         self.clean = values(shape, case.family, device, case.seed)
         self.sink = self.slopes = None
         if case.sink:
@@ -166,6 +176,7 @@ class Call:
             asked |= {f"cu_seqlens_{name}": side.cu_seqlens, f"seqused_{name}": side.seqused}
             if side.packed and case.lengths is not None and case.lengths.told:
                 asked[f"max_seqlen_{name}"] = side.seqlen
+        asked["leftpad_k"] = self.k.leftpad
         return {name: value for name, value in asked.items() if value is not None}
 
     def __call__(self, dut: Any, **more: Any) -> Any:

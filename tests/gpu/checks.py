@@ -13,18 +13,21 @@ from collections.abc import Callable
 from tests.gpu import (
     append_checks,
     bwd_checks,
+    bwd_large_checks,
     bwd_launch_checks,
     bwd_varlen_checks,
     combine_checks,
     paged_checks,
+    paged_large_checks,
     paged_launch_checks,
 )
 from tests.gpu.dense_checks import beyond_2g, empty, lse, strided, windows, yardstick
 from tests.gpu.dut import Dut
 from tests.gpu.feature_checks import drawn, head_dims, pack_gqa, score_mods
+from tests.gpu.large_checks import largest
 from tests.gpu.launch_checks import determinism, graph_capture, streams
 from tests.gpu.report import FULL, TINY, Scale
-from tests.gpu.varlen_checks import varlen, varlen_many
+from tests.gpu.varlen_checks import leftpad, unused_rows, varlen, varlen_many
 
 __all__ = ["CHECKS", "FULL", "OPS", "TINY"]
 
@@ -39,6 +42,7 @@ CHECKS = _named(
     *(yardstick, lse, strided, windows, empty, beyond_2g),
     *(head_dims, score_mods, pack_gqa, varlen, varlen_many, drawn),
     *(determinism, graph_capture, streams),
+    *(leftpad, unused_rows, largest),
 )
 OPS: dict[str, dict[str, Check]] = {
     "fwd": CHECKS,
@@ -47,15 +51,20 @@ OPS: dict[str, dict[str, Check]] = {
         *(paged_checks.pack_gqa, paged_checks.head_dims, paged_checks.strided, paged_checks.empty),
         *(paged_checks.beyond_2g, paged_checks.append_and_attend, paged_checks.drawn),
         *(paged_launch_checks.determinism, paged_launch_checks.graph_capture, paged_launch_checks.streams),
+        *(paged_checks.leftpad, paged_large_checks.largest),
     ),
-    "fwd_combine": _named(combine_checks.combine, combine_checks.into_given, combine_checks.determinism),
+    "fwd_combine": _named(combine_checks.combine, combine_checks.into_given, combine_checks.determinism)
+    | {"largest": paged_large_checks.largest_combine},
     "kv_append": _named(
         *(append_checks.append_rows, append_checks.rotary, append_checks.beyond_2g, append_checks.determinism),
-    ),
+        append_checks.lost_pages,
+    )
+    | {"largest": paged_large_checks.largest_append},
     "bwd_preprocess": _named(
         *(bwd_checks.scores, bwd_varlen_checks.varlen, bwd_varlen_checks.varlen_many, bwd_checks.head_dims),
         *(bwd_checks.strides, bwd_checks.empty, bwd_checks.drawn),
         *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
+        bwd_large_checks.largest,
     ),
     "bwd": _named(
         *(bwd_checks.lengths, bwd_checks.masks, bwd_checks.gqa),
@@ -63,14 +72,17 @@ OPS: dict[str, dict[str, Check]] = {
         *(bwd_checks.strides, bwd_checks.empty, bwd_checks.splits, bwd_checks.drawn),
         *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
         *(bwd_launch_checks.streams, bwd_launch_checks.autograd),
+        *(bwd_varlen_checks.leftpad, bwd_large_checks.largest),
     ),
     "bwd_sum": _named(
         *(bwd_checks.splits, bwd_varlen_checks.varlen, bwd_checks.head_dims, bwd_checks.drawn),
         *(bwd_launch_checks.determinism, bwd_launch_checks.graph_capture),
+        bwd_large_checks.largest,
     ),
     "bwd_postprocess": _named(
         *(bwd_checks.lengths, bwd_checks.gqa, bwd_varlen_checks.varlen, bwd_varlen_checks.varlen_many),
         *(bwd_checks.head_dims, bwd_checks.empty, bwd_checks.drawn),
         *(bwd_launch_checks.determinism, bwd_launch_checks.large, bwd_launch_checks.graph_capture),
+        bwd_large_checks.largest,
     ),
 }

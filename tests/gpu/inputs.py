@@ -77,7 +77,7 @@ def astray(dims: tuple[int, int], dtype: torch.dtype, device: Any) -> dict[str, 
     """Packed arrays of 40 rows, and lengths that claim others: kernels have to cut them. dims: head_dim, head_dim_v."""
     lengths = {
         "cu_seqlens_q": [0, 9, 2**30], "cu_seqlens_k": [-7, 30, 2**30],
-        "seqused_q": [2**30, 2**30], "seqused_k": [-3, 2**30],
+        "seqused_q": [2**30, 2**30], "seqused_k": [-3, 2**30], "leftpad_k": [2**30, -5],
     }  # fmt: skip
     given = {name: torch.ones(40, 1, dims[name == "v"], dtype=dtype, device=device) for name in "qkv"}
     return given | {name: torch.tensor(numbers, dtype=torch.int32, device=device) for name, numbers in lengths.items()}

@@ -99,6 +99,7 @@ def inputs_of(call: Call) -> list[torch.Tensor]:
     """All that a call reads: each array with what surrounds it."""
     read = [x for name, x in call.tensors.items() if name != "out"]
     read += [call.sink, call.slopes, call.q.cu_seqlens, call.k.cu_seqlens, call.q.seqused, call.k.seqused]
+    read.append(call.k.leftpad)
     return [x._base for x in read if x is not None]
 
 

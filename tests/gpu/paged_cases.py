@@ -45,13 +45,18 @@ def paged(
     dims: Dims | None = None,
     used_q: Sequence[int] | None = None,
     spare: int = 0,
+    leftpad: Sequence[int] | None = None,
     **more: Any,
 ) -> PagedCase:
-    """q: tokens of every entry, or of each one of a packed array. k: keys of each entry. more: fields of Case."""
+    """q: tokens of every entry, or of each one of a packed array. k: keys of each entry. leftpad: as `Lengths` has it,
+    of entries that share no pages. more: fields of Case."""
+    if leftpad is not None and cache.order == "shared":
+        raise ValueError("leftpad: entries that share pages have none")
     k, packed = tuple(k), not isinstance(q, int)
     rows = tuple(q) if not isinstance(q, int) else (q,) * len(k)
     room = (max(k, default=0),) * len(k)
-    lengths = Lengths(rows, room, None if used_q is None else tuple(used_q), k, packed, False, spare)
+    used, padding = (None if x is None else tuple(x) for x in (used_q, leftpad))
+    lengths = Lengths(rows, room, used, k, packed, False, spare, leftpad=padding)
     shape = shape_of(key, len(k), heads, max(rows, default=0), max(k, default=0), dims)
     door = "varlen" if packed or used_q is not None else "kvcache" if cache.page_size is None else door
     return PagedCase(Case(shape, lengths=lengths, **more), cache, cache_dtype(key), num_splits, door)
@@ -69,7 +74,7 @@ class PagedCall(Call):
         super().__init__(case.attention, device)
         self.paged, seed = case, case.attention.seed
         shape, cache = self.shape, case.cache
-        self.pages = Pages(self.k.lengths, self.shareable(device), cache, device, seed)
+        self.pages = Pages(self.k.ends, self.shareable(device), cache, device, seed)
         self.descale: dict[str, torch.Tensor] = {}
         if cache.descale and case.dtype == E4M3:
             size = (shape.heads_kv,) if cache.descale == "heads" else (shape.batch, shape.heads_kv)
@@ -79,15 +84,20 @@ class PagedCall(Call):
         dims = shape.head_dim, shape.head_dim_v
         k, v = self.pages.empty(shape.heads_kv, dims, case.dtype, cache)
         self.tensors |= {"k": k, "v": v}
-        self.put(torch.zeros_like(self.k.lengths), self.k.lengths, stored)
+        self.put(torch.zeros_like(self.k.ends), self.k.ends, stored)
         self.batch_idx = self.pages.table[:, 0].contiguous()
         self.snapshot()
 
     def put(self, start: torch.Tensor, end: torch.Tensor, stored: Mapping[str, torch.Tensor]) -> None:
-        """Write tokens start to end of every entry, as the cache holds them, into the cache."""
-        at, place = self.pages.places(start, end)
+        """Write tokens start to end of every entry, as the cache holds them, into the cache; none of the padding."""
+        at, place = self.places(start, end)
         for name, x in stored.items():
             raw(self.tensors[name])[place] = raw(x)[at]
+
+    def places(self, start: torch.Tensor, end: torch.Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Where the reference and the cache have tokens start to end of every entry, those of its padding left out."""
+        (entry, token), place = self.pages.places(torch.maximum(start, self.k.padding), end)
+        return (entry, token - self.k.padding[entry]), place
 
     def snapshot(self) -> None:
         """Remember the caches as they are now: a call is to leave them so."""
@@ -95,7 +105,7 @@ class PagedCall(Call):
 
     def shareable(self, device: Any) -> torch.Tensor:
         """How many tokens of each entry may lie in pages of another."""
-        return self.k.lengths
+        return self.k.ends
 
     def stored(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Keys or values (batch, seqlen, heads_kv, dim) as the cache holds them."""
@@ -122,6 +132,8 @@ class PagedCall(Call):
         if "window" in options:
             options["window_size"] = tuple(-1 if side is None else side for side in options.pop("window"))
         options["cache_seqlens"] = options.pop("seqused_k")
+        if "leftpad_k" in options:
+            options["cache_leftpad"] = options.pop("leftpad_k")
         if not self.pages.contiguous:
             return options | {"block_table": self.pages.table}
         return options if self.paged.cache.order == "in order" else options | {"cache_batch_idx": self.batch_idx}
@@ -152,4 +164,4 @@ class PagedCall(Call):
     def inputs(self) -> list[torch.Tensor]:
         """All that a call reads."""
         read = [*self.tensors.values(), *self.descale.values(), self.sink, self.slopes, self.pages.table]
-        return [x for x in (*read, self.q.cu_seqlens, self.q.seqused, self.k.seqused) if x is not None]
+        return [x for x in (*read, self.q.cu_seqlens, self.q.seqused, self.k.seqused, self.k.leftpad) if x is not None]

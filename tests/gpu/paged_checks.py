@@ -20,6 +20,7 @@ from tests.gpu.launch_checks import same
 from tests.gpu.paged_cases import PagedCall, PagedCase, enough, paged
 from tests.gpu.paged_inputs import Cache, canaries, is_low, raw
 from tests.gpu.report import MASKS, Report, Scale
+from tests.gpu.varlen_checks import padded_entries, tile_of_keys
 from tests.gpu.yardstick import problems
 
 DESCALES = ("", "heads", "batch")
@@ -250,6 +251,35 @@ def append_cases(key: str, scale: Scale, dims: tuple[tuple[int, int] | None, ...
             rotary=rotary if rotary_dim else "", rotary_dim=rotary_dim, family=FAMILIES[seed % 3], seed=seed,
             **asked,
         )  # fmt: skip
+
+
+def leftpad(dut: Dut, key: str, scale: Scale) -> None:
+    """Padding in front of keys, around every edge of tiles and pages, × splits × masks × modifiers; long padding; new
+    keys behind and inside it.
+
+    Keys of the padding are NaN, and so is what a kernel makes of one that it reads.
+    """
+    tile = tile_of_keys(key, scale)
+    factors: dict[str, tuple[Any, ...]] = {
+        "modifier": tuple(MODIFIERS), "window": MASKS, "splits": scale.splits[:4],
+        "page": (1, 16, tile, 3 * tile, None), "heads": tuple(scale.groups.values()), "layout": tuple(LAYOUTS),
+        "seqlen_q": (*scale.few_queries, 40), "family": FAMILIES, "door": ("kvcache", "varlen"),
+        "descale": DESCALES if is_low(key) else ("",),
+    }  # fmt: skip
+    keys, padding = padded_entries(tile)
+    cases: list[Any] = []
+    for seed, case in enumerate(covering(factors)):
+        cache = Cache(case.pop("page"), descale=case.pop("descale"), **LAYOUTS[case.pop("layout")])
+        more = MODIFIERS[case.pop("modifier")] | {"num_splits": case.pop("splits"), "leftpad": padding, "seed": seed}
+        cases.append(paged(key, case.pop("heads"), case.pop("seqlen_q"), keys, cache, **case, **more))
+    for seed, (count, window) in enumerate(product((0, 1, 7), (OPEN, CAUSAL, (50, 0)))):
+        k, longest = (scale.longest_keys, scale.longest_keys // 3, scale.longest_keys), scale.longest_keys
+        more = {"leftpad": (longest * 4 // 5, longest // 3 - 2, longest), "num_splits": count, "seed": seed}
+        cases.append(paged(key, (16, 2), 2, k, Cache(16), window=window, sink=("", "fp32", "low")[seed % 3], **more))
+    for seed, (rotary, window) in enumerate(product(("", "halves", "interleaved"), (OPEN, CAUSAL))):
+        asked = {"rotary": rotary, "rotary_dim": 16 if rotary else 0, "window": window, "num_splits": seed % 3}
+        cases.append(append(key, (4, 2), 2, keys, 2, Cache((16, None)[seed % 2]), leftpad=padding, seed=seed, **asked))
+    both_ways(dut, key, cases)
 
 
 def drawn(dut: Dut, key: str, scale: Scale) -> None:

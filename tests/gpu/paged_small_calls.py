@@ -31,6 +31,7 @@ def cases(key: str) -> list[PagedCase | AppendCase]:
         paged(key, (2, 2), 1, (200, 33), Cache(None, "in order", spare=0)),
         paged(key, (3, 1), rows, keys, Cache(3, spare=0, descale="heads"), window=(33, 7), sink="low", **MODIFIED),
         paged(key, (2, 2), rows, keys, Cache(48), used_q=(38, 0, 1, 5), num_splits=1, window=CAUSAL),
+        paged(key, (2, 1), 3, keys, tight, num_splits=2, leftpad=(33, -3, 1, 150), window=CAUSAL, alibi="heads"),
         *_appending(key, (variant.head_dim, variant.head_dim_v)),
     ]
 
@@ -70,7 +71,10 @@ def tight(x: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def astray(key: str, dims: tuple[int, int], device: str) -> list[dict[str, Any]]:
-    """Two entries with room for 48 tokens each, and lengths that are negative or claim more: kernels must cut them."""
+    """Two entries with room for 48 tokens each, and lengths that are negative or claim more: kernels must cut them.
+
+    And an entry all of whose pages are -1.
+    """
     dtype = DTYPES[Variant.parse(key).dtype]
 
     def ones(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -81,8 +85,15 @@ def astray(key: str, dims: tuple[int, int], device: str) -> list[dict[str, Any]]
         for name, dim in zip(("k_cache", "v_cache"), dims, strict=True)
     }
     table = torch.arange(6, dtype=torch.int32, device=device).view(2, 3)
+    lost = table.clone()
+    lost[1] = -1  # as graphs are padded
     lengths = torch.tensor([-3, 2**30], dtype=torch.int32, device=device)
+    padding = torch.tensor([2**30, -5], dtype=torch.int32, device=device)
     given = {"q": ones(2, 2, 2, dims[0]), **cache, "block_table": table, "cache_seqlens": lengths}
     new = {"k": ones(2, 2, 1, dims[0]), "v": ones(2, 2, 1, dims[1])}
     rotary = {"rotary_cos": ones(9, 8), "rotary_sin": ones(9, 8)}
-    return [given, {**given, "num_splits": 3}, {**given, **new, **rotary, "causal": True}]
+    appending = {**given, **new, **rotary, "causal": True}
+    return [
+        given, {**given, "num_splits": 3}, {**given, "cache_leftpad": padding}, appending,
+        {**appending, "block_table": lost, "cache_seqlens": torch.zeros_like(lengths) + 15},
+    ]  # fmt: skip

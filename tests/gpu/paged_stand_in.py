@@ -30,6 +30,7 @@ class Store:
     v: Any
     table: Any
     lengths: Any
+    leftpad: Any
     k_descale: Any
     v_descale: Any
 
@@ -49,16 +50,17 @@ class PagedStand(Stand):
                v_descale: Any = None, cu_seqlens_q: Any = None, max_seqlen_q: Any = None, seqused_q: Any = None,
                seqused_k: Any = None, causal: Any = False, softmax_scale: Any = None, window: Any = None,
                softcap: float = 0.0, sink: Any = None, alibi_slopes: Any = None, return_lse: bool = False,
-               out: Any = None) -> Any:  # fmt: skip
+               leftpad_k: Any = None, out: Any = None) -> Any:  # fmt: skip
         if seqused_q is not None and num_splits > 1 and self.fault != "seqused_q with splits accepted":
             raise ArgumentError("num_splits", "must be 0 or 1 with seqused_q", reason="value")
         options = self._options(q, v, causal, softmax_scale, window, softcap, sink, alibi_slopes)
-        store = Store(k, v, page_table, seqused_k, k_descale, v_descale)
+        store = Store(k, v, page_table, seqused_k, leftpad_k, k_descale, v_descale)
         return self._over(store, q, cu_seqlens_q, seqused_q, options, alibi_slopes, num_splits, out, lambda: None)
 
     def kvcache(self, q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, rotary_cos: Any = None,
-                rotary_sin: Any = None, cache_seqlens: Any = None, cache_batch_idx: Any = None, block_table: Any = None,
-                softmax_scale: Any = None, causal: Any = False, window_size: Any = (-1, -1), softcap: float = 0.0,
+                rotary_sin: Any = None, cache_seqlens: Any = None, cache_batch_idx: Any = None,
+                cache_leftpad: Any = None, block_table: Any = None, softmax_scale: Any = None, causal: Any = False,
+                window_size: Any = (-1, -1), softcap: float = 0.0,
                 rotary_interleaved: bool = True, alibi_slopes: Any = None, num_splits: int = 0,
                 return_softmax_lse: bool = False, *, sink: Any = None, k_descale: Any = None, v_descale: Any = None,
                 out: Any = None) -> Any:  # fmt: skip
@@ -68,7 +70,7 @@ class PagedStand(Stand):
         if table is None:
             entries = torch.arange(len(q)) if cache_batch_idx is None else cache_batch_idx
             table = (torch.arange(len(q)) if self.fault == "cache_batch_idx ignored" else entries)[:, None]
-        store = Store(k_cache, v_cache, table, cache_seqlens, k_descale, v_descale)
+        store = Store(k_cache, v_cache, table, cache_seqlens, cache_leftpad, k_descale, v_descale)
         if k is None:
             return self._over(store, q, None, None, options, alibi_slopes, num_splits, out, lambda: None)
         after = torch.empty_like(cache_seqlens)
@@ -82,7 +84,7 @@ class PagedStand(Stand):
             self._append(store, k, v, rotary)
             turned.copy_(q if self.fault == "q not rotated" else self._turn(q, rotary, cache_seqlens, still))
 
-        served = Store(k_cache, v_cache, table, after, k_descale, v_descale)
+        served = Store(k_cache, v_cache, table, after, cache_leftpad, k_descale, v_descale)
         return self._over(served, turned, None, None, options, alibi_slopes, num_splits, out, prepare)
 
     # ---- appending ----
@@ -119,10 +121,14 @@ class PagedStand(Stand):
 
     def _store(self, store: Store, cache: Any, row: Any, b: int, at: int) -> None:
         page, within = int(store.table[b, at // store.page_size]), at % store.page_size
+        if page < 0 and self.fault != "lost pages are written":
+            return
         if self.fault == "32-bit rows" and page * cache.stride(0) >= self.long:
             page = 0
         if self.fault == "appended a row late":
             within = min(within + 1, store.page_size - 1)
+        if self.fault == "heads in 16 bits":
+            row = row[torch.arange(len(row)) % 128]
         raw(cache)[page, within] = raw(row)
         if self.fault == "a row beside is cleared" and within + 1 < store.page_size:
             raw(cache)[page, within + 1] = 0
@@ -171,7 +177,8 @@ class PagedStand(Stand):
         n = capacity if store.lengths is None else min(max(int(store.lengths[b]), 0), capacity)
         if fault == "one key too many" and n:
             n = min(n + 1, capacity)
-        token = torch.arange(n)
+        padding = 0 if store.leftpad is None or fault == "leftpad ignored" else int(store.leftpad[b])
+        token = torch.arange(self._first_key(0, n, padding), n)
         table = torch.arange(len(store.table) * store.table.shape[1]).view(store.table.shape)
         table = table % len(store.k) if fault == "table ignored" else store.table
         column = token // size
@@ -180,6 +187,8 @@ class PagedStand(Stand):
         pages = table[b, column.clamp(max=table.shape[1] - 1)].long().clamp(0, len(store.k) - 1)
         if fault == "32-bit offsets":
             pages = torch.where(pages * store.k.stride(0) >= self.long, pages * 0, pages)
+        if fault == "32-bit rows of pages" and store.k.stride(1) * store.page_size >= self.long:
+            token = token * 0
         found = [raw(x)[pages, token % size].view(x.dtype).float() for x in (store.k, store.v)]
         if fault == "32-bit offsets" and store.k.stride(1) * n >= self.long:
             found[0] = found[0].flip(0)
@@ -189,6 +198,8 @@ class PagedStand(Stand):
         k, v = self._keys(store, b)
         group = q.shape[1] // k.shape[1]
         pick = torch.arange(q.shape[1]) // group
+        if self.fault == "heads · heads_kv in 32 bits":
+            pick = torch.arange(q.shape[1]) * k.shape[1] % self.long // q.shape[1]
         factor = self._descale(None if self.fault == "k_descale ignored" else store.k_descale, b, k.shape[1])
         scale = options.scale * factor[pick]
         scores = torch.einsum("qhd,khd->hqk", q.float(), k[:, pick]) * scale[:, None, None]
@@ -259,6 +270,8 @@ class PagedStand(Stand):
             lse.copy_(total)
             if self.fault == "not deterministic" and self.calls % 3 == 0:
                 result[(0,) * result.dim()] += 1
+            if self.fault == "32-bit offsets" and outs.stride(0) + outs[0].numel() > self.long:
+                result[(-1,) * (result.dim() - 1)] = result[(0,) * (result.dim() - 1)]
             if self.fault == "writes columns beyond head_dim_v" and result._base is not None:
                 result._base[..., -1] = 0
 

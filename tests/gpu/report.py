@@ -50,6 +50,7 @@ class Scale:
     bwd_runs: int = 1000
     bwd_draws: int = 40
     bwd_long: tuple[int, int] = (8192, 64)
+    most_heads: int = 65_535  # heads · heads is beyond `beyond`
     thin: bool = False  # every pair of factor values instead of the product
 
 
@@ -60,7 +61,7 @@ TINY = Scale(
     threads=2, calls=3, draws=16, longest=40, pages=(1, 3, 16),
     few_queries=(1, 3), splits=(0, 1, 3), many_splits=(2, 9), long_keys=(70, 33), longest_keys=90,
     mixed_q=(1, 20, 0, 5), mixed_k=(30, 20, 8, 41), new_tokens=(1, 4), layers=3, bwd_seqlens=(1, 17, 40),
-    bwd_ragged=(37, 53), bwd_runs=4, bwd_draws=8, bwd_long=(40, 4), thin=True,
+    bwd_ragged=(37, 53), bwd_runs=4, bwd_draws=8, bwd_long=(40, 4), most_heads=150, thin=True,
 )  # fmt: skip
 
 

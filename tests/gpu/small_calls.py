@@ -21,11 +21,13 @@ def cases(key: str) -> list[Case]:
     modified: dict[str, Any] = {"softcap": 15.0, "alibi": "batch"}
     ragged = Lengths((70, 0, 1, 40), (150, 40, 200, 9), (66, 0, 1, 40), (150, 17, 131, 0), spare=5)
     dense_q = Lengths((19, 19), (200, 33), (19, 3), packed_q=False)
+    padded = Lengths((70, 1, 9), (333, 40, 9), None, (300, 40, 7), leftpad=(140, -3, 9))
     return [
         Case(shape_of(key, 1, (2, 2), 150, 333)),
         Case(shape_of(key, 1, (2, 1), 70, 200, smaller), window=CAUSAL, sink="fp32", **modified),
         varlen(key, (3, 1), ragged, smaller, window=(33, 7), sink="low", **modified),
         varlen(key, (1, 1), dense_q, window=CAUSAL),
+        varlen(key, (2, 1), padded, window=CAUSAL, alibi="heads"),
     ]
 
 

@@ -57,8 +57,8 @@ class Stand:
     def varlen(self, q: Any, k: Any, v: Any, *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
                max_seqlen_q: Any = None, max_seqlen_k: Any = None, seqused_q: Any = None, seqused_k: Any = None,
                causal: Any = False, softmax_scale: Any = None, window: Any = None, softcap: float = 0.0,
-               sink: Any = None, alibi_slopes: Any = None, return_lse: bool = False,
-               out: Any = None) -> Any:  # fmt: skip
+               sink: Any = None, alibi_slopes: Any = None, return_lse: bool = False, leftpad_k: Any = None,
+               zero_unused: bool = False, out: Any = None) -> Any:  # fmt: skip
         if self.fault == "seqused_k ignored":
             seqused_k = None
         if self.fault == "seqused_q ignored":
@@ -82,12 +82,17 @@ class Stand:
                 lse, by_row = by_row, by_row
         options = self._options(q, v, causal, softmax_scale, window, softcap, sink, alibi_slopes)
 
+        zero_unused = zero_unused and self.fault != "zero_unused ignored"
+        if zero_unused or (q.requires_grad and self.fault != "rows that nobody owns are NaN to autograd"):
+            lse.zero_()
+            out = q.new_zeros(*q.shape[:-1], v.shape[-1]) if out is None else out
+
         def rooms() -> Any:
-            return self._rooms(q, cu_seqlens_q, seqused_q), self._rooms(k, cu_seqlens_k, seqused_k)
+            return self._rooms(q, cu_seqlens_q, seqused_q), self._rooms(k, cu_seqlens_k, seqused_k, leftpad_k)
 
         self.is_varlen = True
         try:
-            result = self._call(q, k, v, rooms, options, alibi_slopes, lse, by_row, out, return_lse)
+            result = self._call(q.detach(), k, v, rooms, options, alibi_slopes, lse, by_row, out, return_lse)
         finally:
             self.is_varlen = False
         if self.fault == "tiles beyond the last entry write" and cu_seqlens_q is not None:
@@ -115,16 +120,28 @@ class Stand:
             return Options(scale, left, right, softcap, None, slopes)
         return Options(scale, left, right, softcap, sink.float(), slopes)
 
-    def _rooms(self, x: Any, cu_seqlens: Any, used: Any) -> list[tuple[int | None, slice]]:
+    def _rooms(self, x: Any, cu_seqlens: Any, used: Any, leftpad: Any = None) -> list[tuple[int | None, slice]]:
         """For each entry, (index along the batch or None, its rows)."""
+        if self.fault == "leftpad ignored":
+            leftpad = None
         batch = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         rooms: list[tuple[int | None, slice]] = []
         for b in range(batch):
             start = 0 if cu_seqlens is None else int(cu_seqlens[b])
             end = x.shape[1] if cu_seqlens is None else int(cu_seqlens[b + 1])
             end = end if used is None else start + int(used[b])
+            if leftpad is not None:
+                start = self._first_key(start, end, int(leftpad[b]))
             rooms.append((b if cu_seqlens is None else None, slice(start, end)))
         return rooms
+
+    def _first_key(self, start: int, end: int, padding: int) -> int:
+        if self.fault == "negative padding not cut":
+            return max(start + min(padding, end - start), 0)
+        if self.fault == "padding that ends behind the keys ignored" and padding > end - start:
+            return start
+        found = min(start + max(padding, 0), end)
+        return found - (self.fault == "one key of the padding too many" and found > start)
 
     def _call(self, q: Any, k: Any, v: Any, rooms: Any, options: Options, slopes: Any, lse: Any, by_row: Any, out: Any,
               return_lse: bool) -> Any:  # fmt: skip
@@ -162,6 +179,8 @@ class Stand:
         group = q.shape[1] // k.shape[1]
         heads = torch.arange(q.shape[1])
         pick = heads % k.shape[1] if fault == "heads mapped wrongly" else heads // group
+        if fault == "heads · heads_kv in 32 bits":
+            pick = heads * k.shape[1] % self.long // q.shape[1]
         scores = torch.einsum("qhd,khd->hqk", q.float(), k[:, pick].float()) * options.scale
         if fault == "columns beyond head_dim" and q.shape[2] < self.variant_dim:
             scores += torch.nan
@@ -230,5 +249,11 @@ class Stand:
             out.zero_()
         if fault == "32-bit offsets" and q.shape[0] > 1 and q.dim() == 4 and q.stride(0) >= self.long:
             out[1:] = out[:1]
+        if fault == "32-bit rows of the LSE" and lse.numel() > self.long:
+            lse.view(-1)[self.long :] = math.nan
+        if fault == "32-bit token offsets" and q.dim() == 4 and q.shape[1] * q.stride(1) > self.long:
+            out[:, -1] = out[:, 0]
+        if fault == "32-bit head strides" and q.dim() == 4 and q.shape[2] > 1 and q.stride(2) > self.long // 2:
+            out[:, :, -1] = out[:, :, 0]
         if fault == "not deterministic" and self.calls % 3 == 0 and out.numel():
             out[(0,) * out.dim()] += 1

@@ -160,7 +160,7 @@ def by_array(joined: Array, tokens: Tokens) -> tuple[Array, Array]:
 
 
 class Call:
-    """A call's memory: inputs of all three kernels, poisoned workspaces and outputs, and the parameters by name."""
+    """A call's memory: inputs of all its kernels, poisoned workspaces and outputs, and the parameters by name."""
 
     def __init__(self, case: Backward, variant: Variant):
         self.case, self.variant, self.device = case, variant, Device()

@@ -127,6 +127,16 @@ def test_bad_cu_seqlens_stay_inside(cu_seqlens, variant, variant_of):
 
 
 @of([SMALLEST])
+@pytest.mark.parametrize("cu_seqlens", [(300, 0, 400), (300, 390, 20), (399, 300, 200), (200, 400, 130)], ids=str)
+def test_entries_whose_first_tile_is_behind_others(cu_seqlens, variant, variant_of):
+    """A block before an entry's first tile must not take that for negative rows: nothing lies in front of the array."""
+    trio = Trio.of(variant, variant_of)
+    case = varlen("", (140, 260), (140, 260), heads_q=2, window=(None, 0), head_dim=8, head_dim_v=8)
+    for side in "qk":
+        assert run(trio, replace(case, **{f"cu_seqlens_{side}": cu_seqlens})).stray == 0
+
+
+@of([SMALLEST])
 @pytest.mark.parametrize("seqused", [(10**9, -7), (-(2**31), 2**31 - 1), (41, 0)], ids=str)
 def test_bad_seqused_stays_inside(seqused, variant, variant_of):
     case = varlen("", (40, 50), (40, 50), window=(None, 0), head_dim=8, head_dim_v=8)

@@ -1,6 +1,7 @@
 """The largest legal sizes of every op: numbers of heads, entries, tokens, tiles, pages, rows and strides.
 
-A launch has fewer than 2**31 blocks, seqlen_q + seqlen_k is below 2**30 and seqlen_q · pack below 2**31.
+A launch has fewer than 2**31 blocks, seqlen_q + seqlen_k is below 2**30 and seqlen_q · pack at most
+2**31 − 2**10.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def last_tile(rows: int, tile_m: int) -> int:
 def cases(m: int) -> dict[str, Large]:
     """Of either forward, with tiles of m rows."""
     entries = 2**20
+    rows = 2**31 - 2**10
     packed = {0: TOKENS // 2 - 50, 3: 37}  # nearly all tokens belong to the first entry
     return {
         "heads-of-issue-12": Large(heads_q=65_535, heads_kv=65_535, seqlen_q=20, seqlen_k=20, head=65_534, sink=True),
@@ -53,10 +55,10 @@ def cases(m: int) -> dict[str, Large]:
         ),
         "first-of-most-of-both": Large(seqlen_q=TOKENS // 2, seqlen_k=TOKENS // 2, alibi_stride_b=0),
         "most-rows": Large(
-            heads_q=2, pack=2, seqlen_q=TOKENS - 1, seqlen_k=1, tile=last_tile(2 * TOKENS - 2, m), sink=True
+            heads_q=2, pack=2, seqlen_q=rows // 2, seqlen_k=9, tile=last_tile(rows, m), sink=True
         ),
         "most-rows-pack7": Large(
-            heads_q=7, pack=7, seqlen_q=MOST // 7, seqlen_k=9, tile=last_tile(MOST // 7 * 7, m), sink=True
+            heads_q=7, pack=7, seqlen_q=rows // 7, seqlen_k=9, tile=last_tile(rows // 7 * 7, m), sink=True
         ),
         "most-entries-packed": Large(
             batch=MOST - 2, seqlen_q=12, seqlen_k=30, entry=MOST - 3, lengths_q={MOST - 4: 7, MOST - 3: 5}, left=3

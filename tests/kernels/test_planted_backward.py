@@ -162,6 +162,31 @@ def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled])
     assert len(reached) >= 0.8 * len(kernel.places), "bounds that nothing reaches: remove them, or probe them"
 
 
+def unclamped(instruction: Instruction) -> Instruction | None:
+    """A minimum or maximum that gives its first operand, whatever the second."""
+    if instruction.opcode not in ("min", "max") or instruction.type != "s32":
+        return None
+    return replace(instruction, operands=(*instruction.operands[:2], instruction.operands[1]))
+
+
+@of([SMALLEST])
+def test_dropped_clamps_of_left_padding(variant: Variant, variant_of: Callable[[str], Compiled]):
+    """That at 0 matters where what is said lies outside an entry, and only there. Without the other one an entry has
+    fewer keys than none, and no block for them either."""
+    trio = Trio.of(variant, variant_of)
+    kernel = faults.Switchable(trio.main.ptx, unclamped)
+    dense = Backward("", 20, 50, 1, 1, batch=2, head_dim=8, head_dim_v=8, leftpad_k=(0, 33), seqused_k=(50, 33))
+    packed = varlen("", (20, 20), (40, 50), heads_q=2, head_dim=8, head_dim_v=8, leftpad_k=(0, 50), window=(None, 0))
+    inside = [dense, packed, replace(packed, leftpad_k=(40, 0))]
+    outside = [replace(case, leftpad_k=tuple(p + 31 if p else -9 for p in case.leftpad_k)) for case in inside]
+    needed = []
+    for number in range(len(kernel.places)):
+        kernel.on = number
+        if caught(trio, outside, kernel) and not caught(trio, inside, kernel):
+            needed.append(kernel.text(number))
+    assert [text.split()[1].split(".")[0] for text in needed] == ["max"]
+
+
 def is_addition(instruction: Instruction) -> bool:
     return instruction.opcode == "red" and instruction.type == "f32"
 

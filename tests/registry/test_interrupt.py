@@ -41,13 +41,14 @@ def test_ctrl_c_ends_a_push_to_a_server_that_is_silent(tmp_path: Path):
         server.settimeout(60)
         with server.accept()[0] as connection:
             connection.recv(1)  # it has asked
+            time.sleep(0.5)  # and waits by now, in all likelihood
             process.send_signal(signal.SIGINT)
             start = time.monotonic()
             try:
                 process.communicate(timeout=30)
             finally:
                 process.kill()
-    assert process.returncode == 130 and time.monotonic() - start < 5
+    assert process.returncode in (130, -signal.SIGINT) and time.monotonic() - start < 5  # the latter by itself
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])

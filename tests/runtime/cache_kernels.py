@@ -38,25 +38,39 @@ def length(p: dict[str, Any], b: int, new: int) -> int:
     return min(max(view(p["seqused_k"], INT, (p["batch"],), (1,)).tolist()[b] + new, 0), p["seqlen_k"])
 
 
+def first_key(p: dict[str, Any], b: int, n: int) -> int:
+    """Of the n tokens of an entry: those before it are padding."""
+    if not p["leftpad_k"]:
+        return 0
+    return min(max(view(p["leftpad_k"], INT, (p["batch"],), (1,)).tolist()[b], 0), n)
+
+
 def keys(p: dict[str, Any], name: str, dtype: torch.dtype, dim: int, b: int, n: int) -> torch.Tensor:
-    """(n, heads_kv, dim): the first n keys or values of entry b, page by page."""
-    size, parts = p["page_size"], []
-    for page in range(-(-n // size)):
-        rows = min(size, n - page * size)
-        start = cache_row(p, name, dtype, dim, b, page * size).data_ptr()
-        parts.append(view(start, dtype, (rows, p["heads_kv"], dim), (p[f"{name}_stride_s"], p[f"{name}_stride_h"], 1)))
-    return torch.cat(parts) if parts else torch.empty(0, p["heads_kv"], dim)
+    """(n, heads_kv, dim): the first n keys or values of entry b, page by page; zeros for padding, which is not read."""
+    size, first = p["page_size"], first_key(p, b, n)
+    parts = [torch.zeros(first, p["heads_kv"], dim)]
+    strides = p[f"{name}_stride_s"], p[f"{name}_stride_h"], 1
+    for page in range(first // size, -(-n // size)):
+        from_row = max(page * size, first)
+        start = cache_row(p, name, dtype, dim, b, from_row).data_ptr()
+        parts.append(view(start, dtype, (min((page + 1) * size, n) - from_row, p["heads_kv"], dim), strides).float())
+    return torch.cat(parts)
+
+
+def page_of(p: dict[str, Any], b: int, j: int) -> int:
+    """The page of key j of entry b, negative for one that is lost."""
+    assert (p["page_magic"], p["page_shift"]) == fast_divmod(p["page_size"])
+    column = j // p["page_size"]
+    if p["page_table"]:
+        place = p["page_table"] + 4 * (b * p["page_table_stride"] + column)
+        return int(view(place, INT, (1,), (1,)).item())
+    assert column == 0
+    return b
 
 
 def cache_row(p: dict[str, Any], name: str, dtype: torch.dtype, dim: int, b: int, j: int) -> torch.Tensor:
     """(heads_kv, dim): key or value j of entry b, where the page table says."""
-    assert (p["page_magic"], p["page_shift"]) == fast_divmod(p["page_size"])
-    page, row = divmod(j, p["page_size"])
-    if p["page_table"]:
-        page = view(p["page_table"] + 4 * (b * p["page_table_stride"] + page), INT, (1,), (1,)).item()
-    else:
-        assert page == 0
-        page = b
+    page, row = max(page_of(p, b, j), 0), j % p["page_size"]
     place = page * p[f"{name}_stride_b"] + row * p[f"{name}_stride_s"]
     return view(p[name] + place * dtype.itemsize, dtype, (p["heads_kv"], dim), (p[f"{name}_stride_h"], 1))
 
@@ -136,8 +150,7 @@ def _scores(p: dict[str, Any], b: int, scores: torch.Tensor, n: int, j: torch.Te
         slopes = view(p["alibi_slopes"] + 4 * b * p["alibi_stride_b"], FP32, (heads,), (1,))
         scores = scores - slopes[:, None, None] * (i - j).abs()
     left, right = (bound if bound < WINDOW_OPEN else 1 << 40 for bound in (p["window_left"], p["window_right"]))
-    padding = view(p["leftpad_k"], INT, (p["batch"],), (1,)).tolist()[b] if p["leftpad_k"] else 0
-    return scores.masked_fill((j < i - left) | (j > i + right) | (j < padding), -torch.inf)
+    return scores.masked_fill((j < i - left) | (j > i + right) | (j < first_key(p, b, n)), -torch.inf)
 
 
 # -- fwd_combine ------------------------------------------------------------------------------------------------------
@@ -172,7 +185,7 @@ def append(variant: Variant, p: dict[str, Any]) -> None:
                 row = _row(p, f"{name}_new", dtype, p["heads_kv"], dim, b, i)
                 if name == "k":
                     row = _rotate(p, dtype, row, start + i)
-                if 0 <= start + i < p["seqlen_k"]:
+                if 0 <= start + i < p["seqlen_k"] and page_of(p, b, start + i) >= 0:
                     row = row / descale(p, name, b) if stored == E4M3 else row
                     cache_row(p, name, stored, dim, b, start + i).copy_(row.clamp(-448, 448) if stored == E4M3 else row)
         for i in range(p["seqlen_q"]):

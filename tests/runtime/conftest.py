@@ -10,6 +10,7 @@ import pytest
 import runtime
 from runtime.load import session
 from tests.runtime.backward_kernels import write_backward_registry
+from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend, write_registry
 
 
@@ -66,3 +67,19 @@ def backward_registry(backward_template: Path) -> Path:
     """The settings name it; nobody writes it."""
     runtime.configure(registry=backward_template)
     return backward_template
+
+
+@pytest.fixture(scope="session")
+def cache_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of the table and a cache's kernels, built once."""
+    path = tmp_path_factory.mktemp("cache") / "registry.db"
+    write_cache_registry(path)
+    path.parent.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def cache_registry(cache_template: Path) -> Path:
+    """The settings name it; nobody writes it."""
+    runtime.configure(registry=cache_template)
+    return cache_template

@@ -46,7 +46,7 @@ def rows() -> tuple[DispatchRow, ...]:
     made = []
     for dtype, head_dim, seqlen_q, variant in TABLE:
         dims = (Condition("head_dim", "<=", head_dim), Condition("head_dim_v", "<=", head_dim))
-        when = (Condition("dtype", "==", dtype), *dims)
+        when: tuple[Condition, ...] = (Condition("dtype", "==", dtype), *dims)
         if seqlen_q:
             packed = (Condition("group", ">=", 2), Condition("packed_rows", "<=", seqlen_q))
             made.append(DispatchRow("fwd", (*when, *packed), variant.key, pack=True))

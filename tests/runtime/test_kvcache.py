@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
 
 import runtime
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
-from runtime.call import plan
+from runtime.call import launch, plan
 from runtime.errors import ArgumentError, CaptureError, DriverError
 from runtime.load import kernel, plans, select, session
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, reference
 from tests.runtime.test_varlen import ints
@@ -23,17 +21,7 @@ E4M3 = torch.float8_e4m3fn
 NOWHERE = 2**31 - 1
 
 
-@pytest.fixture(scope="session")
-def cache_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "registry.db"
-    write_cache_registry(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def cache_registry(cache_template: Path) -> None:
-    cache_template.parent.chmod(0o755)
-    runtime.configure(registry=cache_template)
+pytestmark = pytest.mark.usefixtures("cache_registry")
 
 
 class Cache:
@@ -196,6 +184,17 @@ def rotated(x, cos, sin, positions, interleaved):
     return torch.cat((found, x[..., dim:]), -1)
 
 
+def test_rows_too_many_are_refused(backend: FakeBackend, monkeypatch):
+    """Of K, V and a rotated q together; the kernel counts them in 32 bits, and a block's behind the last as well."""
+    assert launch.MAX_ROWS == 2**31 - 32
+    cache, new = Cache((5, 0, 17), max_pages=9, room=6), torch.zeros(3, 1, 2, 64, dtype=BF16)
+    monkeypatch.setattr(launch, "MAX_ROWS", 2 * 3 * 2 - 1)
+    with pytest.raises(ArgumentError, match="12 rows") as error:
+        runtime.flash_attn_with_kvcache(queries(), cache.k, cache.v, new, new, None, None, cache.lengths,
+                                        block_table=cache.table)  # fmt: skip
+    assert error.value.reason == "too_large"
+
+
 @pytest.mark.parametrize("seqlen_new", [1, 6])
 @pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize(("rotary_dim", "interleaved", "causal"), [
@@ -353,6 +352,18 @@ def test_a_warm_call_only_launches(backend: FakeBackend, monkeypatch):
     runtime.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=7, block_table=cache.table)
     assert backend.driver.calls == asked and len(plans.plans.by_call) == kept
     assert len(backend.driver.launches) == 5 * made + 1
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_num_splits_whose_hash_is_not_of_its_value_makes_no_plan(backend: FakeBackend, kind):
+    """An array has none, and a tensor's is that of the object, which may change."""
+    cache, q, num_splits = Cache(), queries(), kind(3)
+    for n in (3, 2, 1):
+        num_splits.fill(n) if kind is np.array else num_splits.fill_(n)
+        runtime.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=ints(0, 0, 0), block_table=cache.table,
+                                        num_splits=num_splits)  # fmt: skip
+        assert backend.driver.launched("fwd_paged")[-1]["params"]["num_splits"] == n
+    assert not plans.plans.by_call
 
 
 def test_tables_of_other_widths_need_no_plan(backend: FakeBackend):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch.autograd.forward_ad as fwAD
 import runtime
 from runtime.errors import ArgumentError
 from runtime.load import plans
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16
 from tests.runtime.test_varlen import ints, tensor_at
@@ -42,7 +40,7 @@ def fp8(**changes):
     return call(k_cache=t(6, 4, 2, 64, dtype=E4M3), v_cache=t(6, 4, 2, 64, dtype=E4M3), **changes)
 
 
-def test_positional_order_is_upstream_s(backend: FakeBackend, tmp_path: Path):
+def test_positional_order_is_upstream_s():
     """Flash-attention 0251105a, flash_attn_interface.py."""
     parameters = inspect.signature(runtime.flash_attn_with_kvcache).parameters.values()
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == FA2.split()
@@ -123,9 +121,8 @@ def test_refusals(backend: FakeBackend, given, argument, reason):
     assert not backend.driver.calls and not plans.plans.by_call
 
 
-def test_what_a_key_leaves_open_is_refused_warm(backend: FakeBackend, tmp_path: Path):
-    write_cache_registry(tmp_path / "r.db")
-    runtime.configure(registry=tmp_path / "r.db")
+@pytest.mark.usefixtures("cache_registry")
+def test_what_a_key_leaves_open_is_refused_warm(backend: FakeBackend):
     runtime.flash_attn_with_kvcache(**call())
     launches = len(backend.driver.launches)
     crooked, bare = t(6 * 4 * 2 * 64 + 8)[4:-4], t(2, 1, 2, 64)
@@ -150,9 +147,7 @@ def test_what_a_key_leaves_open_is_refused_warm(backend: FakeBackend, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
-def test_tokens_too_far_apart_are_refused(backend: FakeBackend, tmp_path: Path, name: str):
-    write_cache_registry(tmp_path / "r.db")
-    runtime.configure(registry=tmp_path / "r.db")
+def test_tokens_too_far_apart_are_refused(backend: FakeBackend, name: str):
     far = torch.empty(2**31 + 2 * 64, dtype=BF16).as_strided((1, 2, 2, 64), (2**32, 2**31, 64, 1))  # never touched
     given = {"k_cache": t(1, 2, 2, 64), "v_cache": t(1, 2, 2, 64)} | {name: far}
     with pytest.raises(ArgumentError, match=r"below 2\*\*31") as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,17 +9,13 @@ import runtime
 from runtime.api import combine
 from runtime.errors import ArgumentError, CaptureError
 from runtime.load import plans, session
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs, reference
 
 F32 = torch.float32
 
 
-@pytest.fixture(autouse=True)
-def cache_registry(tmp_path: Path) -> None:
-    write_cache_registry(tmp_path / "cache.db")
-    runtime.configure(registry=tmp_path / "cache.db")
+pytestmark = pytest.mark.usefixtures("cache_registry")
 
 
 def parts(*shape, splits=3, head_dim_v=40):
@@ -133,6 +127,8 @@ CASES = {
     "lse device": ((OUT, LSE.to("meta")), {}, "lse_partial", "device"),
     "out_dtype": ((OUT, LSE), {"out_dtype": torch.float64}, "out_dtype", "dtype"),
     "out_dtype kind": ((OUT, LSE), {"out_dtype": "bf16"}, "out_dtype", "dtype"),
+    "out_dtype text": ((OUT, LSE), {"out_dtype": "torch.float32"}, "out_dtype", "dtype"),
+    "out_dtype unhashable": ((OUT, LSE), {"out_dtype": []}, "out_dtype", "dtype"),
     "out shape": ((OUT, LSE, OUT[0, :1]), {}, "out", "shape"),
     "out dtype": ((OUT, LSE, OUT[0].clone()), {"out_dtype": BF16}, "out", "dtype"),
     "out expanded": ((OUT, LSE, OUT[0, :1].clone().expand(2, 3, 4, 40)), {}, "out", "overlap"),

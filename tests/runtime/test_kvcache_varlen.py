@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from runtime import fa4
 from runtime.api import attention
 from runtime.errors import ArgumentError
 from runtime.load import plans
-from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
 from tests.runtime.test_attention import BF16, inputs, reference
 from tests.runtime.test_kvcache import E4M3, Cache
@@ -22,10 +20,7 @@ from tests.runtime.test_varlen import ints, packed
 LENGTHS = (9, 1, 70, 5)
 
 
-@pytest.fixture(autouse=True)
-def cache_registry(tmp_path: Path) -> None:
-    write_cache_registry(tmp_path / "cache.db")
-    runtime.configure(registry=tmp_path / "cache.db")
+pytestmark = pytest.mark.usefixtures("cache_registry")
 
 
 def step(queries=(3, 1, 7, 1), lengths=LENGTHS, max_pages=20):

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import registry.__main__
-import runtime.__main__
+import runtime.cli.commands
 import server.__main__
 from registry.releases import push
 from registry.releases.publish import DAYS
@@ -69,7 +69,7 @@ def test_every_command_works(machine, monkeypatch, capsys):
         if "rollback" in arguments and "--to" not in arguments:
             write_registry(machine / "registry.db", only="bf16-d64")
             assert registry.__main__.main(["publish", "--keys", "keys"]) == 0
-        code = {"registry": registry.__main__, "runtime": runtime.__main__}[module].main(arguments)
+        code = {"registry": registry.__main__, "runtime": runtime.cli.commands}[module].main(arguments)
         said = capsys.readouterr()
         assert code == 0, f"{command}: {said.out}{said.err}"
         if "keys" in arguments[:1]:

@@ -76,7 +76,7 @@ def test_a_cold_start_from_a_server_and_a_warm_one_without_it(released):
         session.current().cubin(index.artifacts[0])
     code = (
         "import json, sys, runtime\n"
-        "from runtime import session\n"
+        "from runtime.load import session\n"
         "now = session.current()\n"
         "index = now.index_of('sm_120')\n"
         "now.cubin(index.artifacts[0])\n"
