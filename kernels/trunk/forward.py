@@ -153,8 +153,8 @@ class Forward:
             n_block = visit(blocks, i)
             n_next = visit(blocks, i + self.keys.ahead)
             n_then = visit(blocks, i + self.keys.ahead + 1)
-            left = self.keys.left_at_edge(i, blocks.count)
-            self.one_block(state, self.keys.turns.at_edge(turn, i), n_block, n_next, n_then, left, masked=True)
+            stage, left = self.keys.turns.at_edge(turn, i), self.keys.left_at_edge(i, blocks.count)
+            self.one_block(state, stage, n_block, n_next, n_then, left, masked=True)
             turn = self.keys.turns.next(turn)
         turn = self.keys.turns.inside(turn, blocks.edges)
         # In a counted loop the compiler carries the loads' addresses from block to block, else it computes them anew.
