@@ -243,6 +243,7 @@ class Forward:
         cute.arch.cp_async_wait_group(max(self.stages - 2, 0))
         cute.arch.barrier()
         stage = stage if self.stages > 1 else 0
+        sV = state.sV[None, None, stage]
         self.products.keys(state, acc_S, state.sK[None, None, stage], range(first_steps))
         if cutlass.const_expr(self.stages > 1):
             self.keys.advance(state)
@@ -268,7 +269,9 @@ class Forward:
             self.keys.look_ahead(state, n_then, left, 2)
         score_mods.apply(state.call, acc_S, Scores(self, state, n_block * self.tile_n), masked)
         softmax.update(acc_S, state.acc_O, state.row_max, state.row_sum, state.call.scale_log2, masked)
-        self.products.values(state, acc_S, state.sV[None, None, stage])
+        if cutlass.const_expr(first_steps == 0):  # loads came first: V's address is as late as it was measured
+            sV = state.sV[None, None, stage]
+        self.products.values(state, acc_S, sV)
 
     def bound(self, state: SimpleNamespace, bounded: bool) -> Int32 | None:
         """Where the keys of a load end; None where all its rows have one."""

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.trunk.tile_coord import SECTION
 from registry.contract import Variant
 from registry.ops.workspaces import ROWS
 from tests.kernels.backward import STRIP, Backward, Call, Trio, problems, run
 from tests.kernels.backward_cases import skeletons, varlen
 from tests.kernels.cases import of
+from tests.kernels.large import SECTION
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Device
 from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
