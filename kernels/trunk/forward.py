@@ -161,10 +161,8 @@ class Forward:
         if cutlass.const_expr(self.keys.carried):
             for i in cutlass.range(blocks.inner_end - blocks.inner_first):
                 n_block = blocks.inner_end - 1 - i
-                stage, left = (
-                    self.keys.turns.stage(blocks.edges + i),
-                    self.keys.left_inside(n_block, blocks.inner_first),
-                )
+                stage = self.keys.turns.stage(blocks.edges + i)
+                left = self.keys.left_inside(n_block, blocks.inner_first)
                 self.one_block(state, stage, n_block, n_block - 1, n_block - 2, left, masked=False)
         else:
             at = blocks.inner_end - 1
