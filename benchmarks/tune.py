@@ -35,7 +35,8 @@ from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError, Candidate, Kernel, bind_fwd, read
 from benchmarks.workloads import packings, workloads
 from kernels import dispatch
-from kernels.dispatch import Tiles
+from kernels.fwd.table import TILES
+from kernels.tables import Tiles
 from registry.contract import CubineryError, Variant
 
 FORMAT = 1  # of the result file; builder.accept reads it
@@ -112,7 +113,7 @@ class Tuning:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.table = Tiles.read()
+        self.table = Tiles.read(TILES)
         self.classes = tuple(options.classes or self.table.classes)
         if unknown := set(self.classes) - self.table.classes.keys():
             raise BenchmarkError(
@@ -330,7 +331,7 @@ def _worker(options: argparse.Namespace) -> None:
     variant = Variant.parse(options.worker)
     tile = variant.key.index("-m")
     found = {c.key: c for c in read(options.registry, measure.device_arch(), only=f"{variant.key[:tile]}-*")}
-    table = Tiles.read()
+    table = Tiles.read(TILES)
     with open(options.lock, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does
         signal.alarm(LIMIT_S)

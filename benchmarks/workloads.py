@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from benchmarks.cases import Case, varlen
-from kernels.dispatch import Tiles, groups
+from kernels.tables import Tiles, groups
 
 
 @dataclass(frozen=True)

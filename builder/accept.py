@@ -19,8 +19,8 @@ from builder.build import Table, plan
 from builder.errors import ResultsError
 from builder.toolchain import Toolchain
 from builder.worker import Pool, Task
-from kernels import dispatch
-from kernels.dispatch import Tile, Tiles
+from kernels.fwd import table as fwd
+from kernels.tables import Tile, Tiles
 from registry.contract import Variant, sha256_hex
 from registry.store import Store
 
@@ -90,18 +90,18 @@ def eligible(option: Option) -> bool:
 
 
 def command(options: argparse.Namespace, table: Table, progress: Any) -> int:
-    """Decide, say why, and write kernels/fwd_tiles.json if it changes."""
+    """Decide, say why, and write kernels/fwd/tiles.json if it changes."""
     origin, found = read(options.results)
-    tiles = Tiles.read(dispatch.FWD_TILES)
+    tiles = Tiles.read(fwd.TILES)
     check_table(tiles, found)
     check_ptx(found, table, options.registry, options.jobs, progress)
     changed, lines = decide(tiles, found, origin)
     print("\n".join(lines))
     text = changed.to_text()
-    same = text == dispatch.FWD_TILES.read_text()
+    same = text == fwd.TILES.read_text()
     if not (same or options.dry_run):
-        dispatch.FWD_TILES.write_text(text)
-    print(f"{dispatch.FWD_TILES}: {'unchanged' if same else 'would change' if options.dry_run else 'written'}")
+        fwd.TILES.write_text(text)
+    print(f"{fwd.TILES}: {'unchanged' if same else 'would change' if options.dry_run else 'written'}")
     return 0
 
 
@@ -249,7 +249,7 @@ def _decide_one(tiles: Tiles, tuned: Tuned, origin: Mapping[str, str]) -> tuple[
         return _confirmed(tiles, tuned, rival, gains, origin), line
     row = Tile(tuned.dims, tuned.call_class, best.choice.tile, best.choice.pack, _evidence(best, shown, gains, origin))
     others = tuple(t for t in tiles.tiles if (t.dims, t.call_class) != (tuned.dims, tuned.call_class))
-    changed = replace(tiles, tiles=tuple(sorted((*others, row), key=tiles.place)))
+    changed = replace(tiles, tiles=tuple(sorted((*others, row), key=tiles.rank)))
     if problem := changed.problem():
         raise ResultsError(f"{tuned.name}: {problem}")
     why = "which was not measured here" if lead is None else f"{_percent(lead)} (free {_percent(gains['free'])})"

@@ -12,7 +12,7 @@ from typing import Any
 from builder import checks, misplaced
 from builder.errors import ToolchainError
 from builder.examine import Candidate, artifact, examine
-from builder.toolchain import Toolchain, broken, closure
+from builder.toolchain import DSL_ARCH, Toolchain, broken, closure
 from builder.verified import Verified
 from builder.worker import TIME_LIMIT, Answer, Pool, Task
 from registry import __version__, ops
@@ -25,7 +25,8 @@ BATCH = 16  # cubins of one architecture that share an nvdisasm run
 @dataclass(frozen=True)
 class Table:
     """What to build. sources: op → the modules whose import closure shapes its PTX; generator: 'module:function',
-    called in a worker as `generate(variant, dump_dir)` and giving ptx, symbol, threads, smem and grid."""
+    called in a worker as `generate(variant, dump_dir)` and giving ptx, symbol, threads, smem and grid; target: what a
+    variant's PTX is for."""
 
     variants: tuple[Variant, ...]
     rows: tuple[DispatchRow, ...]
@@ -33,6 +34,7 @@ class Table:
     sources: Mapping[str, tuple[str, ...]]
     generator: str
     folder: Path | None = None  # where the sources lie, if not beside the builder
+    target: Callable[[Variant], str] = lambda variant: DSL_ARCH
 
     @classmethod
     def ours(cls) -> Table:
@@ -41,15 +43,20 @@ class Table:
         if problem := misplaced("kernels"):
             raise ToolchainError(problem)
         try:
-            from kernels import dispatch, generate
+            from kernels import dispatch, generate, parts
         except SyntaxError as error:
             raise broken(error, error.filename) from None
-        sources = {op: (generate.__name__, module) for op, module in generate.MODULES.items()}
+        sources = {op: (parts.name(op, parts.KERNEL),) for op in ops.OPS}
         abis = {name: ops.get(name).abi for name in ops.OPS}
-        return cls(dispatch.variants(), dispatch.rows(), abis, sources, f"{generate.__name__}:generate")
+        generator = f"{generate.__name__}:generate"
+        return cls(dispatch.variants(), dispatch.rows(), abis, sources, generator, target=_target)
 
     def source_hashes(self, op: str) -> dict[str, str]:
         return closure(self.sources[op]) if self.folder is None else closure(self.sources[op], folder=self.folder)
+
+
+def _target(variant: Variant) -> str:
+    return ops.get(variant.op).target(variant.features)
 
 
 @dataclass
@@ -187,7 +194,9 @@ class Build:
             job.reasons.append(answer.error or "worker: gave no PTX")
             return
         facts = answer.facts or self._stored_facts(job)
-        job.reasons += checks.ptx_reasons(answer.ptx, facts, self.table.abis[job.variant.op])
+        job.reasons += checks.ptx_reasons(
+            answer.ptx, facts, self.table.abis[job.variant.op], self.table.target(job.variant)
+        )
         if job.reasons:
             return
         if answer.facts and not self._kept(

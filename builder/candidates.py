@@ -15,7 +15,7 @@ from typing import Any
 from builder.build import Build, Result, Table
 from builder.errors import UsageError
 from builder.inspect import SM120_PARTITIONS, blocks_per_sm
-from kernels.validity import fwd_invalid, fwd_smem
+from kernels.validity import invalid, smem
 from registry.contract import DTYPES, MAX_SMEM, Variant
 from registry.store import Store
 
@@ -42,7 +42,7 @@ def _q_registers(v: Variant) -> int:
 
 
 def _warps(v: Variant) -> int:
-    return v.size("w") * blocks_per_sm(32 * v.size("w"), 1, fwd_smem(v))
+    return v.size("w") * blocks_per_sm(32 * v.size("w"), 1, smem(v))
 
 
 # (does it concern the variant, why it is left out), tried in this order after what cannot be built at all.
@@ -55,7 +55,7 @@ FWD_RULES: tuple[tuple[Callable[[Variant], bool], str], ...] = (
     ),
     (lambda v: _warps(v) < SM120_PARTITIONS, f"shared memory for fewer than {SM120_PARTITIONS} warps an SM"),
     (
-        lambda v: v.size("n") == 16 and 2 * fwd_smem(_with_n(v, 32)) <= MAX_SMEM,
+        lambda v: v.size("n") == 16 and 2 * smem(_with_n(v, 32)) <= MAX_SMEM,
         "16 keys a block where 32 leave room for two blocks an SM: twice the barriers for nothing",
     ),
 )
@@ -73,7 +73,7 @@ def space(dims: tuple[int, int], dtype: str = "bf16") -> tuple[list[Variant], di
         named = {letter: steps.get(size, size) for letter, size in zip(FWD_SPACE, sizes, strict=True)}
         tile = tuple((letter, size) for letter, size in named.items() if size)  # 0 is not written
         variant = Variant("fwd", dtype, *dims, tile=tile)
-        reason = fwd_invalid(variant) or next((why for concerns, why in FWD_RULES if concerns(variant)), None)
+        reason = invalid(variant) or next((why for concerns, why in FWD_RULES if concerns(variant)), None)
         if reason:
             left_out[variant.key] = reason
         else:

@@ -11,7 +11,6 @@ from typing import Any
 
 from builder.inspect import Elf, Usage
 from builder.sass import Loops
-from builder.toolchain import DSL_ARCH, FP8_ARCH, RED_ARCH
 from registry.contract import ELF_MACHINE_CUDA, GRID_RULES, MAX_SMEM, PARAM_FORMATS, Abi
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
@@ -25,10 +24,11 @@ assert _PTX_TYPES.keys() == PARAM_FORMATS.keys()
 Facts = Mapping[str, Any]
 
 
-def ptx_reasons(ptx: str, facts: Facts, abi: Abi) -> list[str]:
-    """Why this PTX may not be assembled. facts: symbol, threads, smem, grid as the generator states them."""
+def ptx_reasons(ptx: str, facts: Facts, abi: Abi, arch: str) -> list[str]:
+    """Why this PTX may not be assembled. facts: symbol, threads, smem, grid as the generator states them. arch: the
+    target that it must name."""
     code = _COMMENT.sub("", ptx)
-    checks = (target(code), paths(ptx), entry(code, facts), params(code, abi), launch(facts))
+    checks = (target(code, arch), paths(ptx), entry(code, facts), params(code, abi), launch(facts))
     return [reason for reason in checks if reason]
 
 
@@ -42,15 +42,12 @@ def usage_reasons(usage: Usage, loops: Loops, facts: Facts, arch: str) -> list[s
     return [f"{arch}: {reason}" for reason in (smem(usage, facts), spills(usage, loops, arch)) if reason]
 
 
-def target(code: str) -> str | None:
-    """Every architecture's cubin comes from PTX for one generic target; an 'a' target would not assemble elsewhere."""
+def target(code: str, arch: str) -> str | None:
+    """All cubins of a variant come from PTX for one generic target; an 'a' target would not assemble elsewhere."""
     found = re.findall(r"^\s*\.target\s+([^\n]+)", code, re.M)
-    if [f.strip() for f in found] in ([DSL_ARCH], [FP8_ARCH], [RED_ARCH]):
+    if [f.strip() for f in found] == [arch]:
         return None
-    return (
-        f"target: the PTX names .target {found}, expected {DSL_ARCH}, {FP8_ARCH} for e4m3, or {RED_ARCH} for the "
-        "backward's additions, once"
-    )
+    return f"target: the PTX names .target {found}, expected {arch}, once"
 
 
 def paths(ptx: str) -> str | None:

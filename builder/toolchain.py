@@ -15,9 +15,7 @@ from builder.errors import ToolchainError
 from registry.contract import canonical_json, sha256_hex
 from registry.frames import ZSTD_VERSION
 
-DSL_ARCH = "sm_80"  # PTX is generated once, for this target, and assembled for every architecture
-FP8_ARCH = "sm_89"  # the same where e4m3 is converted: `kernels.fp8` asks for it
-RED_ARCH = "sm_90"  # and where four floats are added at once: `kernels.accumulate`
+DSL_ARCH = "sm_80"  # the DSL's default; each variant's PTX is for the target that its op's description names
 DSL_DISTRIBUTIONS = tuple(
     "nvidia-cutlass-dsl" + part for part in ("", "-libs-base", "-libs-core", "-libs-cu12", "-libs-cu13")
 )

@@ -1,1 +1,1 @@
-"""CuTe DSL attention kernels for SM120-class chips, their parameter lists (`abi`) and the table (`dispatch`)."""
+"""CuTe DSL attention kernels for SM120-class chips, a folder an op, and the table of them (`dispatch`)."""

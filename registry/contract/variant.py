@@ -64,5 +64,5 @@ class Variant:
         return variant
 
     def size(self, letter: str) -> int:
-        """One number of the tile; 0 if it is not written. `kernels.validity` says what the letters of an op mean."""
+        """One number of the tile; 0 if it is not written. `registry.ops` says what the letters of an op mean."""
         return dict(self.tile).get(letter, 0)

@@ -107,7 +107,7 @@ NUMBERS = {
         Scalar("k_descale_stride_b", "i32", "0 for a factor per head alone"),
         Scalar("v_descale_stride_b", "i32", "the same of the values"),
         Scalar("scale_log2", "f32", "a score s is 2 ** (s · scale_log2)"),
-        Scalar("softcap_scale", "f32", "2 · log2(e) · softmax_scale / softcap, 0 for no softcap: see kernels.scores"),
+        Scalar("softcap_scale", "f32", "2 · log2(e) · softmax_scale / softcap, 0 for no softcap"),
         Scalar("softmax_scale", "f32", "factor of a gradient's sum of products"),
     )
 }

@@ -1,7 +1,7 @@
 """`bwd`: dK and dV of a tile of keys, and that tile's part of dQ."""
 
-from registry.ops import attention as a
-from registry.ops import workspaces as w
+import registry.ops.attention as a
+import registry.ops.workspaces as w
 from registry.ops.describe import Letter, Op, Scalar
 
 BWD = Op(

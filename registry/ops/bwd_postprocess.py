@@ -1,7 +1,7 @@
 """`bwd_postprocess`: dq of its fp32 accumulator."""
 
-from registry.ops import attention as a
-from registry.ops import workspaces as w
+import registry.ops.attention as a
+import registry.ops.workspaces as w
 from registry.ops.describe import Letter, Op
 
 BWD_POSTPROCESS = Op(

@@ -1,7 +1,7 @@
 """`bwd_preprocess`: what the backward needs of each query row, and a cleared accumulator of dQ."""
 
-from registry.ops import attention as a
-from registry.ops import workspaces as w
+import registry.ops.attention as a
+import registry.ops.workspaces as w
 from registry.ops.describe import Letter, Op, Tensor
 
 BWD_PREPROCESS = Op(

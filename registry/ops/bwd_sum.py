@@ -1,6 +1,6 @@
 """`bwd_sum`: dK and dV as the sums of what the group splits of a backward computed."""
 
-from registry.ops import attention as a
+import registry.ops.attention as a
 from registry.ops.describe import Letter, Op, Scalar
 
 UNIT = 256  # elements that a warp takes: the rows of its grid

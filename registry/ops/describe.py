@@ -3,7 +3,7 @@
 One file beside this one describes one op. From it follow the kernel's ABI, the checks of a call's tensors, the
 parameters of a launch, what builder and benchmarks build together, `explain`, and the tables of docs/design.md.
 What needs judgement stays written by hand: rules across arguments (`runtime.call.rules`), which tiles can be built
-(`kernels.validity`), device code.
+(`kernels.<op>.table`), device code.
 """
 
 from __future__ import annotations
@@ -191,6 +191,13 @@ class Op:
             one = f"{'-' if text else ''}{part.letter}(?:{part.values})"
             text += f"(?:{one})?" if part.optional else one
         return re.compile(text + "".join(f"(?:-{feature.name})?" for feature in self.features))
+
+    @cached_property
+    def tile_form(self) -> str:
+        """The same for people, such as 'm…-n…-w…-s…[-q…]'."""
+        one = [f"{'-' if n else ''}{part.letter}…" for n, part in enumerate(self.letters)]
+        letters = [f"[{text}]" if part.optional else text for text, part in zip(one, self.letters, strict=True)]
+        return "".join([*letters, *(f"[-{feature.name}]" for feature in self.features)])
 
     def target(self, features: Iterable[str] = ()) -> str:
         """The PTX target of a variant with these features."""

@@ -1,6 +1,6 @@
 """`fwd`: the forward over dense and packed keys."""
 
-from registry.ops import attention as a
+import registry.ops.attention as a
 from registry.ops.describe import Letter, Op, Tensor
 
 LSE = Tensor("lse", "out", ("fp32",), a.LSE, "log-sum-exp of the scores", strides=("b", "h"), access="anywhere",

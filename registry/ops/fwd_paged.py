@@ -1,6 +1,6 @@
 """`fwd_paged`: the forward over a cache, of pages or contiguous, in any number of splits of its keys."""
 
-from registry.ops import attention as a
+import registry.ops.attention as a
 from registry.ops.describe import Feature, Op, Scalar, Tensor
 
 K = a.rows("k", "in", ("call", "e4m3"), (a.PAGES_K,), "the cache of keys")

@@ -1,6 +1,6 @@
 """`kv_append`: new keys and values into the cache, rotated and quantised on their way; queries rotated into a copy."""
 
-from registry.ops import attention as a
+import registry.ops.attention as a
 from registry.ops.describe import Feature, Letter, Op, Scalar, layout
 
 K = a.rows("k", "inout", ("call", "e4m3"), (a.PAGES_K,), "the cache of keys")

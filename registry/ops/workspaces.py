@@ -6,7 +6,7 @@ packed one that begins at token t at row (⌊t / ROWS⌋ + b) · ROWS. `rows` co
 
 from __future__ import annotations
 
-from registry.ops import attention as a
+import registry.ops.attention as a
 from registry.ops.describe import Scalar
 
 ROWS = 128

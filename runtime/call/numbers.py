@@ -42,7 +42,7 @@ def of_lse(sizes: Mapping[str, int], heads: int) -> Numbers:
 
 
 def of_scores(softmax_scale: float, softcap: float) -> Numbers:
-    """How a product becomes a score: `kernels.scores` has the formula."""
+    """How a product becomes a score: `kernels.trunk.score_mods` has the formula."""
     return {
         "scale_log2": (softcap or softmax_scale) * LOG2E,
         "softcap_scale": 2 * LOG2E * softmax_scale / softcap if softcap else 0.0,

@@ -10,9 +10,6 @@ from registry.contract import ALL_DTYPES, Artifact, DispatchRow, Index
 from runtime.errors import NoKernelError
 
 NEAR = 6  # rejections that a message shows; the error object carries all
-TABLES = {  # elsewhere kernels/dispatch.py
-    "fwd": "kernels/fwd_tiles.json", "fwd_paged": "kernels/paged_tiles.json", "bwd": "kernels/bwd_tiles.json",
-}  # fmt: skip
 HEAD_DIM_STEP = 32  # of a variant's dims: a panel of shared memory
 
 
@@ -112,8 +109,7 @@ def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tupl
     if missing:
         todo = f"To build it, {checkout}{command}"
     else:
-        where = TABLES.get(op, "kernels/dispatch.py")
-        todo = f"No row of the dispatch table serves it; {checkout}add one to {where}, then {command}"
+        todo = f"No row of the dispatch table serves it; {checkout}add one in kernels/{op}/, then {command}"
     call = ", ".join(f"{name}={value}" for name, value in facts.items())
     lines = [f"no {op} kernel on {index.arch} for {call}", *(f"  {key}: {why}" for key, why in rejections[:shown])]
     if shown is not None and len(rejections) > shown:

@@ -17,12 +17,13 @@ from benchmarks import cases, cubins, measure, reference, tune, workloads
 from benchmarks.cases import Case
 from benchmarks.workloads import Workload
 from builder import accept
-from kernels import dispatch
-from kernels.dispatch import Tiles
+from kernels.fwd.table import TILES
+from kernels.tables import Tiles
+from registry import ops
 from tests.benchmarks.fakes import FakeKernel, fake_bind, write_registry
 
 DIMS = (64, 64)
-TABLE = sorted({t.variant("bf16").key for t in Tiles.read().tiles if t.dims == DIMS})
+TABLE = sorted({t.variant("bf16").key for t in Tiles.read(TILES).tiles if t.dims == DIMS})
 RIVAL = "fwd-bf16-d64-dv64-m64-n32-w4-s1"
 WRONG = "fwd-bf16-d64-dv64-m64-n16-w4-s1"
 WRONG_PACKED = "fwd-bf16-d64-dv64-m32-n32-w2-s1"
@@ -127,11 +128,11 @@ def test_a_run_measures_all_once_and_the_best_again(tuning, tmp_path):
     path.write_text(tune.text(report))
     origin, found = accept.read(path)
     assert origin["gpu"] == "none (CPU)" and [t.call_class for t in found] == list(tiny(*DIMS))
-    accept.check_table(Tiles.read(), found)
+    accept.check_table(Tiles.read(TILES), found)
     assert {o.runs for t in found for o in t.options} == {1, 3}
     assert {c.name for c in found[2].cases} == {"tiny/S65/causal", "tiny/S70/causal"}
     assert set(found[2].hashes()) <= {*TABLE, RIVAL}
-    (own,) = (t.tile for t in Tiles.read().tiles if (t.dims, t.call_class) == (DIMS, "default"))
+    (own,) = (t.tile for t in Tiles.read(TILES).tiles if (t.dims, t.call_class) == (DIMS, "default"))
     assert f"default: {own}\n" in tune.summary(report)
 
 
@@ -214,7 +215,7 @@ def test_a_worker_waits_for_its_turn_and_is_ended_when_it_takes_too_long(tmp_pat
 
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128)])
 def test_the_cases_of_a_class_are_calls_that_its_rows_serve(dims):
-    table, of = Tiles.read(), workloads.workloads(*dims)
+    table, of = Tiles.read(TILES), workloads.workloads(*dims)
     assert of.keys() == table.classes.keys()
     for name, workload in of.items():
         for case in workload.cases:
@@ -227,7 +228,7 @@ def test_the_cases_of_a_class_are_calls_that_its_rows_serve(dims):
 
 
 def test_packing_is_measured_where_every_call_has_a_group():
-    table = Tiles.read()
+    table = Tiles.read(TILES)
     for name in table.classes:
         assert workloads.packings(name, table) == ((False, True) if name.startswith("packed") else (False,))
 
@@ -235,7 +236,7 @@ def test_packing_is_measured_where_every_call_has_a_group():
 def test_facts_are_those_that_dispatch_rows_ask_for():
     case = cases.varlen("x", (8, 2, 64), (5, 0, 300), True)
     facts = case.facts("fp16")
-    assert set(dispatch.FACTS) | {"dtype", "head_dim", "head_dim_v"} == facts.keys()
+    assert {fact.name for fact in ops.get("fwd").facts} == facts.keys()
     assert facts == {
         "dtype": "fp16", "head_dim": 64, "head_dim_v": 64, "batch": 3, "heads_q": 8, "heads_kv": 2, "group": 4,
         "seqlen_q": 300, "seqlen_k": 300, "total_q": 305, "packed_rows": 1200, "causal": 1, "varlen": 1, "window": 0,

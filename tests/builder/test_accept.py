@@ -14,8 +14,8 @@ from builder.__main__ import main
 from builder.accept import Choice, serving
 from builder.build import Table
 from builder.errors import ResultsError
-from kernels import dispatch
-from kernels.dispatch import Tile, Tiles
+from kernels.fwd import table as fwd
+from kernels.tables import Tile, Tiles
 from registry.contract import Condition, Variant, sha256_hex
 from tests.builder import toys
 
@@ -199,22 +199,22 @@ def test_what_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def table(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
-    path = tmp_path / "fwd_tiles.json"
+    path = tmp_path / "tiles.json"
     path.write_text(TILES.to_text())
-    monkeypatch.setattr(dispatch, "FWD_TILES", path)
-    variants = tuple(v for v in dispatch.variants(path) if v.op == "fwd")
+    monkeypatch.setattr(fwd, "TILES", path)
+    variants = tuple(sorted({Variant.parse(row.variant) for row in fwd.rows()}))
     return Table(variants, (), {"fwd": toys.ABI}, {"fwd": ("kernels.toy",)}, toys.GENERATOR, sources)
 
 
 def test_the_command_writes_the_table_once(table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(result(entry("default", LONG, measured(RIVAL, 1.1)))))
-    before = dispatch.FWD_TILES.read_text()
+    before = fwd.TILES.read_text()
     assert main(["accept", str(path), "--dry-run", "--jobs", "1"], lambda: table) == 0
-    assert "would change" in capsys.readouterr().out and dispatch.FWD_TILES.read_text() == before
+    assert "would change" in capsys.readouterr().out and fwd.TILES.read_text() == before
     assert main(["accept", str(path), "--jobs", "1"], lambda: table) == 0
     assert f"{RIVAL} replaces {LONG}" in capsys.readouterr().out
-    assert choices(Tiles.read(dispatch.FWD_TILES))["default"] == (RIVAL, False)
+    assert choices(Tiles.read(fwd.TILES))["default"] == (RIVAL, False)
     assert main(["accept", str(path), "--jobs", "1"], lambda: table) == 1
     assert "builder: stale: 128/128 default: case0 was measured against" in capsys.readouterr().err
 
@@ -226,10 +226,10 @@ def test_other_ptx_than_the_builder_makes_now_is_refused(
     text = json.dumps(result(entry("default", LONG, measured(RIVAL, 1.1)))).replace(ptx(tile), "f" * 64)
     path = tmp_path / "results.json"
     path.write_text(text)
-    before = dispatch.FWD_TILES.read_text()
+    before = fwd.TILES.read_text()
     assert main(["accept", str(path), "--jobs", "1"], lambda: table) == 1
     assert f"{tile}: PTX ffffffffffff was measured, the builder now makes" in capsys.readouterr().err
-    assert dispatch.FWD_TILES.read_text() == before
+    assert fwd.TILES.read_text() == before
 
 
 def test_the_candidates_registry_spares_the_compiler(

@@ -11,7 +11,7 @@ from builder.__main__ import main
 from builder.build import Table
 from builder.candidates import ARCHS, CHANNEL, FWD_SPACE, space
 from kernels import dispatch
-from kernels.validity import fwd_invalid
+from kernels.validity import invalid
 from registry.contract import Variant
 from registry.store import Store
 from tests.builder import toys
@@ -45,7 +45,7 @@ def test_every_tile_of_the_space_is_a_candidate_or_has_a_reason(dims: tuple[int,
     keys = [v.key for v in kept]
     assert len({*keys, *left_out}) == len(keys) + len(left_out) == total
     assert all(left_out.values()) and 5 <= len(kept) <= 200
-    assert all(fwd_invalid(v) is None for v in kept)
+    assert all(invalid(v) is None for v in kept)
     assert {v.size("m") for v in kept} >= {32, 64, 128}, "for short queries as well as long ones"
 
 

@@ -17,7 +17,7 @@ FINE = Usage(registers=100, spills=0, stack=0, static_smem=0)
 
 
 def reasons(*features: str, **changed: Any) -> list[str]:
-    return ptx_reasons(toys.ptx("toy", set(features)), FACTS | changed, toys.ABI)
+    return ptx_reasons(toys.ptx("toy", set(features)), FACTS | changed, toys.ABI, "sm_80")
 
 
 def test_a_sound_ptx_has_no_reasons() -> None:
@@ -48,12 +48,13 @@ def test_each_planted_fault_is_named(features: tuple[str, ...], changed: dict[st
 def test_threads_that_no_launch_takes() -> None:
     for threads in (0, 100, 2048):
         text = toys.ptx("toy").replace(".reqntid 128, 1, 1\n", "")
-        assert ptx_reasons(text, FACTS | {"threads": threads}, toys.ABI)[0].startswith("threads: ")
-    assert ptx_reasons(toys.ptx("toy").replace("128, 1, 1", "64, 2"), FACTS, toys.ABI) == []
+        assert ptx_reasons(text, FACTS | {"threads": threads}, toys.ABI, "sm_80")[0].startswith("threads: ")
+    assert ptx_reasons(toys.ptx("toy").replace("128, 1, 1", "64, 2"), FACTS, toys.ABI, "sm_80") == []
 
 
 def test_a_ptx_without_an_entry() -> None:
-    assert [r.split(":")[0] for r in ptx_reasons(".version 8.0\n.target sm_80\n", FACTS, toys.ABI)] == ["symbol", "abi"]
+    found = ptx_reasons(".version 8.0\n.target sm_80\n", FACTS, toys.ABI, "sm_80")
+    assert [reason.split(":")[0] for reason in found] == ["symbol", "abi"]
 
 
 def test_comments_and_relative_paths_are_no_paths() -> None:

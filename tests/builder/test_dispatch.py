@@ -1,4 +1,4 @@
-"""kernels/fwd_tiles.json and what kernels/dispatch.py makes of it."""
+"""kernels/fwd/tiles.json, and what tables and dispatch make of such files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kernels import dispatch
-from kernels.dispatch import FWD_TILES, Tiles
+from kernels.fwd.table import TILES
+from kernels.tables import Tiles
 from registry.contract import DTYPES, ContractError, Variant
 
 FACTS: dict[str, Any] = {
@@ -25,11 +26,11 @@ def first(**facts: Any) -> Any:
 
 
 def test_the_file_is_the_one_text_of_its_table() -> None:
-    assert Tiles.read().to_text() == FWD_TILES.read_text()
+    assert Tiles.read(TILES).to_text() == TILES.read_text()
 
 
 def test_every_pair_of_head_dims_is_served_by_the_cheapest_that_holds_it() -> None:
-    dims = list(dict.fromkeys(tile.dims for tile in Tiles.read().tiles))
+    dims = list(dict.fromkeys(tile.dims for tile in Tiles.read(TILES).tiles))
     assert dims == [(64, 64), (96, 96), (128, 64), (128, 128), (192, 128), (192, 192), (256, 128), (256, 256)]
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
@@ -60,11 +61,11 @@ def test_rows_pack_only_calls_with_groups_and_dtypes_share_tiles() -> None:
 
 
 def damaged(change: Callable[[dict[str, Any]], object], path: Path) -> str:
-    value = json.loads(FWD_TILES.read_text())
+    value = json.loads(TILES.read_text())
     change(value)
     path.write_text(json.dumps(value))
     with pytest.raises(ContractError) as error:
-        dispatch.rows(path)
+        Tiles.read(path)
     assert str(error.value).startswith(str(path))
     return str(error.value)
 
@@ -72,7 +73,7 @@ def damaged(change: Callable[[dict[str, Any]], object], path: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v["tiles"][0].update(tile="m128-n64-w4"), "a tile is like 'm128-n32-w4-s1'"),
+        (lambda v: v["tiles"][0].update(tile="m128-n64-w4"), "a tile of fwd is like m…-n…-w…-s…"),
         (lambda v: v["tiles"][0].update(tile="m128-n064-w4-s1"), "is not like"),
         (lambda v: v["tiles"][0].update(tile="m128-n64-w4-s3"), "64/64 packed_decode m128-n64-w4-s3: s3: one or two"),
         (lambda v: v["tiles"][1].update(pack=True), "64/64 short m64-n64-w4-s2: pack needs a class with the condition"),
@@ -99,10 +100,10 @@ def test_a_table_with_a_fault_says_which(
 def test_what_is_no_json_or_no_file_is_a_typed_error(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     with pytest.raises(ContractError, match="FileNotFoundError"):
-        dispatch.variants(path)
+        Tiles.read(path)
     path.write_text("[1")
     with pytest.raises(ContractError, match="JSONDecodeError"):
-        dispatch.variants(path)
+        Tiles.read(path)
     path.write_text("[]")
     with pytest.raises(ContractError, match="TypeError"):
-        dispatch.variants(path)
+        Tiles.read(path)

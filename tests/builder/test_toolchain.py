@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from builder import ROOT, misplaced, nvjitlink
 from builder.build import Table
 from builder.errors import ToolchainError
 from builder.toolchain import Toolchain, closure, min_driver, nvdisasm_path
+from registry import ops
 from tests.builder import toys
 
 
@@ -58,9 +60,10 @@ def test_closure_depends_on_contents_and_not_on_the_folder(tmp_path: Path) -> No
 
 
 def test_closure_of_the_forward_covers_its_device_code_and_not_the_table() -> None:
-    found = closure(["kernels.generate", "kernels.flash_fwd"])
-    assert {"kernels.flash_fwd", "kernels.softmax", "kernels.mask", "kernels.mma"} <= found.keys()
-    assert not {"kernels.dispatch", "registry.store", "registry"} & found.keys()
+    found = closure(Table.ours().sources["fwd"])
+    assert {"kernels.fwd.kernel", "kernels.trunk.softmax", "kernels.trunk.mask", "registry.ops.fwd"} <= found.keys()
+    others = {"kernels.dispatch", "kernels.generate", "kernels.fwd.table", "registry.store", "registry"}
+    assert not others & found.keys()
 
 
 @pytest.mark.parametrize(
@@ -97,10 +100,11 @@ def test_closure_takes_the_package_where_there_is_a_module_of_that_name_too(tmp_
     assert before.keys() - closure(["kernels.toy"], folder=tmp_path).keys() == {"kernels.stale"}
 
 
-def test_which_files_of_the_contract_change_a_kernels_fingerprint(tmp_path: Path) -> None:
-    contract = tmp_path / "registry" / "contract"
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    shutil.copytree(ROOT / "registry" / "contract", contract)
+@pytest.fixture
+def changed_by(tmp_path: Path) -> Callable[[str], set[str]]:
+    """The ops whose fingerprints change when a file of a copy of our sources does."""
+    for package in ("kernels", "registry/contract", "registry/ops"):
+        shutil.copytree(ROOT / package, tmp_path / package)
     table, toolchain = Table.ours(), Toolchain.current()
 
     def fingerprints() -> dict[str, str]:
@@ -108,12 +112,38 @@ def test_which_files_of_the_contract_change_a_kernels_fingerprint(tmp_path: Path
         return {op: toolchain.ptx_fingerprint(op, sources) for op, sources in found.items()}
 
     before = fingerprints()
-    for file, ops in (("index", set()), ("dispatch", set()), ("__init__", set()), ("abi", set(before))):
-        text = (contract / f"{file}.py").read_text()
-        (contract / f"{file}.py").write_text(text + "# edited\n")
+
+    def changed_by(file: str) -> set[str]:
+        text = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(text + b"\n")
         after = fingerprints()
-        assert {op for op in before if after[op] != before[op]} == ops, file
-        (contract / f"{file}.py").write_text(text)
+        (tmp_path / file).write_bytes(text)
+        return {op for op in before if after[op] != before[op]}
+
+    return changed_by
+
+
+def test_which_files_of_the_contract_change_a_kernels_fingerprint(changed_by: Callable[[str], set[str]]) -> None:
+    for file, touched in (("index", set()), ("dispatch", set()), ("__init__", set()), ("abi", set(ops.OPS))):
+        assert changed_by(f"registry/contract/{file}.py") == touched, file
+
+
+def test_an_op_can_change_and_another_be_added_while_the_others_fingerprints_stay(
+    changed_by: Callable[[str], set[str]],
+) -> None:
+    for op in ops.OPS:
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / op).iterdir() if path.is_file()}
+        touched = {file: changed_by(file) for file in (*files, f"registry/ops/{op}.py")}
+        assert all(found <= {op} for found in touched.values()), touched
+        assert {f"kernels/{op}/kernel.py", f"registry/ops/{op}.py"} <= {file for file in touched if touched[file]}
+        assert not touched[f"kernels/{op}/table.py"]
+    for file in ("registry/ops/catalogue.py", "registry/ops/__init__.py", *by_convention()):
+        assert changed_by(file) == set(), file
+
+
+def by_convention() -> list[str]:
+    """The files that find an op's parts."""
+    return [str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py") if path.name != "__init__.py"]
 
 
 def test_closure_of_a_missing_module_is_a_typed_error(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.reference import Array, Scores, decode, encode, reference, yardstick
 from tests.support.abis import ABIS
 
 REGION = 2**56  # bytes between the first elements of two tensors
-SECTION = 64  # of the schedule, as in kernels/place.py
+SECTION = 64  # of the schedule, as in kernels/trunk/tile_coord.py
 GAP = 2**21  # elements between two heads: more than what lies between two allocations
 Values = Mapping[int, int | float]  # of an array, by index: all that may be read of it
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.place import SECTION
 from registry.contract import Variant
 from registry.ops.workspaces import ROWS
 from tests.kernels.backward import STRIP, Backward, Call, Trio, problems, run
 from tests.kernels.backward_cases import skeletons, varlen
 from tests.kernels.cases import of
+from tests.kernels.large import SECTION
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Device
 from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
@@ -118,7 +118,7 @@ class Moved(Call):
         return self.large.heads_q * self.row_tiles, [first + t for t in range(-(-self.case.seqlen_q // ROWS))]
 
     def key_blocks(self) -> tuple[int, list[int]]:
-        """The same of `bwd`, as `kernels.place.schedule` counts them."""
+        """The same of `bwd`, as `kernels.trunk.tile_coord.schedule` counts them."""
         heads = self.large.heads_q  # each split has one
         pairs, pair = heads, self.head
         if not self.packed:

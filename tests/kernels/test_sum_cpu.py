@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.validity import SUM_UNIT
 from registry.contract import Variant
+from registry.ops.bwd_sum import UNIT as SUM_UNIT
 from tests.kernels import faults
 from tests.kernels.cases import of
 from tests.kernels.launch import Compiled

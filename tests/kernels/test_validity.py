@@ -5,37 +5,14 @@ from __future__ import annotations
 import pytest
 
 from kernels import dispatch
-from kernels.validity import (
-    append_invalid,
-    bwd_invalid,
-    bwd_smem,
-    combine_invalid,
-    fwd_invalid,
-    fwd_smem,
-    paged_invalid,
-    paged_smem,
-    rows_invalid,
-    sum_invalid,
-)
+from kernels.validity import invalid, smem
 from registry.contract import MAX_SMEM, Variant
-
-INVALID = {
-    "fwd": fwd_invalid,
-    "fwd_paged": paged_invalid,
-    "fwd_combine": combine_invalid,
-    "kv_append": append_invalid,
-    "bwd": bwd_invalid,
-    "bwd_preprocess": rows_invalid,
-    "bwd_postprocess": rows_invalid,
-    "bwd_sum": sum_invalid,
-}
-SMEM = {"fwd": fwd_smem, "fwd_paged": paged_smem, "bwd": bwd_smem}
 
 
 @pytest.mark.parametrize("variant", dispatch.variants(), ids=lambda v: v.key)
 def test_the_table_is_valid(variant):
-    assert INVALID[variant.op](variant) is None
-    assert variant.op not in SMEM or SMEM[variant.op](variant) <= MAX_SMEM
+    assert invalid(variant) is None
+    assert smem(variant) <= MAX_SMEM
 
 
 @pytest.mark.parametrize(
@@ -59,8 +36,11 @@ def test_the_table_is_valid(variant):
         ("bwd_postprocess-bf16-d256-dv256-m64", "128 rows"),
         ("bwd_sum-bf16-d128-dv128-m8", "are 256"),
         ("bwd_sum-bf16-d256-dv256-m33", "1 to 32 units"),
+        ("bwd_sum-fp32-d256-dv256-m8", "dtype fp32: variants of bwd_sum are of bf16, fp16"),
+        ("fwd-bf16-d64-dv64-m64-n64-w4", "a tile of fwd is like m…-n…-w…-s…[-q…][-a…]"),
+        ("fwd_paged-bf16-d64-dv64-m64-n64-w4-s1-paged", "is like m…-n…-w…-s…[-q…][-e4m3kv]"),
     ],
 )
 def test_what_cannot_be_built_says_why(key, reason):
     variant = Variant.parse(key)
-    assert reason in (INVALID[variant.op](variant) or "")
+    assert reason in (invalid(variant) or "")

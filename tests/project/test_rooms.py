@@ -8,6 +8,7 @@ from pathlib import Path
 import grimp
 import pytest
 
+from registry import ops
 from tests.project.shell import ROOT, environment, run
 
 DESIGN = (ROOT / "docs/design.md").read_text()
@@ -46,18 +47,32 @@ def test_design_lists_each_room():
     assert all((ROOT / room / "__init__.py").is_file() for room in ROOMS)
 
 
-FOLDERS = ("registry/contract", "registry/ops", "kernels", "builder", "runtime", "benchmarks")
+FOLDERS = ("registry/contract", "registry/ops", "kernels", "kernels/trunk", "builder", "runtime", "benchmarks")
 LAYERS = ("api", "call", "load", "trust", "sources", "cli")
+
+
+def listed(heading):
+    """The files in the tables' first column under a heading of docs/design.md."""
+    section = re.split(rf"\n##+ {heading}\n", DESIGN)[1]
+    section = re.split(r"\n##+ (?!The backward)", section)[0]
+    first_cells = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
+    return sorted(name for cell in first_cells for name in re.findall(r"`(\w+\.(?:py|json))`", cell))
+
+
+def files(folder):
+    return {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".json")} - {"__init__.py"}
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, *(f"runtime/{layer}" for layer in LAYERS)])
 def test_design_names_every_file(folder):
-    section = re.split(rf"\n##+ {folder}\n", DESIGN)[1]
-    section = re.split(r"\n##+ (?!The backward)", section)[0]
-    first_cells = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
-    listed = [name for cell in first_cells for name in re.findall(r"`(\w+\.(?:py|json))`", cell)]
-    found = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".json")}
-    assert sorted(listed) == sorted(found - {"__init__.py"})
+    assert listed(folder) == sorted(files(folder))
+
+
+def test_design_names_every_file_of_an_op_and_each_op_has_a_folder():
+    folders = {path.name for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - {"trunk"} == set(ops.OPS)
+    assert listed("kernels of an op") == sorted(set().union(*(files(f"kernels/{op}") for op in ops.OPS)))
+    assert all({"kernel.py", "table.py"} <= files(f"kernels/{op}") for op in ops.OPS)
 
 
 @pytest.mark.parametrize("named", sorted(set(re.findall(r"`?((?:[a-z]+/)+\w+\.(?:py|json))\b", DESIGN))))

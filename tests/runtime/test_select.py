@@ -52,7 +52,7 @@ def test_no_row_lists_every_rejection_nearest_first():
     assert found.rejections[0] == ("fwd-bf16-d128-dv128-m128-n64-w4-s1", "needs head_dim <= 128, the call has 136")
     assert found.rejections[-1][1].count("needs") == 4
     text = str(found)
-    assert "in a checkout of cubinery 0.1: add" in text and "kernels/fwd_tiles.json" in text
+    assert "in a checkout of cubinery 0.1: add" in text and "kernels/fwd/" in text
     assert "python -m builder --arch sm_120 --only 'fwd-bf16-d160-dv64-*'" in text
     assert "seqlen_k=65" in text and f"and {len(INDEX.rows) - 6} more" in text
 

@@ -1,0 +1,1 @@
+"""`bwd`: dK and dV of a tile of keys."""

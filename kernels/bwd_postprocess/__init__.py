@@ -1,0 +1,1 @@
+"""`bwd_postprocess`: dq of its accumulator."""

@@ -1,0 +1,1 @@
+"""`bwd_preprocess`: what the backward needs of each query row."""

@@ -1,0 +1,1 @@
+"""`bwd_sum`: dK and dV of the group splits' parts."""

@@ -1,0 +1,1 @@
+"""`fwd`: the forward over dense and packed keys."""

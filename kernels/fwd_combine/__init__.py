@@ -1,0 +1,1 @@
+"""`fwd_combine`: the weighted sum of partial outputs."""

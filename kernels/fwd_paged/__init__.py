@@ -1,0 +1,1 @@
+"""`fwd_paged`: the forward over a cache."""

@@ -1,0 +1,1 @@
+"""`kv_append`: new keys and values into a cache."""

@@ -1,0 +1,1 @@
+"""Device code and PTX making that several ops share."""
