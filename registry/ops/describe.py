@@ -51,9 +51,9 @@ class Tensor:
     """A tensor that an op reads or writes, behind one pointer of its ABI.
 
     role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES; CALL for the call's
-    dtype, which is that of its first tensor; or the name of another tensor, whose dtype this one has. strides: axes whose strides, in
-    elements, are parameters of the kernel; of a tensor of `access` 'vectors' they are multiples of 16 bytes.
-    argument: what the public functions call it.
+    dtype, which is that of its first tensor; or the name of another tensor, whose dtype this one has. strides: axes
+    whose strides, in elements, are parameters of the kernel; of a tensor of `access` 'vectors' they are multiples of 16
+    bytes. argument: what the public functions call it.
     """
 
     name: str

@@ -26,6 +26,8 @@ def insert(before: str, text: str) -> Callable[[str], str]:
     return edit
 
 
+# The tables of files of the folders that get one.
+TABLE = re.compile(r"(\n##+ (?:registry/ops|runtime/api|runtime/call)\n.*?\n\|---\|---\|\n)", re.DOTALL)
 EDITS: dict[str, Callable[[str], str]] = {
     "registry/ops/catalogue.py": insert('"bwd_preprocess"', '"toy_scale", '),
     "runtime/__init__.py": lambda source: insert("from runtime.api.varlen", "from runtime.api.toy import toy_scale\n")(
@@ -35,10 +37,7 @@ EDITS: dict[str, Callable[[str], str]] = {
         insert('"bwd": backward.gradients', '"toy_scale": toy.gradients, ')(source)
     ),
     "tests/gpu/conformance.json": insert('    "bwd_preprocess"', '    "toy_scale": [],\n'),
-    "docs/design.md": lambda source: re.sub(
-        r"(\n##+ (registry/ops|runtime/api|runtime/call)\n.*?\n\|---\|---\|\n)", r"\1| `toy.py`, `toy_scale.py` | a toy |\n",
-        source, flags=re.DOTALL,
-    ),
+    "docs/design.md": lambda source: TABLE.sub(r"\1| `toy.py`, `toy_scale.py` | a toy |\n", source),
 }  # fmt: skip
 
 
