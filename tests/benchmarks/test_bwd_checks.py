@@ -8,11 +8,11 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.benchmarks.test_gpu_checks import graphs, one_thread
 from tests.gpu import bwd_cases, bwd_yardstick, checks, ledger, yardstick
 from tests.gpu.bwd_stand_in import BwdStand
 from tests.gpu.inputs import FAMILIES, Shape, values
 from tests.gpu.sanitize import TOOLS
+from tests.support.threads import graphs, one_thread
 
 __all__ = ["graphs", "one_thread"]  # fixtures
 

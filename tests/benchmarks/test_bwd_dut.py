@@ -8,11 +8,11 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.benchmarks.test_gpu_checks import one_thread
-from tests.benchmarks.test_gpu_dut import backend
 from tests.gpu import bwd_cases, bwd_small_calls, checks, small_calls
 from tests.gpu.dut import Gpu
 from tests.runtime.backward_kernels import write_backward_registry
+from tests.support.dut import backend
+from tests.support.threads import one_thread
 
 __all__ = ["backend", "one_thread"]  # fixtures
 

@@ -10,12 +10,12 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.benchmarks.test_gpu_checks import one_thread
-from tests.benchmarks.test_sanitize import PTX, scripted
 from tests.gpu import bwd_small_calls, dut, plant_race, sanitize, small_calls
 from tests.gpu.bwd_cases import BwdCall
 from tests.gpu.bwd_stand_in import BwdStand
 from tests.gpu.sanitize import Run, judge
+from tests.support.sanitize import PTX, scripted
+from tests.support.threads import one_thread
 
 __all__ = ["one_thread"]  # fixtures
 

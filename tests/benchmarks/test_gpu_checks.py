@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,9 @@ import torch
 from tests.gpu import checks, ledger, test_fwd, yardstick
 from tests.gpu.inputs import FAMILIES, Shape, padded, place, untouched, values
 from tests.gpu.stand_in import Stand
+from tests.support.threads import graphs, one_thread
+
+__all__ = ["graphs", "one_thread"]  # fixtures
 
 TESTS = Path(__file__).resolve().parents[1]
 KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
@@ -92,36 +94,6 @@ ELSEWHERE = {
     "test_different_variants_have_different_keys",
     "can-implement checked with other stages": "kernels/test_validity.py::test_the_table_is_valid",
 }
-
-
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """CUDA graphs on the CPU: what a stand-in does inside `torch.cuda.graph` is done again by a replay."""
-
-    class Graph:
-        def replay(self):
-            for launch in self.launches:
-                launch()
-
-    @contextlib.contextmanager
-    def capture(graph):
-        Stand.recording = graph.launches = []
-        try:
-            yield
-        finally:
-            Stand.recording = None
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of tiny operations: on a busy machine, threads that wait for each other cost ten times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(name, stand, key=KEY):

@@ -8,30 +8,15 @@ pytest.importorskip("torch")
 
 import torch
 
-import runtime
-from runtime.load import session
 from tests.gpu import checks
 from tests.gpu.dut import Gpu
-from tests.runtime.fakes import KERNELS, FakeBackend, write_registry
+from tests.runtime.fakes import KERNELS, write_registry
+from tests.support.dut import backend
+from tests.support.threads import one_thread
+
+__all__ = ["backend", "one_thread"]  # fixtures
 
 KEYS = ("fwd-bf16-d64-dv64-m64-n64-w4-s1", "fwd-fp16-d64-dv64-m128-n64-w4-s1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of tiny operations: threads that wait for each other would cost ten times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    made = FakeBackend(capability=(9, 0))
-    monkeypatch.setattr(session, "BACKEND", lambda: made)
-    yield made
-    runtime.configure()
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.benchmarks.test_gpu_checks import graphs, one_thread
 from tests.gpu import checks, ledger
 from tests.gpu.append_cases import misrounded, rotated
 from tests.gpu.paged_inputs import E4M3, Cache, Pages
 from tests.gpu.paged_stand_in import PagedStand
 from tests.gpu.sanitize import TOOLS
+from tests.support.threads import graphs, one_thread
 
 __all__ = ["graphs", "one_thread"]  # fixtures
 

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.benchmarks.test_gpu_checks import one_thread
-from tests.benchmarks.test_gpu_dut import backend
 from tests.gpu import checks, small_calls
 from tests.gpu.dut import Gpu
 from tests.runtime.cache_kernels import write_cache_registry
+from tests.support.dut import backend
+from tests.support.threads import one_thread
 
 __all__ = ["backend", "one_thread"]  # fixtures
 

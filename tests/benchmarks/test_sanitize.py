@@ -12,6 +12,7 @@ from registry.contract import Variant
 from tests.benchmarks.fakes import artifact, write_registry
 from tests.gpu import ledger, plant_race, sanitize, small_calls, verify
 from tests.gpu.sanitize import TOOLS, Run, judge, parse, read_output
+from tests.support.sanitize import PTX, scripted
 
 SYMBOLS = {"a": "cubinery_a_0", "ab": "cubinery_a_b_0", "c": "cubinery_c_0"}
 PLANT = {"cubinery_planted0_a_0"}
@@ -45,17 +46,6 @@ def test_a_refusal_counts_only_when_nothing_ran():
     assert read_output("", log).refused
     seen = read_output(ran, log)
     assert (seen.refused, seen.ended, seen.device) == ("", {"a"}, {"gpu": "G", "arch": "sm_90"})
-
-
-def scripted(*runs):
-    """A `run` that gives these in turn, and notes which keys it was asked for."""
-    asked = []
-
-    def run(keys):
-        asked.append(list(keys))
-        return runs[len(asked) - 1]
-
-    return run, asked
 
 
 def test_clean_variants_pass_once_the_plant_is_seen():
@@ -207,9 +197,6 @@ def test_the_small_sums_of_partials_take_every_layout():
 
     small_calls.launch(Recorder(), "fwd_combine-fp32-d256-dv256-m4", device="cpu")
     assert set(shapes) == {(n, True, lse) for n in (4, 5) for lse in (True, False)}
-
-
-PTX = ".entry cubinery_x()\n{\n\tbar.sync \t0;\n\tmov.u32 %r1, %r2;\n\tbarrier.sync 0;\n\tret;\n}\n"
 
 
 def test_one_barrier_goes_and_the_rest_stays():

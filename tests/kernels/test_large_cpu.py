@@ -15,7 +15,7 @@ from tests.kernels.cases import of, skeletons
 from tests.kernels.large import Large, LargeRun
 from tests.kernels.launch import Compiled
 from tests.kernels.paged import kv_dtype
-from tests.kernels.test_paged_cpu import SKELETONS as PAGED_SKELETONS
+from tests.support.skeletons import SKELETONS as PAGED_SKELETONS
 
 MOST = 2**31 - 1  # blocks of a launch, heads, entries
 TOKENS = 2**30 - 1  # of q and k together

@@ -11,27 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import dispatch
 from registry.contract import Variant
-from tests.kernels.cases import loops, of
+from tests.kernels.cases import of
 from tests.kernels.launch import Compiled, sink, softmax_scale
 from tests.kernels.paged import PagedCase, PagedOutcome, expected, inputs, kv_dtype, page_table, run
 from tests.kernels.paged_cases import FACTORS, case, rows, share
 from tests.ptx.formats import E4M3
 from tests.reference import LSE_TOLERANCE, Array, Scores, attention, decode, gather, yardstick
 from tests.support.abis import FWD_PAGED
+from tests.support.skeletons import SKELETONS, VARIANTS
 
-VARIANTS = [variant for variant in dispatch.variants() if variant.op == "fwd_paged"]
 RMS_ROWS = 256  # as in test_forward_cpu
-
-
-def skeletons() -> list[Variant]:
-    """The smallest variant of each kind of loop, of bf16."""
-    large_first = sorted(VARIANTS, key=lambda v: (-v.size("m"), -v.head_dim, -v.head_dim_v))
-    return list({loops(v): v for v in large_first if v.dtype == "bf16"}.values())
-
-
-SKELETONS = skeletons()
 
 
 def gathered(case: PagedCase, pages: Array) -> Array:

@@ -13,10 +13,10 @@ from tests.kernels.cases import of, packed
 from tests.kernels.faults import Fault
 from tests.kernels.launch import Compiled
 from tests.kernels.paged import PagedCase, expected, kv_dtype, run
-from tests.kernels.test_paged_cpu import SKELETONS
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import yardstick
 from tests.support.abis import FWD_PAGED
+from tests.support.skeletons import SKELETONS
 
 # For what is not about stages.
 SMALLEST = list({v.features: v for v in sorted(SKELETONS, key=lambda v: (-v.size("m"), -v.head_dim))}.values())

@@ -84,3 +84,9 @@ def test_design_names_files_that_exist(named):
 def test_design_names_things_that_exist(dotted):
     # In a fresh process: some of these modules want their environment set before the first import.
     run([sys.executable, "-c", "import pkgutil, sys; pkgutil.resolve_name(sys.argv[1])", dotted])
+
+
+def test_helpers_come_from_no_test_file():
+    """What tests share lies in tests/support, or in a module of its own beside them."""
+    taken = re.compile(r"^\s*from tests[.\w]*\.test_\w+ import", re.MULTILINE)
+    assert [str(path) for path in (ROOT / "tests").rglob("*.py") if taken.search(path.read_text())] == []

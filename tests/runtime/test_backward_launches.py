@@ -15,10 +15,10 @@ from runtime.call import launch, plan
 from runtime.errors import ArgumentError
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, inputs
-from tests.runtime.test_backward import SINK, assert_close, check, grads, leaves
-from tests.runtime.test_varlen import ints
 from tests.support.abis import ABIS
+from tests.support.attention import BF16, inputs
+from tests.support.backward import SINK, assert_close, check, grads, leaves
+from tests.support.varlen import ints
 
 LOG2E = math.log2(math.e)
 

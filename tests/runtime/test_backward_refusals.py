@@ -16,10 +16,10 @@ from tests.runtime import backward_kernels
 from tests.runtime.backward_kernels import KERNELS
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import inputs
-from tests.runtime.test_backward import SINK, leaves
-from tests.runtime.test_varlen import ints
 from tests.support.abis import ABIS
+from tests.support.attention import inputs
+from tests.support.backward import SINK, leaves
+from tests.support.varlen import ints
 
 pytestmark = pytest.mark.usefixtures("backward_registry")
 

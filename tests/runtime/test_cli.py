@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,21 +20,10 @@ from runtime.sources import source
 from tests.runtime.backward_kernels import KERNELS
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
-from tests.runtime.test_source import URL, Server, server
+from tests.support.cli import holding_server, program, run, usage
+from tests.support.sources import URL, Server, server
 
 __all__ = ["server"]  # a fixture
-
-
-def run(capsys, *argv: object) -> tuple[int, dict]:
-    code = cli.main([*map(str, argv), "--json"])
-    return code, json.loads(capsys.readouterr().out)
-
-
-def usage(capsys, *argv: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*map(str, argv)])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_doctor_without_a_gpu_says_so(registry: Path, capsys):
@@ -248,15 +233,6 @@ def test_doctor_without_a_kernel_for_its_sample_call(tmp_path: Path, capsys):
     assert "2 kernels of 0.1, none of them for a call with bf16 and head_dim 128" in text and "e.g. None" not in text
 
 
-def program(*argv: object, first: str = "", **options) -> subprocess.Popen:
-    """`python -m runtime` after the statements `first`. A shell may have started the tests with SIGINT ignored, which a
-    child would inherit."""
-    start = f"import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n{first}\n"
-    start += f"sys.argv = {['runtime', *map(str, argv)]!r}; runpy.run_module('runtime', run_name='__main__')"
-    where = Path(__file__).parents[2]
-    return subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.PIPE, text=True, cwd=where, **options)
-
-
 def test_a_reader_that_has_gone(registry: Path):
     reader, writer = os.pipe()
     os.close(reader)
@@ -264,37 +240,6 @@ def test_a_reader_that_has_gone(registry: Path):
         os.close(writer)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 141 and errors == ""
-
-
-@contextlib.contextmanager
-def holding_server(held: str) -> Iterator[tuple[list[str], threading.Event]]:
-    """A server that has an index for sm_120, and holds its answer to whatever has `held` in its path.
-
-    The options that name it and the index, and an event: something held was asked for.
-    """
-    index, _ = toy_index(only="bf16-d64")
-    asked, over = threading.Event(), threading.Event()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if held in self.path:
-                asked.set()
-                over.wait(60)
-                return
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(index.to_bytes())
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield ["--registry", f"http://127.0.0.1:{server.server_port}", "--index", index.digest], asked
-        finally:
-            over.set()
-            server.shutdown()
 
 
 def test_ctrl_c_ends_downloads_under_way(tmp_path: Path):

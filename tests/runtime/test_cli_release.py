@@ -16,7 +16,7 @@ from runtime.cli import commands as cli
 from runtime.errors import UntrustedError
 from runtime.load import session
 from tests.runtime.fakes import FakeBackend, toy_index
-from tests.runtime.test_cli import run
+from tests.support.cli import run
 from tests.trust.repository import FAR, PAST, Repository
 
 URL = "https://repository.test"

@@ -13,8 +13,8 @@ from registry.contract import WINDOW_OPEN
 from runtime import fa4
 from runtime.errors import ArgumentError
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import inputs, reference
-from tests.runtime.test_varlen import ints, packed
+from tests.support.attention import inputs, reference
+from tests.support.varlen import ints, packed
 
 FA2 = "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
 FA2_VARLEN = (

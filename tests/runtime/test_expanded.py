@@ -7,10 +7,10 @@ import torch
 
 import runtime
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, inputs
-from tests.runtime.test_backward import assert_close, grads, leaves
-from tests.runtime.test_kvcache import E4M3, Cache, queries
-from tests.runtime.test_varlen import ints, packed
+from tests.support.attention import BF16, inputs
+from tests.support.backward import assert_close, grads, leaves
+from tests.support.kvcache import E4M3, Cache, queries
+from tests.support.varlen import ints, packed
 
 
 def expanded(*tensors, heads=4):

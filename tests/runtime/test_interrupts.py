@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.test_cli import holding_server, program
+from tests.support.cli import holding_server, program
 
 # The signal is noted by another thread, and wakes the main one from nothing: as if it came right before a wait began.
 UNNOTICED = """

@@ -12,8 +12,8 @@ import runtime
 from runtime.errors import ArgumentError
 from runtime.load import plans
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16
-from tests.runtime.test_varlen import ints, tensor_at
+from tests.support.attention import BF16
+from tests.support.varlen import ints, tensor_at
 
 FA2 = (
     "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad block_table softmax_scale "

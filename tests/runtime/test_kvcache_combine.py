@@ -10,7 +10,7 @@ from runtime.api import combine
 from runtime.errors import ArgumentError, CaptureError
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, inputs, reference
+from tests.support.attention import BF16, inputs, reference
 
 F32 = torch.float32
 

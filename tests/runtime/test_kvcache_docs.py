@@ -11,13 +11,9 @@ import torch
 import runtime
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import FakeBackend
+from tests.support.graphs import Graph
 
 PAGE = Path(__file__).parents[2] / "docs/decode.md"
-
-
-class Graph:
-    def replay(self) -> None:
-        pass
 
 
 def test_python_runs(backend: FakeBackend, tmp_path: Path, monkeypatch):

@@ -13,9 +13,9 @@ from runtime.api import attention
 from runtime.errors import ArgumentError
 from runtime.load import plans
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, inputs, reference
-from tests.runtime.test_kvcache import E4M3, Cache
-from tests.runtime.test_varlen import ints, packed
+from tests.support.attention import BF16, inputs, reference
+from tests.support.kvcache import E4M3, Cache
+from tests.support.varlen import ints, packed
 
 LENGTHS = (9, 1, 70, 5)
 

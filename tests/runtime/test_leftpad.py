@@ -10,10 +10,10 @@ import torch
 import runtime
 from runtime.load import plans
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, reference
-from tests.runtime.test_backward import SINK, Side, assert_close, attention64, grads, leaves
-from tests.runtime.test_kvcache import NOWHERE, Cache, queries, rotated
-from tests.runtime.test_varlen import ints
+from tests.support.attention import BF16, reference
+from tests.support.backward import SINK, Side, assert_close, attention64, grads, leaves
+from tests.support.kvcache import NOWHERE, Cache, queries, rotated
+from tests.support.varlen import ints
 
 LENGTHS = (5, 0, 70, 3), (9, 4, 150, 6)  # of queries, of keys
 FIRST = (2, -3, 131, 9)  # clamped to what there is

@@ -18,8 +18,8 @@ from runtime.errors import ConfigError, NoKernelError, UntrustedError
 from runtime.load import session
 from runtime.trust import lockfile, resolve
 from tests.runtime.fakes import TABLE, FakeBackend, toy_index, write_registry
-from tests.runtime.test_cli import run, usage
-from tests.runtime.test_source import URL, Server, server
+from tests.support.cli import run, usage
+from tests.support.sources import URL, Server, server
 
 __all__ = ["server"]  # a fixture
 

@@ -11,10 +11,10 @@ from runtime.call import launch, plan
 from runtime.errors import ArgumentError
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16, check, inputs, reference
-from tests.runtime.test_backward import assert_close, attention64, grads, leaves
-from tests.runtime.test_kvcache import NOWHERE
-from tests.runtime.test_varlen import ints, packed
+from tests.support.attention import BF16, check, inputs, reference
+from tests.support.backward import assert_close, attention64, grads, leaves
+from tests.support.kvcache import NOWHERE
+from tests.support.varlen import ints, packed
 
 
 class Counted:

@@ -15,7 +15,7 @@ import torch
 import runtime
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import inputs, reference
+from tests.support.attention import inputs, reference
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.runtime.backward_kernels import KERNELS
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_kvcache_docs import Graph
+from tests.support.graphs import Graph
 
 PAGE = Path(__file__).parents[2] / "docs/training.md"
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import runtime
 from runtime.errors import ArgumentError
 from tests.runtime.fakes import FakeBackend
-from tests.runtime.test_attention import BF16
-from tests.runtime.test_kvcache import Cache
-from tests.runtime.test_varlen import ints, packed
+from tests.support.attention import BF16
+from tests.support.kvcache import Cache
+from tests.support.varlen import ints, packed
 
 LENGTHS = (3, 0, 70, 5)
 

@@ -19,21 +19,8 @@ from runtime.call import checks, forward, launch
 from runtime.errors import ArgumentError, CaptureError, NoKernelError
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend, write_registry
-from tests.runtime.test_attention import BF16, reference
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def packed(lengths_q=(3, 0, 70, 5), lengths_k=(4, 2, 9, 5), heads_q=4, heads_kv=2, head_dim=64, head_dim_v=64):
-    """q, k, v and cu_seqlens as keyword arguments."""
-    torch.manual_seed(1)
-    ends_q, ends_k = (ints(0, *np.cumsum(lengths).tolist()) for lengths in (lengths_q, lengths_k))
-    q = torch.randn(sum(lengths_q), heads_q, head_dim).to(BF16)
-    k = torch.randn(sum(lengths_k), heads_kv, head_dim).to(BF16)
-    v = torch.randn(sum(lengths_k), heads_kv, head_dim_v).to(BF16)
-    return {"q": q, "k": k, "v": v, "cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k}
+from tests.support.attention import BF16, reference
+from tests.support.varlen import ints, packed, tensor_at
 
 
 def entries(array, ends, used):
@@ -451,11 +438,6 @@ def test_what_the_key_leaves_open_is_checked_on_warm_calls(backend: FakeBackend,
             runtime.flash_attn_varlen(**given | {"sink": fwAD.make_dual(sink, sink)})
         assert error.value.argument == "sink"
         runtime.flash_attn_varlen(**given)
-
-
-def tensor_at(memory, dtype):
-    """Elements that start wherever the bytes do, which torch's own views never allow."""
-    return torch.frombuffer(memory.numpy().data, dtype=dtype)
 
 
 def test_out_stays_apart_from_every_input(backend: FakeBackend, registry: Path):
