@@ -8,7 +8,7 @@ The kernels count in 32 bits within these ranges; the runtime refuses what lies 
 - batch and heads_q are below 2**31, seqlen_q + seqlen_k is below 2**30, seqlen_q · pack at most 2**31 − 2**10, so that
   rows of a tile behind the last have numbers too;
 - batch · alibi_stride_b + heads_q is below 2**31, and alibi_stride_b is not negative;
-- from token to token, k and v of pages with several keys go less than 2**31 elements; num_splits is at most 2**16;
+- with pages of several tokens, the token strides of k and v are below 2**31 elements; num_splits is at most 2**16;
 - an op whose grid counts rows has at most 2**31 − 32 of them.
 A negative page of a key that exists is read as page 0, and is not written. Rows of the backward's workspaces are below
 2**31, and heads_q times as many below 2**35: dq_accum would be larger than any memory.
@@ -37,7 +37,7 @@ BSH = ("b", "s", "h")
 LENGTHS = frozenset(("seqlen_q", "seqlen_k", "total_q", "total_k", "max_pages"))
 
 
-def rows(name: str, role: str, dtypes: tuple[str, ...], layouts: tuple[Layout, ...], about: str, *,
+def vectors(name: str, role: str, dtypes: tuple[str, ...], layouts: tuple[Layout, ...], about: str, *,
          strides: tuple[str, ...] = BSH, optional: bool = False, differentiable: bool = False,
          argument: str = "") -> Tensor:  # fmt: skip
     """A tensor that kernels copy 16 bytes at a time."""
@@ -57,10 +57,10 @@ def workspace(name: str, dims: str, about: str, *, dtype: str = "fp32", strides:
     return Tensor(name, "workspace", (dtype,), (layout(dims),), about, strides, "vectors", optional)
 
 
-Q = rows("q", "in", LOW, (DENSE_Q, PACKED_Q), "queries", differentiable=True)
-K = rows("k", "in", ("call",), (DENSE_K, PACKED_K), "keys", differentiable=True)
-V = rows("v", "in", ("call",), (DENSE_V, PACKED_V), "values", differentiable=True)
-OUT = rows("o", "out", ("call",), (DENSE_OUT, PACKED_OUT), "the output", argument="out")
+Q = vectors("q", "in", LOW, (DENSE_Q, PACKED_Q), "queries", differentiable=True)
+K = vectors("k", "in", ("call",), (DENSE_K, PACKED_K), "keys", differentiable=True)
+V = vectors("v", "in", ("call",), (DENSE_V, PACKED_V), "values", differentiable=True)
+OUT = vectors("o", "out", ("call",), (DENSE_OUT, PACKED_OUT), "the output", argument="out")
 CU_SEQLENS_Q = extra("cu_seqlens_q", ("i32",), ("batch+1",), "where each entry of a packed q starts, and the end")
 CU_SEQLENS_K = extra("cu_seqlens_k", ("i32",), ("batch+1",), "where each entry of a packed k starts, and the end")
 SEQUSED_Q = extra("seqused_q", ("i32",), ("batch",), "tokens of an entry's queries that count, from its start")

@@ -10,8 +10,8 @@ BWD = Op(
     computes="dK and dV of n keys of a key/value head, and their part of dQ; of one split of its query heads",
     tensors=(
         *(a.Q, a.K, a.V, w.DOUT, w.LSE_LOG2, w.DELTA, w.DQ_ACCUM),
-        a.rows("dk", "out", ("call",), (a.DENSE_K, a.PACKED_K), "k's gradient"),
-        a.rows("dv", "out", ("call",), (a.DENSE_V, a.PACKED_V), "v's gradient"),
+        a.vectors("dk", "out", ("call",), (a.DENSE_K, a.PACKED_K), "k's gradient"),
+        a.vectors("dv", "out", ("call",), (a.DENSE_V, a.PACKED_V), "v's gradient"),
         # Written in place of dk and dv where they are given.
         a.workspace("dk_partial", "splits elements_k", "fp32 parts of dk", strides=("split",), optional=True),
         a.workspace("dv_partial", "splits elements_v", "fp32 parts of dv", strides=("split",), optional=True),

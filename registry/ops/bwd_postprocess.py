@@ -10,7 +10,7 @@ BWD_POSTPROCESS = Op(
     computes="128 query rows of a query head: dq of dq_accum",
     tensors=(
         w.DQ_ACCUM,
-        a.rows("dq", "out", ("call",), (a.DENSE_Q, a.PACKED_Q), "q's gradient"),
+        a.vectors("dq", "out", ("call",), (a.DENSE_Q, a.PACKED_Q), "q's gradient"),
         *(a.CU_SEQLENS_Q, a.SEQUSED_Q),
     ),
     scalars=(*a.numbers("rows batch heads_q seqlen_q head_dim"), w.HEAD_DIM_ACCUM, *a.numbers("softmax_scale")),

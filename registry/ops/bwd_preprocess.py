@@ -9,7 +9,7 @@ BWD_PREPROCESS = Op(
     version=1,
     computes="128 query rows of a query head: lse_log2, delta, zeros in dq_accum and semaphores",
     tensors=(
-        a.rows("o", "in", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the forward's output", argument="out"),
+        a.vectors("o", "in", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the forward's output", argument="out"),
         w.DOUT,
         Tensor("lse", "in", ("fp32",), a.LSE, "the forward's LSE", strides=("b", "h"), access="anywhere"),
         Tensor("dlse", "in", ("fp32",), a.LSE, "its gradient", strides=a.BSH, access="anywhere", optional=True),

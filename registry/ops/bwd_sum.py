@@ -12,8 +12,8 @@ BWD_SUM = Op(
     tensors=(
         a.workspace("dk_partial", "splits elements_k", "fp32 parts of dk", strides=("split",)),
         a.workspace("dv_partial", "splits elements_v", "fp32 parts of dv", strides=("split",)),
-        a.rows("dk", "out", ("call",), (a.DENSE_K, a.PACKED_K), "k's gradient", strides=()),
-        a.rows("dv", "out", ("call",), (a.DENSE_V, a.PACKED_V), "v's gradient", strides=()),
+        a.vectors("dk", "out", ("call",), (a.DENSE_K, a.PACKED_K), "k's gradient", strides=()),
+        a.vectors("dv", "out", ("call",), (a.DENSE_V, a.PACKED_V), "v's gradient", strides=()),
     ),
     scalars=(
         Scalar("dk_elements", "i64", "elements of dk, a multiple of 8"),

@@ -2,7 +2,7 @@
 
 One file beside this one describes one op. From it follow the kernel's ABI, the checks of a call's tensors, the
 parameters of a launch, what builder and benchmarks build together, `explain`, and the tables of docs/design.md.
-What needs judgement stays written by hand: rules across arguments (`runtime.call.rules`), which tiles can be built
+What needs judgement stays written by hand: rules across arguments (`runtime.call.forward`), which tiles can be built
 (`kernels.<op>.table`), device code.
 """
 
@@ -131,10 +131,11 @@ class Op:
     """A kernel's role, described once. A variant of it is a dtype, head dims, a tile and features.
 
     computes: what a block does. grid: rule of registry.contract.Grid. ptx: the target that its PTX is written for;
-    features: name -> (about, target that it needs instead, or ''). launched_with: the ops that a call launches beside
-    this one. after: those that ran before such a call. shared_by: the
-    scalar that says how many blocks share what one would compute. backward: the op that computes its gradients; ''
-    where there are none: then no_gradient says of what, for an error. facts: what its dispatch rows may ask.
+    features: optional compile-time switches. launched_with: the ops that a call launches beside this one. after: ops
+    that must have run before: for `bwd`, `fwd`. shared_by: the scalar that holds the number of splits; '' for an op
+    that does not split. backward: the op that computes its gradients; '' where there are none, and then no_gradient says of
+    what, for an error. facts: what its dispatch rows may ask. The first tensors of `fwd` are q, k, v, o and lse, which
+    lead the parameters: the hot path writes them alone. A change of tensors or scalars raises `version`.
     """
 
     name: str

@@ -13,11 +13,11 @@ FWD_COMBINE = Op(
     version=1,
     computes="m rows (a query head of a token), a warp each",
     tensors=(
-        a.rows("o_partial", "in", ("fp32",), PARTIAL, "outputs over parts of the keys, contiguous within a split",
+        a.vectors("o_partial", "in", ("fp32",), PARTIAL, "outputs over parts of the keys, contiguous within a split",
                strides=("split",), argument="out_partial"),
         Tensor("lse_partial", "in", ("fp32",), LSE_PARTIAL, "their log-sum-exps", strides=("split", *a.BSH),
                access="anywhere"),
-        a.rows("o", "out", ALL_DTYPES, OUT, "the output", argument="out"),
+        a.vectors("o", "out", ALL_DTYPES, OUT, "the output", argument="out"),
         Tensor("lse", "out", ("fp32",), (layout("batch heads seqlen"), layout("heads tokens")), "its log-sum-exp",
                strides=a.BSH, access="anywhere", optional=True),
     ),

@@ -3,10 +3,10 @@
 import registry.ops.attention as a
 from registry.ops.describe import Feature, Op, Scalar, Tensor
 
-K = a.rows("k", "in", ("call", "e4m3"), (a.PAGES_K,), "the cache of keys")
-V = a.rows("v", "in", ("k",), (a.PAGES_V,), "the cache of values")
+K = a.vectors("k", "in", ("call", "e4m3"), (a.PAGES_K,), "the cache of keys")
+V = a.vectors("v", "in", ("k",), (a.PAGES_V,), "the cache of values")
 # With num_splits > 1 the output and its LSE are a workspace of fp32 partial results.
-OUT = a.rows("o", "out", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the output, or partial outputs",
+OUT = a.vectors("o", "out", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the output, or partial outputs",
              strides=(*a.BSH, "split"), argument="out")  # fmt: skip
 LSE = Tensor("lse", "out", ("fp32",), a.LSE, "log-sum-exp of the scores, or partial ones",
              strides=("b", "h", "split"), access="anywhere", optional=True)  # fmt: skip

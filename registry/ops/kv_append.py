@@ -3,8 +3,8 @@
 import registry.ops.attention as a
 from registry.ops.describe import Feature, Letter, Op, Scalar, layout
 
-K = a.rows("k", "inout", ("call", "e4m3"), (a.PAGES_K,), "the cache of keys")
-V = a.rows("v", "inout", ("k",), (a.PAGES_V,), "the cache of values")
+K = a.vectors("k", "inout", ("call", "e4m3"), (a.PAGES_K,), "the cache of keys")
+V = a.vectors("v", "inout", ("k",), (a.PAGES_V,), "the cache of values")
 NEW_K, NEW_V = layout("batch seqlen_new heads_kv head_dim"), layout("batch seqlen_new heads_kv head_dim_v")
 ROTARY = ("positions rotary_dim/2",)
 
@@ -13,12 +13,12 @@ KV_APPEND = Op(
     version=1,
     computes="m rows, a warp each: K's, then V's, then Q's",
     tensors=(
-        a.rows("k_new", "in", ("call",), (NEW_K,), "keys to append at seqused_k", optional=True),
-        a.rows("v_new", "in", ("call",), (NEW_V,), "values to append", optional=True),
+        a.vectors("k_new", "in", ("call",), (NEW_K,), "keys to append at seqused_k", optional=True),
+        a.vectors("v_new", "in", ("call",), (NEW_V,), "values to append", optional=True),
         K,
         V,
         a.Q,
-        a.rows("q_out", "workspace", ("call",), (a.DENSE_Q,), "the rotated copy of q", optional=True),
+        a.vectors("q_out", "workspace", ("call",), (a.DENSE_Q,), "the rotated copy of q", optional=True),
         a.extra("rotary_cos", ("call",), ROTARY, "cosines of each position, a multiple of 16 / 2 of them"),
         a.extra("rotary_sin", ("call",), ROTARY, "sines, with rotary_cos's row stride"),
         *(a.SEQUSED_K, a.PAGE_TABLE, a.K_DESCALE, a.V_DESCALE),

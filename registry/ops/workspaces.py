@@ -10,7 +10,7 @@ import registry.ops.attention as a
 from registry.ops.describe import Scalar
 
 ROWS = 128
-DOUT = a.rows("dout", "in", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the output's gradient")
+DOUT = a.vectors("dout", "in", ("call",), (a.DENSE_OUT, a.PACKED_OUT), "the output's gradient")
 LSE_LOG2 = a.workspace("lse_log2", "heads_q rows", "LSE · log2(e); +∞ for rows without a query")
 DELTA = a.workspace("delta", "heads_q rows", "rowsum(dO ∘ O) − dLSE")
 # Lane l of a unit of 16 rows × 8 columns holds rows l // 4 and l // 4 + 8 of columns 2·(l % 4) and the next, as an mma

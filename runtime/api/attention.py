@@ -55,12 +55,14 @@ def flash_attn(
 
     A query that sees no key gives zeros and an LSE of -inf, or of the sink. Returns out, or (out, lse).
 
-    Differentiable, once, in q, k, v, sink and alibi_slopes, through out and the returned lse; the backward runs on the
-    current stream, without synchronising, and takes for its time, from torch's allocator and in one piece, these
-    workspaces. With rows = batch · (seqlen_q rounded up to 128) and D = head_dim rounded up to its kernel's: heads_q ·
-    rows · (4 · D + 8) bytes; if deterministic heads_q · rows / 4 more; 4 · heads_q for each tile of keys if
-    alibi_slopes require grad; and where there are too few keys to fill the GPU, for s parts of each group of query
-    heads, which one more kernel adds up, s · 4 bytes for each element of k and v.
+    Differentiable, once, in q, k, v, sink and alibi_slopes, through out and the returned lse. The backward runs on the
+    current stream, without synchronising, and takes one buffer from torch's allocator for its time. With rows = batch ·
+    (seqlen_q rounded up to 128) and D = head_dim rounded up to its kernel's, it has
+        heads_q · rows · (4 · D + 8) bytes;
+        heads_q · rows / 4 more if deterministic;
+        4 · heads_q more for each tile of keys if alibi_slopes require grad;
+        4 · s more for each element of k and v where groups of query heads are split in s parts to fill the GPU, whose
+        sums one more kernel adds up.
 
     The first call, or backward, of each kernel loads it, which a CUDA graph cannot hold: warm up before any thread
     captures.
@@ -145,10 +147,10 @@ def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, de
         for start, (_, nbytes) in zip((qp, kp, vp), plan.spans, strict=True):
             if op < start + nbytes and start < op + plan.out_span:
                 memory.check_apart(out, ("q", q), ("k", k), ("v", v))
-        plan.written(out)
+        plan.mark_written(out)
     lse = plan.new_lse() if return_lse else None
     launch = plan.single
-    launch.pack_main(qp, kp, vp, op, 0 if lse is None else lse.data_ptr())
+    launch.write_dense_addresses(qp, kp, vp, op, 0 if lse is None else lse.data_ptr())
     device = launch.device
     if launch.current_device() != device:
         with launch.guard(device):

@@ -15,7 +15,7 @@ from runtime.call.request import Call
 from runtime.call.tensors import described
 from runtime.errors import ArgumentError
 
-# The op that computes an op's gradients, as its description names it -> from a call's tensors to gradients by name.
+# Op.backward -> the function that computes the gradients: of a call's saved tensors, {name: gradient}.
 GRADIENTS: dict[str, Callable[..., dict[str, Any]]] = {"bwd": backward.gradients}
 Run = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 

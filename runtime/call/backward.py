@@ -24,6 +24,7 @@ from runtime.load import plans
 
 SUMS = 64  # floats to whose multiples partial sums are rounded: 256 bytes
 SEMAPHORE_ROWS = 16
+GRADIENTS = ("q", "k", "v", "sink", "alibi_slopes")  # every tensor of `fwd` that its description calls differentiable
 NO_OUTPUTS = Outputs(*(lambda *_: None,) * 4)
 VARYING = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
 
@@ -74,8 +75,8 @@ class Backward(NamedTuple):
             found.update(splits=shared, dk_partial_stride_split=stride, dv_partial_stride_split=stride)
             return found, 1, shared
 
-        main = maker.launch("bwd", call.facts, of_main)  # its head_dim is that of dq_accum, whatever else is launched
-        launches = [maker.launch("bwd_preprocess", call.facts, lambda _: (found, 1, 1))]
+        main = maker.prepared("bwd", call.facts, of_main)  # its head_dim is that of dq_accum, whatever else is launched
+        launches = [maker.prepared("bwd_preprocess", call.facts, lambda _: (found, 1, 1))]
         spaces = self._workspaces(call, main, shared if "bwd" in steps else 1)
         if "bwd" in steps:
             launches.append(main)
@@ -83,7 +84,7 @@ class Backward(NamedTuple):
             if shared > 1:
                 launches.append(_sum(call, found, maker))
         if "bwd_postprocess" in steps:
-            launches.append(maker.launch("bwd_postprocess", call.facts, lambda _: (found, 1, 1)))
+            launches.append(maker.prepared("bwd_postprocess", call.facts, lambda _: (found, 1, 1)))
         return Chain(tuple(launches), spaces)
 
     def _workspaces(self, call: Call, main: Launch, shared: int) -> tuple[Workspace, ...]:
@@ -241,4 +242,4 @@ def _sum(call: Call, found: Numbers, maker: Maker) -> Launch:
     facts = {name: call.facts[name] for name in ("dtype", "head_dim", "head_dim_v")}
     facts["rows"] = sum(-(-n // UNIT) for n in elements)
     found = found | {"dk_elements": elements[0], "dv_elements": elements[1]}
-    return maker.launch("bwd_sum", facts, lambda _: (found, 1, 1))
+    return maker.prepared("bwd_sum", facts, lambda _: (found, 1, 1))

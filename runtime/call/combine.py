@@ -65,7 +65,7 @@ def _strides(given: dict[str, Any], splits: int, heads: int, seqlen: int) -> Num
 def chain(call: Call, request: Request, maker: Maker) -> Chain:
     if not call.facts["rows"]:
         return Chain(())
-    return Chain((maker.launch("fwd_combine", call.facts, lambda _: (call.numbers, 1, 1)),))
+    return Chain((maker.prepared("fwd_combine", call.facts, lambda _: (call.numbers, 1, 1)),))
 
 
 def outputs(call: Call, request: Request, torch: Any) -> Outputs:

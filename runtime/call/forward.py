@@ -229,7 +229,9 @@ def chain(call: Call, request: Request, maker: Maker) -> Chain:
     found, sizes = call.numbers, call.sizes
     if rows := _append_rows(call):
         facts = {name: call.facts[name] for name in ("dtype", "kv_dtype", "head_dim", "head_dim_v")} | {"rows": rows}
-        launches.append(maker.launch("kv_append", facts, lambda _: (_append_numbers(call), 1, 1), _append_names(call)))
+        launches.append(
+            maker.prepared("kv_append", facts, lambda _: (_append_numbers(call), 1, 1), _append_names(call))
+        )
         written = ("k", "v") if call.numbers["seqlen_new"] else ()
     if call.numbers.get("rotary_dim"):
         shape = _rotated_shape(sizes)
@@ -241,11 +243,11 @@ def chain(call: Call, request: Request, maker: Maker) -> Chain:
 
     def of_forward(launch: Launch) -> tuple[Numbers, int, int]:
         nonlocal num_splits
-        pack = _pack(call, launch.packs)
+        pack = _pack(call, launch.packs_heads)
         num_splits = _choose_splits(call, launch, pack)
         return found | numbers.of_pack(pack) | _split_numbers(call, num_splits), pack, num_splits
 
-    attend = maker.launch(call.op, call.facts, of_forward)
+    attend = maker.prepared(call.op, call.facts, of_forward)
     launches.append(attend)
     if num_splits > 1:
         rows, head_dim_v = numbers.output_rows(sizes), sizes["head_dim_v"]
@@ -353,4 +355,4 @@ def _combine(call: Call, maker: Maker, num_splits: int) -> Launch:
     found["head_dim_v"] = sizes["head_dim_v"]
     facts = {"dtype": call.facts["dtype"], "head_dim": sizes["head_dim_v"], "head_dim_v": sizes["head_dim_v"]}
     names = {"o_partial": "o_partial", "lse_partial": "lse_partial"}  # not the arguments of flash_attn_combine
-    return maker.launch("fwd_combine", facts | {"rows": rows}, lambda _: (found, 1, 1), names)
+    return maker.prepared("fwd_combine", facts | {"rows": rows}, lambda _: (found, 1, 1), names)

@@ -32,26 +32,27 @@ class Layout(NamedTuple):
 class Launch:
     """All that a launch needs but its addresses. Belongs to one plan, and so to one thread.
 
-    packs: what the dispatch row says of query heads. resident: multiprocessors, and blocks that each holds at once;
-    zeros for an op whose blocks share nothing. pick: addresses by name -> those of the slots. pack: writes them.
-    pack_main: writes the first MAIN_SLOTS. fire(stream, params, 0): launches on the current device, returns (status,).
+    packs_heads: what the dispatch row says of query heads. resident: multiprocessors, and blocks that each holds at
+    once; zeros for an op whose blocks share nothing. pick: addresses by name -> those of the slots, which
+    write_addresses writes; write_dense_addresses writes the first MAIN_SLOTS alone. fire(stream, params, 0): launches
+    on the current device and returns (status,).
     """
 
-    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "kernel", "layout", "names", "pack",
-                 "pack_main", "packs", "params", "pick", "pointers", "raw_stream", "resident", "start",
-                 "success")  # fmt: skip
+    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "kernel", "layout", "names",
+                 "packs_heads", "params", "pick", "pointers", "raw_stream", "resident", "start", "success",
+                 "write_addresses", "write_dense_addresses")  # fmt: skip
 
     def __init__(self, kernel: Kernel, packs: bool, resident: tuple[int, int], device: int, backend: Any):
         driver = backend.driver
-        self.kernel, self.packs, self.resident = kernel, packs, resident
+        self.kernel, self.packs_heads, self.resident = kernel, packs, resident
         self.layout = layout(kernel.abi, kernel.artifact.variant)
         self.buffer = buffer = ctypes.create_string_buffer(kernel.abi.nbytes)
         at = ctypes.addressof(buffer)
         places = kernel.abi.layout
         self.pointers = (ctypes.c_void_p * len(places))(*(at + offset for offset, _ in places))
         self.params = ctypes.addressof(self.pointers)
-        self.pack: Callable[..., None] = partial(self.layout.slots.pack_into, buffer, 0)
-        self.pack_main: Callable[..., None] = partial(struct.Struct(f"<{MAIN_SLOTS}Q").pack_into, buffer, 0)
+        self.write_addresses: Callable[..., None] = partial(self.layout.slots.pack_into, buffer, 0)
+        self.write_dense_addresses: Callable[..., None] = partial(struct.Struct(f"<{MAIN_SLOTS}Q").pack_into, buffer, 0)
         self.start = driver.launch
         self.success, self.check = driver.success, driver.check
         self.device, self.guard = device, backend.guard

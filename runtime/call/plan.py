@@ -1,6 +1,6 @@
 """A kept plan: all that calls with one key share, and the path from their tensors to their launches.
 
-`launch` is that path for every call; `runtime.api.attention` has it once more, inlined, for the plain dense one.
+`execute` is that path for every call; `runtime.api.attention` has it once more, inlined, for the plain dense one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ALIGNED = 256  # bytes to whose multiples workspaces are rounded
 class Workspace(NamedTuple):
     """Memory for the time of a call, from torch's allocator, all of it in one piece. name: among the addresses.
 
-    zeros: what a call finds in it. inside: (another one, bytes from its start): where this one begins within that.
+    zeros: it is zeroed before the launches. inside: (name, offset): it lies `offset` bytes into the workspace `name`
+    and gets no memory of its own.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Role(Protocol):
     """What kinds of calls differ in: `runtime.call.forward`, `.combine` and `.backward`."""
 
     def fixed(self, request: Request) -> Any:
-        """What of the call, its tensors apart, no plan can be changed for; None if it cannot be part of a key."""
+        """The part of a plan family's key that is no tensor: a plan serves only calls in which it is the same. None
+        where its hash is not of its value: such a call's plan is not kept."""
 
     def check(self, request: Request, torch: Any, device_type: str) -> Call: ...
     def chain(self, call: Call, request: Request, maker: Maker) -> Chain: ...
@@ -67,20 +69,23 @@ class Outputs(NamedTuple):
 class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
-    __slots__ = ("absent", "call", "chain", "family", "first", "floats", "forward_ad", "grad_enabled", "key", "known",
-                 "masks", "nbytes", "new_lse", "new_out", "new_space", "offsets", "out_span", "rows", "single", "spans",
-                 "written", "written_names", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
+    __slots__ = ("absent", "alignment_masks", "call", "chain", "dispatch_rows", "family", "first", "floats",
+                 "forward_ad", "grad_enabled", "key", "known", "mark_written", "nbytes", "new_lse", "new_out",
+                 "new_space", "offsets", "out_span", "single", "spans", "written_names", "zero_lse", "zero_out",
+                 "zeros_from")  # fmt: skip
     key: Any
     family: Any
     call: Call
     known: dict[tuple[str, bool], Launch]  # every launch that was made, by variant and whether it packs heads
-    rows: dict[str, list[DispatchRow]]  # by op: what serves such calls, with the conditions that lengths decide
+    dispatch_rows: dict[
+        str, list[DispatchRow]
+    ]  # by op: what serves such calls, with the conditions that lengths decide
     chain: Chain
     first: str  # of the given tensors
     written_names: tuple[str, ...]  # the given tensors that the launches write, `out` apart
     single: Launch | None  # the only launch, which needs no workspace
     absent: dict[str, int]  # address 0 for every slot of every launch
-    masks: tuple[tuple[str, int], ...]  # bits of the given tensors' addresses that must be 0
+    alignment_masks: tuple[tuple[str, int], ...]  # bits of the given tensors' addresses that must be 0
     offsets: dict[str, int]  # of the workspaces
     nbytes: int  # of all workspaces
     zeros_from: int  # offset from which on they begin as zeros
@@ -88,7 +93,7 @@ class Plan:
     out_span: int
     grad_enabled: Callable[[], bool]
     forward_ad: Any  # torch.autograd.forward_ad
-    written: Callable[[Any], None]  # tells autograd that a tensor's values change
+    mark_written: Callable[[Any], None]  # tells autograd that a tensor's values change
     new_out: Callable[[Any], Any]
     new_lse: Callable[[], Any]
     zero_out: Callable[[Any], Any]
@@ -104,7 +109,7 @@ class Maker(NamedTuple):
     plan: Plan
     device: int
 
-    def launch(
+    def prepared(
         self,
         op: str,
         facts: Mapping[str, Any],
@@ -113,8 +118,9 @@ class Maker(NamedTuple):
     ) -> Launch:
         """The launch of the kernel that serves these facts, ready for them.
 
-        numbers: from the launch to what its kernel takes, query heads that share a tile, and blocks that share what
-        one would compute. names: {tensor of the op: name of what it is in this call}, where that is another one.
+        numbers: a function of the launch that returns (values of scalars and strides, query heads that share a tile,
+        splits). names: {tensor of the op: name among the call's addresses}, where it is not the public one; '' passes
+        a null pointer.
         """
         found = self._known(op, facts) or self._load(op, facts)
         found.serve(facts, *numbers(found))
@@ -125,11 +131,11 @@ class Maker(NamedTuple):
     def _known(self, op: str, facts: Mapping[str, Any]) -> Launch | None:
         if not self.plan.known:
             return None
-        if op not in self.plan.rows:
+        if op not in self.plan.dispatch_rows:
             index = self.now.index_for(self.now.backend.capability(self.device))
             fixed = {name: value for name, value in facts.items() if name not in LENGTH_FACTS}
-            self.plan.rows[op] = select.open_rows(index, op, fixed)
-        row = select.first(self.plan.rows[op], facts)
+            self.plan.dispatch_rows[op] = select.open_rows(index, op, fixed)
+        row = select.first(self.plan.dispatch_rows[op], facts)
         return self.plan.known.get((row.variant, row.pack)) if row else None
 
     def _load(self, op: str, facts: Mapping[str, Any]) -> Launch:
@@ -179,9 +185,9 @@ def prepare(role: Role, request: Request, key: Any) -> Plan:
 
 def _new(torch: Any) -> Plan:
     plan = Plan()
-    plan.known, plan.rows = {}, {}
+    plan.known, plan.dispatch_rows = {}, {}
     plan.grad_enabled, plan.forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
-    plan.written = torch.autograd.graph.increment_version
+    plan.mark_written = torch.autograd.graph.increment_version
     plan.floats = torch.float32
     return plan
 
@@ -195,7 +201,7 @@ def _aim(plan: Plan, role: Role, call: Call, request: Request, now: Session) -> 
     plan.first, plan.written_names = next(iter(given)), chain.written
     plan.single = chain.launches[0] if len(chain.launches) == 1 and not chain.workspaces else None
     plan.absent = {name: 0 for one in chain.launches for name in one.names}
-    plan.masks = tensors.masks(request.op, given)
+    plan.alignment_masks = tensors.alignment_masks(request.op, given)
     _place(plan, chain.workspaces)
     torch = now.backend.torch
     plan.new_space = partial(torch.empty, plan.nbytes, dtype=torch.uint8, device=first.device)
@@ -220,7 +226,7 @@ def _place(plan: Plan, workspaces: tuple[Workspace, ...]) -> None:
     plan.nbytes, plan.offsets = end, offsets
 
 
-def launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = False) -> Any:
+def execute(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = False) -> Any:
     """Check what the key leaves open, allocate, launch. (out, lse), lse None if it is not wanted.
 
     zeros: rows of new outputs that no sequence owns are zeros.
@@ -231,7 +237,7 @@ def launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = F
     if "out" in given:
         out = given["out"]
         _check_apart(plan, found, given)
-        plan.written(out)
+        plan.mark_written(out)
     else:
         out = (plan.zero_out if zeros else plan.new_out)(given[plan.first])
         found["out"] = out.data_ptr()
@@ -241,7 +247,7 @@ def launch(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = F
         if lse is not None:  # an op may have none
             found["lse"] = lse.data_ptr()
     for name in plan.written_names:
-        plan.written(given[name])
+        plan.mark_written(given[name])
     space = allocate(plan, found) if plan.nbytes else None
     fire(plan, found)
     del space  # torch's allocator hands it on in the order of the stream
@@ -252,7 +258,7 @@ def addresses(plan: Plan, given: Mapping[str, Any]) -> dict[str, int]:
     """By name, 0 for what is not given, after the checks that a call's key leaves open."""
     found = plan.absent.copy()
     try:
-        for name, mask in plan.masks:
+        for name, mask in plan.alignment_masks:
             address = found[name] = given[name].data_ptr()
             if address & mask or not address:
                 memory.check_address(name, given[name], address, mask + 1)
@@ -286,7 +292,7 @@ def fire(plan: Plan, found: Mapping[str, int]) -> None:
     if not launches:
         return
     for one in launches:
-        one.pack(*one.pick(found))
+        one.write_addresses(*one.pick(found))
     first = launches[0]
     device = first.device
     if first.current_device() != device:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from runtime.call.plan import Plan, launch
+from runtime.call.plan import Plan, execute
 
 
 def run(plan: Plan, given: Mapping[str, Any], return_lse: Any, deterministic: Any = False, zeros: Any = False) -> Any:
@@ -20,6 +20,6 @@ def run(plan: Plan, given: Mapping[str, Any], return_lse: Any, deterministic: An
             if tensor.requires_grad:
                 from runtime.call import autograd  # here: it imports torch
 
-                again = partial(launch, plan, return_lse=True, zeros=True)
+                again = partial(execute, plan, return_lse=True, zeros=True)
                 return autograd.apply(plan.call, given, return_lse, deterministic, again)
-    return launch(plan, given, return_lse, zeros)
+    return execute(plan, given, return_lse, zeros)

@@ -64,8 +64,9 @@ def group_splits(blocks: int, group: int, multiprocessors: int, blocks_each: int
     """How many blocks share the query heads of a key/value head: a divisor of group.
 
     Blocks of equal length run in waves of as many as the device holds; of s splits each takes 1 / s of the time. Under
-    a causal mask they are from nothing to that long, the longest first: the device is done when the longest is, or when
-    half the work of all is done. More splits, whose sums have to be added up, must save SPLIT_GAIN of the time.
+    a causal mask their times go from zero to that, the longest first. The estimate then is the larger of the longest
+    block's time and the average load, half that of blocks of equal length. More splits, whose sums have to be added up,
+    must save SPLIT_GAIN of the time.
     blocks: of the backward without splits. blocks_each: that a multiprocessor holds at once.
     """
     resident, best = max(multiprocessors * blocks_each, 1), 1

@@ -120,7 +120,7 @@ def check_memory(op: str, tensors: Mapping[str, Any]) -> None:
             checks.check_apart_within(name, tensor)
 
 
-def masks(op: str, tensors: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+def alignment_masks(op: str, tensors: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     """(name, bits of the address that must be 0) of each tensor: what every call asks again."""
     known = described(op)
     return tuple(
@@ -130,10 +130,11 @@ def masks(op: str, tensors: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def family(op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of the tensors stays as it is where lengths alone change.
+    """The part of a plan family's key that tensors make: names, sizes that are no lengths, dtypes, devices, and which
+    strides are 0.
 
-    Strides may follow from a length, in whatever order the dimensions lie. What is expanded stays so: K and V of one
-    head have other facts.
+    Other strides are left out, since they may follow from a length. Zeros are kept, since K and V that are expanded
+    from one head run as one.
     """
     found = []
     for name, wanted in expected(op, tuple(tensors)).items():
