@@ -48,7 +48,7 @@ def span(tensor: Any) -> int:
 
 
 def overlaps_itself(tensor: Any) -> bool:
-    """Whether two elements may share memory; to be safe, also where a stride is within the extent of smaller ones."""
+    """Whether two elements may share memory: True wherever a stride is within the extent of smaller ones."""
     reach = 0
     for step, n in sorted((step, n) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
         if step <= reach:
