@@ -133,9 +133,9 @@ class Op:
     computes: what a block does. grid: rule of registry.contract.Grid. ptx: the target that its PTX is written for;
     features: optional compile-time switches. launched_with: the ops that a call launches beside this one. after: ops
     that must have run before: for `bwd`, `fwd`. shared_by: the scalar that holds the number of splits; '' for an op
-    that does not split. backward: the op that computes its gradients; '' where there are none, and then no_gradient says of
-    what, for an error. facts: what its dispatch rows may ask. The first tensors of `fwd` are q, k, v, o and lse, which
-    lead the parameters: the hot path writes them alone. A change of tensors or scalars raises `version`.
+    that does not split. backward: the op that computes its gradients; '' where there are none, and then no_gradient
+    says of what, for an error. facts: what its dispatch rows may ask. The first tensors of `fwd` are q, k, v, o and
+    lse, which lead the parameters: the hot path writes them alone. A change of tensors or scalars raises `version`.
     """
 
     name: str
