@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--against-registry", default="", help="registry file of the other's")
     parser.add_argument("--stand-in", action="store_true", help="toy kernels and a driver that launches nothing")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=200, help="in a series")
+    parser.add_argument("--series", type=int, default=15, help="of each path in a round")
     parser.add_argument("--out", type=Path, default=None, help="result file (default: printed only)")
     options = parser.parse_args(argv)
     sides = {"ours": (ROOT, options.registry), "theirs": (options.against.resolve(), options.against_registry)}
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     for n in range(options.rounds):
         print(f"round {n + 1}/{options.rounds}", file=sys.stderr)
         for side in sides if n % 2 else reversed(sides):
-            for name, ns in _child(*sides[side], options.stand_in).items():
+            for name, ns in _child(*sides[side], options).items():
                 times[side].setdefault(name, []).append(ns)
     rows = [_row(name, times["ours"][name], times["theirs"][name]) for name in times["ours"]]
     for row in rows:
@@ -49,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _child(root: Path, registry: str, stand_in: bool) -> dict[str, float]:
-    arguments = ["--stand-in"] if stand_in else ["--registry", str(Path(registry).resolve())]
+def _child(root: Path, registry: str, options: argparse.Namespace) -> dict[str, float]:
+    arguments = ["--stand-in"] if options.stand_in else ["--registry", str(Path(registry).resolve())]
+    arguments += ["--calls", str(options.calls), "--series", str(options.series)]
     command = [sys.executable, str(Path(__file__).with_name("host_child.py")), *arguments]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path}

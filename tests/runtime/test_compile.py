@@ -14,7 +14,7 @@ from tests.support.cold_call import ROOT
 TRACED = 40  # frames of a process in which Dynamo never looks into this package
 
 
-@pytest.mark.parametrize(("order", "backend"), [("torch first", "inductor"), ("runtime first", "aot_eager")])
+@pytest.mark.parametrize(("order", "backend"), [("torch first", "inductor"), ("runtime first", "eager")])
 def test_compiled_calls_give_eager_s_results(order: str, backend: str):
     assert order in ORDERS
     command = [sys.executable, "-m", "tests.runtime.compile_program", order, backend]
