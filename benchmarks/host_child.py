@@ -80,8 +80,18 @@ def training_paths(runtime: Any, device: str) -> dict[str, Callable[[], Any]]:
         n = next(lengths) % 8192 + 1
         runtime.flash_attn(token, *(buffer[:, :n] for buffer in buffers), causal=True)
 
+    sixteen = itertools.cycle([[buffer[:, : 64 + 8 * i] for buffer in buffers] for i in range(16)])
+    totals = itertools.count(1)
+    long = [torch.randn(4096, heads, 64, device=device).bfloat16() for heads in (8, 2, 2)]
+
+    def new_totals() -> None:
+        n = next(totals) % 4000 + 64
+        runtime.flash_attn_varlen(*(x[:n] for x in long), cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=44)
+
     return {
         "dense, growing keys": grown,
+        "dense, 16 lengths": lambda: runtime.flash_attn(token, *next(sixteen), causal=True),
+        "varlen, new totals": new_totals,
         "dense": lambda: runtime.flash_attn(q, k, v, causal=True),
         "dense with LSE": lambda: runtime.flash_attn(q, k, v, causal=True, return_lse=True),
         "varlen": lambda: runtime.flash_attn_varlen(

@@ -20,6 +20,7 @@ from runtime.call.launch import Launch
 from runtime.call.numbers import Numbers
 from runtime.call.plan import Chain, Maker, Outputs, Plan, Workspace
 from runtime.call.request import Call, Options, Request
+from runtime.errors import ArgumentError
 from runtime.load import plans
 
 SUMS = 64  # floats to whose multiples partial sums are rounded: 256 bytes
@@ -47,7 +48,9 @@ class Backward(NamedTuple):
     def check(self, request: Request, torch: Any, device_type: str) -> Call:
         """As hooks of saved tensors may have changed them, all tensors are looked at again."""
         given, forward = request.tensors, self.call
+        tensors.check_kinds("bwd", given, torch, device_type)
         sizes = tensors.sizes("bwd", given)
+        _check_unchanged(sizes, forward.sizes)
         tensors.check_memory("bwd", given)
         total_k = sizes.get("total_k")
         facts = forward.facts | {"heads_kv": sizes["heads_kv"], "group": sizes["heads_q"] // max(sizes["heads_kv"], 1)}
@@ -109,6 +112,14 @@ class Backward(NamedTuple):
     def outputs(self, call: Call, request: Request, torch: Any) -> Outputs:
         """`gradients` makes them itself: which there are depends on `needs`."""
         return NO_OUTPUTS
+
+
+def _check_unchanged(sizes: Mapping[str, int], before: Mapping[str, int]) -> None:
+    """ArgumentError where a hook of saved tensors gave one of another size than it took."""
+    for name, n in before.items():
+        if name != "heads_kv" and sizes.get(name, n) != n:  # expanded heads are one in the forward
+            message = f"a saved tensor has {name} {sizes[name]}, in the forward it had {n}; its hook must keep sizes"
+            raise ArgumentError("q", message, reason="shape")
 
 
 def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs: frozenset[str],

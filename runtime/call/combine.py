@@ -23,6 +23,7 @@ def check(request: Request, torch: Any, device_type: str) -> Call:
     """Everything that the call's key determines. Raises ArgumentError."""
     given, asked = request.tensors, request.options
     tensors.check_kinds(request.op, given, torch, device_type)
+    _check_ranks(given)
     sizes = tensors.sizes(request.op, given)
     partials, out = given["out_partial"], given.get("out")
     splits, heads, head_dim_v = sizes["splits"], sizes["heads"], sizes["head_dim_v"]
@@ -50,6 +51,15 @@ def check(request: Request, torch: Any, device_type: str) -> Call:
     found = _strides(given, splits, heads, seqlen)
     found |= {"num_splits": splits, "partial_rows": rows, "seqlen": seqlen, "heads": heads, "head_dim_v": head_dim_v}
     return Call(request.op, facts, found, sizes, tuple(given))
+
+
+def _check_ranks(given: dict[str, Any]) -> None:
+    """All dense or all packed: the description allows each tensor either."""
+    wanted = given["out_partial"].dim() - 1
+    for name in ("lse_partial", "out"):
+        if name in given and given[name].dim() != wanted:
+            message = f"{given[name].dim()} dimensions, must be {wanted}, one less than out_partial's"
+            raise ArgumentError(name, message, reason="rank")
 
 
 def _strides(given: dict[str, Any], splits: int, heads: int, seqlen: int) -> Numbers:

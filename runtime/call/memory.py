@@ -24,6 +24,17 @@ def check_storage(*tensors: tuple[str, Any]) -> None:
             raise ArgumentError(name, message, reason="storage")
 
 
+def address_of(name: str, tensor: Any) -> int:
+    """Of a tensor that was just made: under FakeTensorMode or torch.func it may have no memory (ArgumentError)."""
+    try:
+        address: int = tensor.data_ptr()
+    except RuntimeError:  # of torch.func's wrappers
+        address = 0
+    if not address:
+        check_storage((name, tensor))
+    return address
+
+
 def check_alignment(alignment: int, *pointers: tuple[str, int]) -> None:
     """ArgumentError for the first address that is no multiple of `alignment` bytes, a power of 2."""
     for name, address in pointers:

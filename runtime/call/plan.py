@@ -240,12 +240,12 @@ def execute(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = 
         plan.mark_written(out)
     else:
         out = (plan.zero_out if zeros else plan.new_out)(given[plan.first])
-        found["out"] = out.data_ptr()
+        found["out"] = memory.address_of("out", out)
     lse = None
     if return_lse:
         lse = plan.zero_lse() if zeros else plan.new_lse()
         if lse is not None:  # an op may have none
-            found["lse"] = lse.data_ptr()
+            found["lse"] = memory.address_of("lse", lse)
     for name in plan.written_names:
         plan.mark_written(given[name])
     space = allocate(plan, found) if plan.nbytes else None

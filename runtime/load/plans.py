@@ -6,7 +6,7 @@ import threading
 from typing import Any, Protocol
 
 MAX_PLANS = 1024  # that a thread keeps; the oldest goes first
-MAX_SIZES = 8  # plans of one family: calls that differ in lengths alone
+MAX_SIZES = 64  # plans of one family: calls that differ in lengths alone
 
 
 class Kept(Protocol):
@@ -27,20 +27,23 @@ class Plans(threading.local):
         """Under the plan's key and family."""
         if len(self.by_call) >= MAX_PLANS:
             self.forget(next(iter(self.by_call.values())))
-        self.by_call[plan.key] = plan
         self.families.setdefault(plan.family, []).append(plan)
+        self.by_call[plan.key] = plan
 
     def forget(self, plan: Kept) -> None:
-        del self.by_call[plan.key]
-        family = self.families[plan.family]
-        family.remove(plan)
-        if not family:
-            del self.families[plan.family]
+        """An interrupt may come between any two lines here and in `keep`: what is already gone is no error."""
+        self.by_call.pop(plan.key, None)
+        rest = [other for other in self.families.get(plan.family, ()) if other is not plan]
+        if rest:
+            self.families[plan.family] = rest
+        else:
+            self.families.pop(plan.family, None)
 
     def to_change(self, family: Any) -> Any | None:
-        """A plan of a family that has as many as it may, for a call with other lengths; it is no longer kept."""
+        """A plan for a call with other lengths, no longer kept: of a family that has as many as it may, or where
+        another family would have to give one up."""
         found: list[Any] = self.families.get(family, [])
-        if len(found) < MAX_SIZES:
+        if not found or (len(found) < MAX_SIZES and len(self.by_call) < MAX_PLANS):
             return None
         plan = found[0]
         self.forget(plan)

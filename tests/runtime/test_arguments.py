@@ -249,3 +249,14 @@ def test_sharing_memory_is_never_missed(mine, theirs, first, second, alike):
         assert not shared
     if len(set(places(out))) < out.numel():
         assert memory.overlaps_itself(out)
+
+
+def test_a_new_output_without_memory_is_refused(backend: FakeBackend, registry: Path):
+    """As FakeTensorMode makes them: nothing may be launched at address 0."""
+    q, k, v = (torch.randn(1, 8, heads, 64).bfloat16() for heads in (4, 2, 2))
+    sink = torch.zeros(4)
+    runtime.flash_attn(q, k, v, sink=sink)
+    launches = len(backend.driver.launches)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ArgumentError) as error:
+        runtime.flash_attn(q, k, v, sink=sink, return_lse=True)
+    assert error.value.reason == "storage" and len(backend.driver.launches) == launches

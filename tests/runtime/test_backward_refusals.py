@@ -146,3 +146,21 @@ def test_tensors_that_hooks_misplace_are_refused(backend: FakeBackend):
         with pytest.raises(ArgumentError) as error:
             out.sum().backward()
         assert (error.value.argument, error.value.reason) == ("q", reason)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda t: t[:, :3] if t.dim() == 4 and t.shape[2] == 2 else t, "shape"),
+    (lambda t: t.half() if t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[2] == 2 else t, "dtype"),
+    (lambda t: t[0] if t.dim() == 4 and t.shape[2] == 2 else t, "rank"),
+    (lambda t: t.bfloat16() if t.dtype == torch.float32 else t, "dtype"),
+], ids=["shorter k", "other dtype", "other rank", "lower LSE"])  # fmt: skip
+def test_hooks_of_saved_tensors_must_keep_what_the_kernels_rely_on(
+    backend: FakeBackend, backward_registry, change, reason
+):
+    q, k, v = (torch.randn(1, 7, heads, 64).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+        out = runtime.flash_attn(q, k, v)
+    with pytest.raises(ArgumentError) as error:
+        out.sum().backward()
+    assert error.value.reason == reason
+    assert not backend.driver.launched("bwd")

@@ -16,6 +16,13 @@ from tests.support.backward import assert_close, attention64, grads, leaves
 from tests.support.kvcache import NOWHERE
 from tests.support.varlen import ints, packed
 
+MAX_SIZES = 8  # in these tests
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "MAX_SIZES", MAX_SIZES)
+
 
 class Counted:
     """How often launches are made, kernels asked for and plans aimed."""
@@ -48,7 +55,7 @@ def consistent() -> None:
     members = [made for family in kept.families.values() for made in family]
     assert sorted(map(id, members)) == sorted(map(id, kept.by_call.values()))
     assert all(made.family == family for family, every in kept.families.items() for made in every)
-    assert all(0 < len(family) <= plans.MAX_SIZES for family in kept.families.values())
+    assert all(0 < len(family) <= MAX_SIZES for family in kept.families.values())
 
 
 GROWING = {
@@ -70,8 +77,8 @@ def test_a_growing_cache_reuses_plans(backend: FakeBackend, counted: Counted, gr
     for n in range(1, 41):
         check(q, grown(whole_k, n), grown(whole_v, n), **options)
         assert backend.driver.launches[-1]["params"]["seqlen_k"] == n
-    assert counted.launches <= plans.MAX_SIZES and counted.kernels <= counted.launches
-    assert counted.aimed == 40 and len(plans.plans.by_call) == plans.MAX_SIZES
+    assert counted.launches <= MAX_SIZES and counted.kernels <= counted.launches
+    assert counted.aimed == 40 and len(plans.plans.by_call) == MAX_SIZES
     consistent()
 
 
@@ -84,9 +91,9 @@ def test_a_growing_backward_reuses_plans(backend: FakeBackend, counted: Counted)
         attention64(*exact, causal=True)[0].sum().backward()
         assert_close(grads(given), grads(exact))
     consistent()
-    assert len(plans.plans.families) == 2 and len(plans.plans.by_call) == 2 * plans.MAX_SIZES
+    assert len(plans.plans.families) == 2 and len(plans.plans.by_call) == 2 * MAX_SIZES
     of_backward = len({made["variant"] for made in backend.driver.launches if made["variant"].startswith("bwd")})
-    assert counted.launches <= plans.MAX_SIZES * (1 + of_backward) and counted.kernels <= counted.launches
+    assert counted.launches <= MAX_SIZES * (1 + of_backward) and counted.kernels <= counted.launches
 
 
 @pytest.mark.usefixtures("registry")
@@ -96,11 +103,11 @@ def test_growing_totals_reuse_plans(backend: FakeBackend, counted: Counted):
         out = runtime.flash_attn_varlen(**given, max_seqlen_q=9)
         want, _ = reference(given["q"][None, :n], given["k"][None, : 2 * n], given["v"][None, : 2 * n])
         torch.testing.assert_close(out[None, :n].double(), want, atol=2e-2, rtol=2e-2)
-    assert counted.launches <= plans.MAX_SIZES and len(plans.plans.families) == 1
+    assert counted.launches <= MAX_SIZES and len(plans.plans.families) == 1
     consistent()
 
 
-@pytest.mark.parametrize("count", [2, plans.MAX_SIZES])
+@pytest.mark.parametrize("count", [2, MAX_SIZES])
 @pytest.mark.usefixtures("registry")
 def test_a_few_lengths_that_alternate_never_change_a_plan(backend: FakeBackend, counted: Counted, monkeypatch, count):
     calls = [inputs(seqlen_q=1, seqlen_k=3 + 7 * i, seed=i) for i in range(count)]
@@ -116,15 +123,15 @@ def test_a_few_lengths_that_alternate_never_change_a_plan(backend: FakeBackend, 
 
 @pytest.mark.usefixtures("registry")
 def test_the_plan_that_was_made_longest_ago_is_taken_over(backend: FakeBackend, counted: Counted):
-    calls = [inputs(seqlen_q=1, seqlen_k=3 + i, seed=i) for i in range(plans.MAX_SIZES + 2)]
-    first, second, *_ = [check(*call) for call in calls[: plans.MAX_SIZES]]
+    calls = [inputs(seqlen_q=1, seqlen_k=3 + i, seed=i) for i in range(MAX_SIZES + 2)]
+    first, second, *_ = [check(*call) for call in calls[:MAX_SIZES]]
     oldest, next_one, *others = plans.plans.by_call.values()
     check(*calls[-2])
     assert list(plans.plans.by_call.values()) == [next_one, *others, oldest]
     check(*calls[-1])
     assert list(plans.plans.by_call.values()) == [*others, oldest, next_one]
     assert torch.equal(check(*calls[1]), second) and torch.equal(check(*calls[0]), first)
-    assert counted.launches == plans.MAX_SIZES and counted.aimed == plans.MAX_SIZES + 4
+    assert counted.launches == MAX_SIZES and counted.aimed == MAX_SIZES + 4
     consistent()
 
 
@@ -195,3 +202,28 @@ def test_a_chain_that_fails_in_the_middle_is_forgotten(backend: FakeBackend, mon
         assert torch.equal(call(2), want)
     assert torch.equal(call(3), want) and torch.equal(call(2), want)
     assert {made["params"]["seqlen_k"] for made in backend.driver.launched("fwd_paged")} == {8, 12}
+
+
+def test_where_all_plans_are_taken_a_family_changes_its_own(backend: FakeBackend, registry, counted, monkeypatch):
+    """And takes none from another one."""
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
+    other = inputs(head_dim=96)
+    check(*other)
+    for seqlen_k in (3, 4, 5, 6, 7):
+        check(*inputs(seqlen_q=1, seqlen_k=seqlen_k))
+    assert len(plans.plans.by_call) == 3 and counted.launches == 3
+    aimed = counted.aimed
+    check(*other)
+    assert counted.aimed == aimed
+
+
+def test_an_interrupt_between_two_lines_breaks_no_family(backend: FakeBackend, registry, monkeypatch):
+    monkeypatch.setattr(plans, "MAX_SIZES", 1)
+    check(*inputs(seqlen_k=3))
+    (kept,) = plans.plans.by_call.values()
+    del plans.plans.by_call[kept.key]  # as if Ctrl-C had come inside forget
+    for seqlen_k in (4, 5):
+        check(*inputs(seqlen_k=seqlen_k))
+    plans.plans.families.clear()  # and inside keep
+    for seqlen_k in (5, 6):
+        check(*inputs(seqlen_k=seqlen_k))
