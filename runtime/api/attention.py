@@ -90,7 +90,7 @@ def flash_attn(
     return _run_dense(plan, q, k, v, return_lse, out, deterministic)
 
 
-def attend(op: str, given: dict[str, Any], options: tuple[Any, ...], deterministic: Any = False,
+def attend(op: str, given: dict[str, Any], options: Options, deterministic: Any = False,
            zeros: Any = False) -> Any:  # fmt: skip
     """`flash_attn` with everything that a call can have.
 
@@ -99,14 +99,14 @@ def attend(op: str, given: dict[str, Any], options: tuple[Any, ...], determinist
     """
     key: Any = None
     try:
-        key = (op, options, type(options[5]), type(options[6]), given["q"].is_cuda,
+        key = (op, options, type(options.max_seqlen_q), type(options.max_seqlen_k), given["q"].is_cuda,
                *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
         plan = plans.plans.by_call[key]
     except Exception:  # as in flash_attn
         plan = None
     if plan is None:
-        plan = prepare(forward, Request(op, given, Options(*options)), key)
-    out, lse = run(plan, given, options[4], deterministic, zeros)
+        plan = prepare(forward, Request(op, given, options), key)
+    out, lse = run(plan, given, options.return_lse, deterministic, zeros)
     return out if lse is None else (out, lse)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.api import dropin
 from runtime.api.attention import attend, given_of
 from runtime.api.fa2 import window_of
+from runtime.call.request import Options
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
 
@@ -94,7 +95,7 @@ def flash_attn_with_kvcache(
                          page_table=block_table, sink=sink, alibi_slopes=alibi_slopes, k_descale=k_descale,
                          v_descale=v_descale, k_new=k, v_new=v, rotary_cos=rotary_cos,
                          rotary_sin=rotary_sin)  # fmt: skip
-        options = (causal, softmax_scale, window, softcap, return_softmax_lse, None, None, None, num_splits,
+        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, None, None, num_splits,
                    rotary_interleaved)  # fmt: skip
         return attend("fwd_paged", given, options)
     except ArgumentError as error:

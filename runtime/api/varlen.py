@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.api.attention import attend, given_of
 from runtime.call.checks import check_flag
+from runtime.call.request import Options
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
 
@@ -92,7 +93,9 @@ def flash_attn_varlen(
         op = "fwd_paged"
         if zero_unused and cu_seqlens_q is not None:
             num_splits = _unsplit(num_splits)
-    options = (causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa, num_splits)
+    options = Options(
+        causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa, num_splits
+    )
     return attend(op, given, options, deterministic, zero_unused)
 
 
