@@ -11,7 +11,8 @@ from typing import Any
 
 from builder.inspect import Elf, Usage
 from builder.sass import Loops
-from registry.contract import ELF_MACHINE_CUDA, GRID_RULES, MAX_SMEM, PARAM_FORMATS, Abi
+from registry.contract import GRID_RULES, MAX_SMEM, PARAM_FORMATS, Abi
+from registry.frames import ELF_MACHINE_CUDA
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]\d+)\b.*?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.S)

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from builder.errors import InspectError
-from registry.contract import elf_machine
+from registry.frames import elf_machine
 
 _SHT_SYMTAB, _STT_FUNC, _STO_CUDA_ENTRY = 2, 2, 0x10
 

@@ -1,11 +1,14 @@
-"""Content <-> one zstd frame: deterministic to write, bounded to read."""
+"""Content <-> one zstd frame: deterministic to write, bounded to read. And from a frame to the cubin that an artifact
+names, trusting nothing but the artifact."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import struct
 import sys
 
-from registry.contract import MAX_CONTENT
+from registry.contract import MAX_CONTENT, Artifact, ContractError, IntegrityError
 from registry.errors import StoreError
 
 if sys.version_info >= (3, 14):
@@ -15,6 +18,8 @@ else:
 
 ZSTD_VERSION: str = zstd.zstd_version  # shapes the frames: another one may compress otherwise
 
+ELF_MACHINE_CUDA = 190
+ELF_HEADER = 64  # bytes of a 64-bit ELF header
 PIECE = 1 << 20  # bytes read and written at a time
 WINDOW_LOG = 23  # of the largest window that `compress` uses, in bytes
 
@@ -77,3 +82,57 @@ def _decode(frame: bytes, size: int) -> tuple[bytes, int | None]:
             buffer.write(decoder.decompress(fed, max_length=min(PIECE, size + 1 - buffer.tell())))
     buffer.truncate()
     return buffer.getvalue(), at - len(decoder.unused_data) if decoder.eof else None
+
+
+def unpack(frame: bytes, artifact: Artifact) -> bytes:
+    """The cubin in `frame`: the very buffer that is to be loaded. Raises IntegrityError at the first thing wrong.
+
+    The frame's size and hash are checked before it is decoded, decoding is bounded by the cubin's size, then follow
+    the cubin's size and hash and its ELF header.
+    """
+    named = f"{artifact.variant} ({artifact.arch})"
+    _check(frame, artifact.frame_size, artifact.frame_sha256, f"{named}: zstd frame")
+    try:
+        content = decompress(frame, artifact.cubin_size)
+    except StoreError as error:
+        raise IntegrityError(f"{artifact.variant}: {error}", reason="zstd") from None
+    _check(content, artifact.cubin_size, artifact.cubin_sha256, f"{named}: cubin")
+    found = elf_arch(content)
+    if found != artifact.arch:
+        raise IntegrityError(f"{artifact.variant}: the cubin is for {found}, not for {artifact.arch}", reason="arch")
+    return content
+
+
+def _check(data: bytes, size: int, digest: str, what: str) -> None:
+    if len(data) != size:
+        raise IntegrityError(f"{what}: {len(data)} bytes instead of {size}", reason="size")
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise IntegrityError(f"{what}: SHA-256 {found[:12]}… instead of {digest[:12]}…", reason="sha256")
+
+
+def elf_arch(content: bytes) -> str:
+    """The architecture in a cubin's ELF header, e.g. 'sm_120'. Raises IntegrityError for what is no cubin."""
+    try:
+        machine, arch = elf_machine(content)
+    except ContractError as error:
+        raise IntegrityError(f"the cubin: {error}", reason="elf") from None
+    if machine != ELF_MACHINE_CUDA:
+        raise IntegrityError(f"the cubin's ELF machine is {machine}, not {ELF_MACHINE_CUDA} (CUDA)", reason="elf")
+    return arch
+
+
+def elf_machine(content: bytes) -> tuple[int, str]:
+    """(e_machine, architecture) that an ELF file's header states: (190, 'sm_120') for a cubin.
+
+    The architecture means nothing for another machine. ContractError for what is no 64-bit little-endian ELF file, or
+    a cubin whose ABI version is not 7 or 8: where its flags hold the architecture depends on that.
+    """
+    header = content[:ELF_HEADER]
+    if len(header) < ELF_HEADER or header[:6] != b"\x7fELF\x02\x01":
+        raise ContractError(f"no 64-bit little-endian ELF file: it starts with {header[:6]!r}")
+    machine, flags = struct.unpack_from("<18xH28xI", header)
+    abi_version = header[8]
+    if machine == ELF_MACHINE_CUDA and abi_version not in (7, 8):
+        raise ContractError(f"the cubin's ELF ABI version is {abi_version}, this code reads 7 and 8")
+    return machine, f"sm_{flags >> 8 & 0xFF if abi_version == 8 else flags & 0xFF}"

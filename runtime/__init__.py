@@ -31,4 +31,4 @@ from runtime.stages import record as _record
 __all__ = ["CubineryError", "configure", "fa4", "flash_attn", "flash_attn_combine", "flash_attn_func",
            "flash_attn_varlen", "flash_attn_varlen_func", "flash_attn_with_kvcache", "ledger"]  # fmt: skip
 
-_record("import runtime", "", (_perf_counter() - _beside.STARTED) * 1e3)
+_record(("import runtime", "", (_perf_counter() - _beside.STARTED) * 1e3))

@@ -9,7 +9,7 @@ CubineryError                       registry.contract
 ├── CaptureError    (RuntimeError)  a kernel would have to be loaded while a CUDA graph is captured
 ├── SourceError     (OSError)       a registry, server or cache that cannot give what is asked
 │   └── UntrustedError              an index that nothing vouches for
-├── IntegrityError  (ValueError)    wrong bytes: size, hash, frame, ELF, architecture, parameter layout
+├── IntegrityError  (ValueError)    registry.contract: wrong bytes: size, hash, frame, ELF, architecture, parameters
 └── DriverError     (RuntimeError)  the CUDA driver is absent, too old, or refused; `status` is its code
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from registry.contract import ContractError, CubineryError
+from registry.contract import ContractError, CubineryError, IntegrityError
 
 __all__ = [
     "ArgumentError",
@@ -98,12 +98,6 @@ class UntrustedError(SourceError):
     """
 
     reason = "untrusted"
-
-
-class IntegrityError(CubineryError, ValueError):
-    """Wrong bytes. reason: size, sha256, zstd, elf, arch, abi, index."""
-
-    reason = "integrity"
 
 
 class DriverError(CubineryError, RuntimeError):

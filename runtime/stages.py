@@ -19,11 +19,10 @@ class stage:  # lower case: it reads as a statement, `with stage("verify", key):
         self._start = perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        record(self._name, self._what, (perf_counter() - self._start) * 1e3)
+        record((self._name, self._what, (perf_counter() - self._start) * 1e3))
 
 
-def record(name: str, what: str, milliseconds: float) -> None:
-    _records.append((name, what, milliseconds))
+record = _records.append  # of (stage, what, milliseconds)
 
 
 def ledger() -> list[dict[str, str | float]]:

@@ -5,29 +5,32 @@ on what the files beside it define. `kernels` imports from those instead: a fing
 """
 
 from registry.contract.abi import PARAM_FORMATS, WINDOW_OPEN, Abi, Param
-from registry.contract.arch import MAX_SMEM, check_arch
-from registry.contract.artifact import Artifact
-from registry.contract.canonical import canonical_json, check_digest, check_fields, sha256_hex
-from registry.contract.dispatch import Condition, DispatchRow
+from registry.contract.arch import ARCH, MAX_SMEM, check_arch
+from registry.contract.artifact import ARTIFACT_FIELDS, Artifact
+from registry.contract.canonical import DIGEST, canonical_json, check_digest, check_fields, sha256_hex
+from registry.contract.dispatch import RELATIONS, Condition, DispatchRow
 from registry.contract.division import fast_divmod
-from registry.contract.elf import ELF_HEADER, ELF_MACHINE_CUDA, elf_machine
-from registry.contract.errors import ContractError, CubineryError
+from registry.contract.errors import ContractError, CubineryError, IntegrityError
 from registry.contract.grid import GRID_RULES, Grid
-from registry.contract.index import FORMAT, Index
+from registry.contract.index import FORMAT, INDEX_FIELDS, Index
+from registry.contract.opened import OpenIndex, Served
 from registry.contract.storage import CHANNEL, MAX_CONTENT, SCHEMA, TUF_PATH
 from registry.contract.variant import ALL_DTYPES, DTYPES, Variant
 
 __all__ = [
     "ALL_DTYPES",
+    "ARCH",
+    "ARTIFACT_FIELDS",
     "CHANNEL",
+    "DIGEST",
     "DTYPES",
-    "ELF_HEADER",
-    "ELF_MACHINE_CUDA",
     "FORMAT",
     "GRID_RULES",
+    "INDEX_FIELDS",
     "MAX_CONTENT",
     "MAX_SMEM",
     "PARAM_FORMATS",
+    "RELATIONS",
     "SCHEMA",
     "TUF_PATH",
     "WINDOW_OPEN",
@@ -39,13 +42,15 @@ __all__ = [
     "DispatchRow",
     "Grid",
     "Index",
+    "IntegrityError",
+    "OpenIndex",
     "Param",
+    "Served",
     "Variant",
     "canonical_json",
     "check_arch",
     "check_digest",
     "check_fields",
-    "elf_machine",
     "fast_divmod",
     "sha256_hex",
 ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from registry.contract.canonical import canonical_json, check_fields, sha256_hex
@@ -33,36 +32,32 @@ class Param:
 
 @dataclass(frozen=True)
 class Abi:
-    """An op's ordered kernel parameters; the same for all variants of the op."""
+    """An op's ordered kernel parameters; the same for all variants of the op.
+
+    layout: (offset, size) in bytes of each parameter: C order, natural alignment, as cuKernelGetParamInfo reports.
+    nbytes: of a buffer that holds all parameters. digest: SHA-256 over names, types, order and version: offsets alone
+    would not see two swapped parameters.
+    """
 
     op: str
     version: int
     params: tuple[Param, ...]
+    layout: tuple[tuple[int, int], ...] = field(init=False, compare=False, repr=False)
+    nbytes: int = field(init=False, compare=False, repr=False)
+    digest: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.params]
         if len(set(names)) != len(names):
             raise ContractError(f"abi of {self.op}: a parameter name occurs twice")
-
-    @cached_property
-    def layout(self) -> tuple[tuple[int, int], ...]:
-        """(offset, size) in bytes of each parameter: C order, natural alignment, as cuKernelGetParamInfo reports."""
         places, offset = [], 0
         for p in self.params:
             offset = -(-offset // p.size) * p.size
             places.append((offset, p.size))
             offset += p.size
-        return tuple(places)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a buffer that holds all parameters."""
-        return sum(self.layout[-1]) if self.params else 0
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over names, types, order and version: offsets alone would not see two swapped parameters."""
-        return sha256_hex(canonical_json(self.to_json()))
+        object.__setattr__(self, "layout", tuple(places))
+        object.__setattr__(self, "nbytes", offset)
+        object.__setattr__(self, "digest", sha256_hex(canonical_json(self.to_json())))
 
     def pack(self, values: Mapping[str, int | float]) -> bytearray:
         """The parameter buffer. `values` must name every parameter and no other."""

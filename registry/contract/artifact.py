@@ -14,7 +14,7 @@ from registry.contract.variant import Variant
 
 _LEAST = dict.fromkeys(("cubin_size", "frame_size", "threads"), 1)
 _MOST = dict.fromkeys(("cubin_size", "frame_size"), MAX_CONTENT)
-_FIELD_TYPES: dict[str, type] = {"str": str, "int": int, "Grid": dict, "tuple[tuple[str, int], ...]": dict}
+_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "Grid": dict, "tuple[tuple[str, int], ...]": dict}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Artifact:
 
     @classmethod
     def from_json(cls, value: Any) -> Artifact:
-        check_fields(value, "artifact", {name: _FIELD_TYPES[t] for name, t in cls.__annotations__.items()})
+        check_fields(value, "artifact", ARTIFACT_FIELDS)
         fields = dict(value)
         check_fields(fields["grid"], "grid", {"rule": str, "tile_m": int})
         fields["grid"] = Grid(**fields["grid"])
@@ -71,3 +71,6 @@ class Artifact:
         check_arch(fields["arch"])
         Variant.parse(fields["variant"])
         return cls(**fields)
+
+
+ARTIFACT_FIELDS = {name: _JSON_TYPES[kind] for name, kind in Artifact.__annotations__.items()}  # in JSON

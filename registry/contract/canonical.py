@@ -10,6 +10,8 @@ from typing import Any
 
 from registry.contract.errors import ContractError
 
+DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256
+
 
 def canonical_json(value: Any) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, ASCII, no NaN. Equal values give equal bytes."""
@@ -22,7 +24,7 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 
 def check_digest(value: object, what: str = "digest") -> str:
     """`value` if it is a lower-case hex SHA-256, else ContractError."""
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
         raise ContractError(f"{what}: {value!r:.100} is not 64 lower-case hex digits")
     return value
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from registry.contract.canonical import check_fields
 from registry.contract.errors import ContractError
 from registry.contract.variant import Variant
 
-_CONDITIONS: dict[str, Any] = {
-    "==": lambda fact, value: fact == value,
-    "<=": lambda fact, value: fact <= value,
-    ">=": lambda fact, value: fact >= value,
-    "in": lambda fact, value: fact in value,
+# A condition's operator -> a function of (value, fact), the way round that 'in' has it.
+RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "<=": operator.ge,
+    ">=": operator.le,
+    "in": operator.contains,
 }
 
 
@@ -27,15 +29,15 @@ class Condition:
     value: Any
 
     def __post_init__(self) -> None:
-        if self.op not in _CONDITIONS:
-            raise ContractError(f"condition: {self.op!r} is none of {', '.join(_CONDITIONS)}; update the client")
+        if self.op not in RELATIONS:
+            raise ContractError(f"condition: {self.op!r} is none of {', '.join(RELATIONS)}; update the client")
 
     def holds(self, facts: Mapping[str, Any]) -> bool:
         """Whether the fact meets the condition. A fact that the caller does not state is a ContractError."""
         if self.fact not in facts:
             raise ContractError(f"condition on {self.fact!r}, a fact this client does not know; update the client")
         try:
-            return bool(_CONDITIONS[self.op](facts[self.fact], self.value))
+            return bool(RELATIONS[self.op](self.value, facts[self.fact]))
         except TypeError:  # such as 'bf16' <= 64
             raise ContractError(f"condition {self}: cannot be compared with {facts[self.fact]!r:.100}") from None
 

@@ -8,10 +8,11 @@ class CubineryError(Exception):
 
     CubineryError
     ├── ContractError (ValueError)  a key, ABI or index that does not follow the contract
+    ├── IntegrityError (ValueError) bytes that are not those that a digest names
     ├── registry.errors: StoreError, ConflictError, ReleaseError
     ├── builder.errors: BuildError, …
     ├── benchmarks.cubins: BenchmarkError
-    └── runtime.errors: ArgumentError, NoKernelError, SourceError, IntegrityError, DriverError, …
+    └── runtime.errors: ArgumentError, NoKernelError, SourceError, DriverError, …
     """
 
     reason = "error"
@@ -26,3 +27,9 @@ class ContractError(CubineryError, ValueError):
     """A key, ABI, artifact or index that does not follow the contract."""
 
     reason = "contract"
+
+
+class IntegrityError(CubineryError, ValueError):
+    """Wrong bytes. reason: size, sha256, zstd, elf, arch, abi, index."""
+
+    reason = "integrity"

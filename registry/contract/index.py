@@ -14,6 +14,9 @@ from registry.contract.dispatch import DispatchRow
 from registry.contract.errors import ContractError
 
 FORMAT = 2  # of the index; a client refuses an index of another format
+INDEX_FIELDS: dict[str, type] = {
+    "format": int, "arch": str, "release": str, "artifacts": list, "rows": list, "abis": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,7 @@ class Index:
             raise ContractError(f"index: not JSON: {error}") from None
         if isinstance(value, dict) and value.get("format") != FORMAT:
             raise ContractError(f"index: format {value.get('format')!r:.50}, this client reads {FORMAT}; update it")
-        check_fields(
-            value,
-            "index",
-            {"format": int, "arch": str, "release": str, "artifacts": list, "rows": list, "abis": list},
-        )
+        check_fields(value, "index", INDEX_FIELDS)
         return cls(
             value["arch"],
             value["release"],

@@ -52,9 +52,10 @@ def extra(name: str, dtypes: tuple[str, ...], layouts: tuple[str, ...], about: s
 
 
 def workspace(name: str, dims: str, about: str, *, dtype: str = "fp32", strides: tuple[str, ...] = (),
-              optional: bool = False) -> Tensor:  # fmt: skip
+              optional: bool = False, gradient_of: str = "") -> Tensor:  # fmt: skip
     """Memory that a call takes for its own time, 256-byte aligned."""
-    return Tensor(name, "workspace", (dtype,), (layout(dims),), about, strides, "vectors", optional)
+    return Tensor(name, "workspace", (dtype,), (layout(dims),), about, strides, "vectors", optional,
+                  gradient_of=gradient_of)  # fmt: skip
 
 
 Q = vectors("q", "in", LOW, (DENSE_Q, PACKED_Q), "queries", differentiable=True)

@@ -16,7 +16,8 @@ BWD = Op(
         a.workspace("dk_partial", "splits elements_k", "fp32 parts of dk", strides=("split",), optional=True),
         a.workspace("dv_partial", "splits elements_v", "fp32 parts of dv", strides=("split",), optional=True),
         *(a.CU_SEQLENS_Q, a.CU_SEQLENS_K, a.SEQUSED_Q, a.SEQUSED_K, a.LEFTPAD_K, a.ALIBI_SLOPES),
-        a.workspace("dalibi", "key_tiles heads_q", "a tile's part of the slopes' gradient", optional=True),
+        a.workspace("dalibi", "key_tiles heads_q", "a tile's part of the slopes' gradient", optional=True,
+                    gradient_of="alibi_slopes"),
         w.SEMAPHORES,
     ),
     scalars=(
@@ -44,4 +45,4 @@ BWD = Op(
     ptx="sm_90",
     launched_with=("bwd_preprocess", "bwd_sum", "bwd_postprocess"),
     after=("fwd",),
-)
+)  # fmt: skip

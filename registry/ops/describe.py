@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from registry.contract.abi import PARAM_FORMATS, Abi, Param
@@ -30,20 +30,20 @@ CALL = "call"
 class Layout:
     """One shape that a tensor may have: names of its dimensions. 'batch + 1' is one more than batch.
 
-    when: the optional tensor that must be given for this layout; '' for none. unless: the one that must not be.
+    when: the optional tensor that must be given for this layout; '' for none. unless: the one that must not be. axes:
+    what axis each dimension is. text: as errors and documents write it, '(batch, seqlen_q, heads_q, head_dim)'.
     """
 
     dims: tuple[str, ...]
     when: str = ""
     unless: str = ""
+    axes: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    text: str = field(init=False, compare=False, repr=False)
 
-    def __str__(self) -> str:
-        """As errors and documents write it, '(batch, seqlen_q, heads_q, head_dim)'."""
-        return f"({', '.join(self.dims)}{',' if len(self.dims) == 1 else ''})"
-
-    def fits(self, given: Iterable[str]) -> bool:
-        """Whether this is the layout where exactly the tensors `given` are."""
-        return (not self.when or self.when in given) and not (self.unless and self.unless in given)
+    def __post_init__(self) -> None:
+        text = f"({', '.join(self.dims)}{',' if len(self.dims) == 1 else ''})"
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "axes", tuple(map(axis_of, self.dims)))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Tensor:
     role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES; CALL for the call's
     dtype, which is that of its first tensor; or the name of another tensor, whose dtype this one has. strides: axes
     whose strides, in elements, are parameters of the kernel; of a tensor of `access` 'vectors' they are multiples of 16
-    bytes. argument: what the public functions call it.
+    bytes. argument: what the public functions call it, where that is not its name; public: what they call it.
+    parameters: axis -> the parameter that holds its stride. gradient_of: of a workspace (key_tiles, heads_q), the
+    argument whose gradient is the sum over an entry's tiles.
     """
 
     name: str
@@ -66,37 +68,32 @@ class Tensor:
     optional: bool = False
     differentiable: bool = False
     argument: str = ""
+    gradient_of: str = ""
+    public: str = field(init=False, compare=False, repr=False)
+    parameters: dict[str, str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", {axis: stride(self.name, axis) for axis in self.strides})
+        object.__setattr__(self, "public", self.argument or self.name)
         if self.role not in ROLES or self.access not in ACCESSES or not self.layouts:
             raise ContractError(f"tensor {self.name}: role {self.role!r}, access {self.access!r}, {self.layouts}")
-
-    @property
-    def public(self) -> str:
-        """The public functions' name for it."""
-        return self.argument or self.name
-
-    def layouts_for(self, given: Iterable[str]) -> tuple[Layout, ...]:
-        """The layouts that it may have in a call with the tensors `given`."""
-        return tuple(layout for layout in self.layouts if layout.fits(given))
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number among an op's parameters. source: its name among a call's numbers, where that is another one."""
+    """A number among an op's parameters. source: its name among a call's numbers, where that is another one; origin:
+    its name there."""
 
     name: str
     type: str
     about: str
     source: str = ""
+    origin: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", self.source or self.name)
         if self.type not in PARAM_FORMATS or self.type == "ptr":
             raise ContractError(f"scalar {self.name}: {self.type!r} is no type of a number")
-
-    @property
-    def origin(self) -> str:
-        return self.source or self.name
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,10 @@ class Op:
     that does not split. backward: the op that computes its gradients; '' where there are none, and then no_gradient
     says of what, for an error. facts: what its dispatch rows may ask. The first tensors of `fwd` are q, k, v, o and
     lse, which lead the parameters: the hot path writes them alone. A change of tensors or scalars raises `version`.
+
+    Derived when a description is made, since every call looks it up: abi has pointers first, as they change with every
+    call, then strides and numbers by size, i64, i32, f32; slots are the names of the pointers, whose addresses every
+    call writes; by_argument are the tensors that callers give, by the public functions' names.
     """
 
     name: str
@@ -154,6 +155,9 @@ class Op:
     shared_by: str = ""
     backward: str = ""
     no_gradient: str = ""
+    abi: Abi = field(init=False, compare=False, repr=False)
+    slots: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    by_argument: dict[str, Tensor] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tensors]
@@ -165,24 +169,12 @@ class Op:
                 )
         if self.grid not in GRID_RULES:
             raise ContractError(f"{self.name}: grid {self.grid!r} is none of {', '.join(GRID_RULES)}")
-
-    @cached_property
-    def abi(self) -> Abi:
-        """Pointers first, since they change with every call; then strides and numbers by size: i64, i32, f32."""
+        object.__setattr__(self, "slots", tuple(names))
+        object.__setattr__(self, "by_argument", {t.public: t for t in self.tensors if t.role != "workspace"})
         pointers = [Param(t.name, "ptr") for t in self.tensors]
-        strides = [Param(stride(t.name, axis), "i64") for t in self.tensors for axis in t.strides]
+        strides = [Param(name, "i64") for t in self.tensors for name in t.parameters.values()]
         numbers = [Param(s.name, s.type) for kind in ("i64", "i32", "f32") for s in self.scalars if s.type == kind]
-        return Abi(self.name, self.version, (*pointers, *strides, *numbers))
-
-    @cached_property
-    def slots(self) -> tuple[str, ...]:
-        """The parameters that every call writes: addresses, which lead the ABI."""
-        return tuple(t.name for t in self.tensors)
-
-    @cached_property
-    def by_argument(self) -> dict[str, Tensor]:
-        """The tensors that callers give, by the public functions' names."""
-        return {t.public: t for t in self.tensors if t.role != "workspace"}
+        object.__setattr__(self, "abi", Abi(self.name, self.version, (*pointers, *strides, *numbers)))
 
     @cached_property
     def tile(self) -> re.Pattern[str]:
@@ -209,6 +201,15 @@ class Op:
 def stride(tensor: str, axis: str) -> str:
     """Name of the parameter that holds a tensor's stride along an axis: b batch, s tokens, h heads, split."""
     return f"{tensor}_stride_{axis}"
+
+
+def axis_of(dim: str) -> str:
+    """The axis that a dimension of a layout is, '' for one whose stride no kernel takes."""
+    if dim in ("batch", "pages"):
+        return "b"
+    if dim in ("tokens", "page_size") or dim.startswith(("seqlen", "total_")):
+        return "s"
+    return "split" if dim == "splits" else "h" if dim.startswith("heads") else ""
 
 
 def layout(dims: str, when: str = "", unless: str = "") -> Layout:

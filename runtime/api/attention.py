@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from runtime.call import checks, forward, memory
-from runtime.call.plan import Plan, prepare
+from runtime.call import forward, memory, tensors
+from runtime.call.plan import Plan, execute, prepare
 from runtime.call.request import Options, Request
 from runtime.call.run import run
 from runtime.load import plans
@@ -13,6 +14,8 @@ from runtime.load.dynamo import untraced
 
 if TYPE_CHECKING:
     import torch
+
+REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 @untraced
@@ -70,7 +73,7 @@ def flash_attn(
     NoKernelError, SourceError, UntrustedError: runtime.errors says what each means.
     """
     if deterministic is not False:
-        checks.check_flag("deterministic", deterministic)
+        tensors.check_flag("deterministic", deterministic)
     if sink is not None or alibi_slopes is not None:
         given = given_of(q, k, v, out, sink=sink, alibi_slopes=alibi_slopes)
         return attend("fwd", given, Options(causal, softmax_scale, window, softcap, return_lse), deterministic)
@@ -85,8 +88,14 @@ def flash_attn(
     except Exception:  # a new call, or arguments of the wrong kind: the slow path tells which
         plan = None
     if plan is None:
+        given = given_of(q, k, v, out)
         options = Options(causal, softmax_scale, window, softcap, return_lse)
-        plan = prepare(forward, Request("fwd", given_of(q, k, v, out), options), key)
+        plan = prepare(forward, Request("fwd", given, options), key)
+        if plan.grad_enabled() and any(map(REQUIRES_GRAD, given.values())):
+            out, lse = run(plan, given, return_lse, deterministic)
+        else:
+            out, lse = execute(plan, given, return_lse)
+        return out if lse is None else (out, lse)
     return _run_dense(plan, q, k, v, return_lse, out, deterministic)
 
 
@@ -130,7 +139,7 @@ def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, de
         out, lse = run(plan, given_of(q, k, v, out), return_lse, deterministic)
         return out if lse is None else (out, lse)
     if plan.forward_ad._current_level >= 0:
-        checks.check_tangents(plan.forward_ad, given_of(q, k, v, out).items())
+        tensors.check_tangents(plan.forward_ad, given_of(q, k, v, out).items())
     given = out
     if out is None:
         out = plan.new_out(q)
@@ -140,9 +149,9 @@ def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, de
     except RuntimeError:  # of torch.func's wrappers
         qp = kp = vp = op = 0
     if not (qp and kp and vp and op):  # as an empty k and v may have it
-        memory.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
+        tensors.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
     if (qp | kp | vp | op) & 15:
-        memory.check_alignment(memory.ALIGNMENT, ("q", qp), ("k", kp), ("v", vp), ("out", op))
+        tensors.check_alignment(tensors.ALIGNMENT, ("q", qp), ("k", kp), ("v", vp), ("out", op))
     if given is not None:
         for start, (_, nbytes) in zip((qp, kp, vp), plan.spans, strict=True):
             if op < start + nbytes and start < op + plan.out_span:

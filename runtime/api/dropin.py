@@ -7,8 +7,8 @@ from typing import Any
 
 from runtime.api.attention import attend, flash_attn, given_of
 from runtime.api.varlen import flash_attn_varlen
-from runtime.call.checks import check_flag
 from runtime.call.request import Options
+from runtime.call.tensors import check_flag
 from runtime.errors import ArgumentError
 
 # FlashAttention's arguments that this package does not serve: each must be None, which is upstream's default.

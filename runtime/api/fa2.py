@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
-from runtime.call.checks import check_flag
+from runtime.call.tensors import check_flag
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
 

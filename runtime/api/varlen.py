@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.api.attention import attend, given_of
-from runtime.call.checks import check_flag
 from runtime.call.request import Options
+from runtime.call.tensors import check_flag
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
 

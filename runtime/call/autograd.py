@@ -10,9 +10,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from registry import ops
-from runtime.call import backward, checks, memory
+from runtime.call import backward, tensors
 from runtime.call.request import Call
-from runtime.call.tensors import described
 from runtime.errors import ArgumentError
 
 # Op.backward -> the function that computes the gradients: of a call's saved tensors, {name: gradient}.
@@ -26,12 +25,12 @@ def apply(call: Call, given: Mapping[str, Any], return_lse: Any, deterministic: 
     given: the call's tensors by name, of which one requires grad. run: makes (out, lse) of them. Raises ArgumentError
     where there are no gradients, and what flash_attn raises.
     """
-    checks.check_differentiable(ops.get(call.op), given.items())
+    tensors.check_differentiable(ops.get(call.op), given.items())
     if "out" in given:
         message = "cannot be given where it or an input requires grad; leave it out, or call under torch.no_grad()"
         raise ArgumentError("out", message, reason="requires_grad")
-    memory.check_storage(*given.items())
-    checks.check_tangents(forward_ad, given.items())
+    tensors.check_storage(*given.items())
+    tensors.check_tangents(forward_ad, given.items())
     names = tuple(given)
     found = Attention.apply(call, names, bool(deterministic), bool(return_lse), run, *given.values())
     return found if return_lse else (found, None)
@@ -56,7 +55,7 @@ class Attention(torch.autograd.Function):
         nothing = (None,) * first
         if dout is None and dlse is None:
             return (*nothing, *(None for _ in ctx.names))
-        known = described(ctx.call.op)
+        known = tensors.described(ctx.call.op)
         wanted = zip(ctx.names, ctx.needs_input_grad[first:], strict=True)
         needs = frozenset(name for name, needed in wanted if needed and known[name].differentiable)
         saved = dict(zip((*ctx.names, "out", "lse"), ctx.saved_tensors, strict=True))

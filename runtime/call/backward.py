@@ -12,20 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from registry import ops
 from registry.contract import Variant
 from registry.ops.bwd_sum import UNIT
-from runtime.call import checks, memory, numbers, plan, splits, tensors
-from runtime.call.forward import stride_of_slopes
-from runtime.call.launch import Launch
-from runtime.call.numbers import Numbers
-from runtime.call.plan import Chain, Maker, Outputs, Plan, Workspace
+from registry.ops.workspaces import ROWS
+from runtime.call import plan, splits, tensors
+from runtime.call.forward import LOG2E, backward_facts, stride_of_slopes
+from runtime.call.launch import Launch, Loaded, Maker, Settled
+from runtime.call.plan import Chain, Outputs, Plan, Workspace
 from runtime.call.request import Call, Options, Request
+from runtime.call.tensors import Checked, Numbers
 from runtime.errors import ArgumentError
 from runtime.load import plans
 
 SUMS = 64  # floats to whose multiples partial sums are rounded: 256 bytes
 SEMAPHORE_ROWS = 16
-GRADIENTS = ("q", "k", "v", "sink", "alibi_slopes")  # every tensor of `fwd` that its description calls differentiable
+# Workspace -> the argument whose gradient it adds up to.
+SUMMED = {t.name: t.gradient_of for t in ops.get("bwd").tensors if t.gradient_of}
 NO_OUTPUTS = Outputs(*(lambda *_: None,) * 4)
 VARYING = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
 
@@ -45,41 +48,33 @@ class Backward(NamedTuple):
         scores = tuple(self.call.numbers[name] for name in ("scale_log2", "softcap_scale"))
         return self.call.window, scores, self.steps, self.needs, self.deterministic
 
-    def check(self, request: Request, torch: Any, device_type: str) -> Call:
-        """As hooks of saved tensors may have changed them, all tensors are looked at again."""
-        given, forward = request.tensors, self.call
-        tensors.check_kinds("bwd", given, torch, device_type)
-        sizes = tensors.sizes("bwd", given)
+    def check(self, request: Request, checked: Checked) -> Call:
+        """Of tensors that hooks of saved tensors may have changed."""
+        given, forward, sizes = request.tensors, self.call, checked.sizes
         _check_unchanged(sizes, forward.sizes)
-        tensors.check_memory("bwd", given)
-        total_k = sizes.get("total_k")
-        facts = forward.facts | {"heads_kv": sizes["heads_kv"], "group": sizes["heads_q"] // max(sizes["heads_kv"], 1)}
-        found = forward.numbers | {"heads_kv": sizes["heads_kv"], "rows": numbers.workspace_rows(sizes)}
+        found = forward.numbers | checked.strides
+        found |= {"heads_kv": sizes["heads_kv"], "rows": _workspace_rows(sizes)}
         found["alibi_stride_b"] = stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
-        return forward._replace(
-            op="bwd",
-            facts=numbers.backward_facts(facts, total_k),
-            numbers=found | _strides(given, sizes),
-            sizes=sizes,
-            given=tuple(given),
-        )
+        facts = forward.facts | {"heads_kv": sizes["heads_kv"], "group": sizes["heads_q"] // max(sizes["heads_kv"], 1)}
+        facts = backward_facts(facts, sizes.get("total_k"))
+        return forward._replace(op="bwd", facts=facts, numbers=found, sizes=sizes, given=tuple(given))
 
     def chain(self, call: Call, request: Request, maker: Maker) -> Chain:
         found, sizes, steps = dict(call.numbers), call.sizes, self.steps
         shared = 1
 
-        def of_main(launch: Launch) -> tuple[Numbers, int, int]:
+        def of_main(loaded: Loaded) -> Settled:
             nonlocal shared
-            grid, facts = launch.kernel.artifact.grid, call.facts
-            found["head_dim_accum"] = Variant.parse(launch.kernel.artifact.variant).head_dim
-            blocks = grid.blocks(facts)
-            shared = splits.group_splits(blocks, facts["group"], *launch.resident, bool(facts["causal"]))
+            artifact, facts = loaded.kernel.artifact, call.facts
+            found["head_dim_accum"] = Variant.parse(artifact.variant).head_dim
+            blocks = artifact.grid.blocks(facts)
+            shared = splits.group_splits(blocks, facts["group"], *loaded.resident, bool(facts["causal"]))
             stride = _room(sizes, "head_dim") + _room(sizes, "head_dim_v") if shared > 1 else 0
             found.update(splits=shared, dk_partial_stride_split=stride, dv_partial_stride_split=stride)
-            return found, 1, shared
+            return Settled(found, shared=shared)
 
         main = maker.prepared("bwd", call.facts, of_main)  # its head_dim is that of dq_accum, whatever else is launched
-        launches = [maker.prepared("bwd_preprocess", call.facts, lambda _: (found, 1, 1))]
+        launches = [maker.prepared("bwd_preprocess", call.facts, lambda _: Settled(found))]
         spaces = self._workspaces(call, main, shared if "bwd" in steps else 1)
         if "bwd" in steps:
             launches.append(main)
@@ -87,7 +82,7 @@ class Backward(NamedTuple):
             if shared > 1:
                 launches.append(_sum(call, found, maker))
         if "bwd_postprocess" in steps:
-            launches.append(maker.prepared("bwd_postprocess", call.facts, lambda _: (found, 1, 1)))
+            launches.append(maker.prepared("bwd_postprocess", call.facts, lambda _: Settled(found)))
         return Chain(tuple(launches), spaces)
 
     def _workspaces(self, call: Call, main: Launch, shared: int) -> tuple[Workspace, ...]:
@@ -105,8 +100,9 @@ class Backward(NamedTuple):
             varied = not set(VARYING).isdisjoint(call.given)  # then rows may belong to no sequence
             found.append(Workspace("dk_partial", shared * (of_k + of_v), zeros=varied))
             found.append(Workspace("dv_partial", 0, inside=("dk_partial", of_k)))
-        if "alibi_slopes" in self.needs and "bwd" in self.steps:
-            found.append(Workspace("dalibi", 4 * _key_tiles(call, main) * sizes["heads_q"], zeros=True))
+        for name, argument in SUMMED.items():
+            if argument in self.needs and "bwd" in self.steps:
+                found.append(Workspace(name, 4 * _key_tiles(call, main) * sizes["heads_q"], zeros=True))
         return tuple(found)
 
     def outputs(self, call: Call, request: Request, torch: Any) -> Outputs:
@@ -177,28 +173,30 @@ def _run(kept: Plan, needs: frozenset[str], given: Mapping[str, Any], grads: Map
     if "sink" in needs:
         lse_log2, delta = (plan.floats(kept, space, name).view(heads, -1) for name in ("lse_log2", "delta"))
         sums["sink"] = _of_sink(sink, lse_log2, delta)
-    if "dalibi" in kept.offsets:
-        sums["alibi_slopes"] = _of_slopes(kept, given, plan.floats(kept, space, "dalibi").view(-1, heads))
+    for name in SUMMED.keys() & kept.offsets.keys():
+        by_tile = plan.floats(kept, space, name).view(-1, heads)
+        sums[SUMMED[name]] = _over_tiles(kept, given[SUMMED[name]], given.get("cu_seqlens_k"), by_tile)
     return sums
 
 
 def _of_sink(sink: Any, lse_log2: Any, delta: Any) -> Any:
     """A row's sink has the weight exp(sink - lse), and no value. lse_log2 is +inf for rows that do not exist."""
-    weights = (sink.float()[:, None] * numbers.LOG2E - lse_log2).exp2_()
+    weights = (sink.float()[:, None] * LOG2E - lse_log2).exp2_()
     return weights.mul_(delta).sum(1).neg_().to(sink.dtype)
 
 
-def _of_slopes(kept: Plan, given: Mapping[str, Any], dalibi: Any) -> Any:
-    """dalibi: of each tile of keys; the sums' order does not change from run to run."""
-    slopes, starts = given["alibi_slopes"], given.get("cu_seqlens_k")
-    if slopes.dim() == 1:
-        return dalibi.sum(0)
+def _over_tiles(kept: Plan, argument: Any, starts: Any, by_tile: Any) -> Any:
+    """The gradient of an argument (heads_q,) or (batch, heads_q), of its parts by tiles of keys; the sums' order does
+    not change from run to run. starts: cu_seqlens_k, None for dense keys."""
+    if argument.dim() == 1:
+        return by_tile.sum(0)
+    batch, heads = argument.shape
     if starts is None:
-        return dalibi.view(slopes.shape[0], -1, slopes.shape[1]).sum(1)
+        return by_tile.view(batch, -1, heads).sum(1)
     tile = next(one for one in kept.chain.launches if one.kernel.abi.op == "bwd").kernel.artifact.grid.tile_m
-    firsts = starts // tile + torch.arange(slopes.shape[0] + 1, device=slopes.device)
-    firsts = firsts.clamp_(0, dalibi.shape[0]).cummax(0).values  # whatever the lengths say, inside dalibi
-    return torch.segment_reduce(dalibi, "sum", offsets=firsts, axis=0, initial=0, unsafe=True)
+    firsts = starts // tile + torch.arange(batch + 1, device=argument.device)
+    firsts = firsts.clamp_(0, by_tile.shape[0]).cummax(0).values  # whatever the lengths say, inside by_tile
+    return torch.segment_reduce(by_tile, "sum", offsets=firsts, axis=0, initial=0, unsafe=True)
 
 
 def _new(tensor: Any, zeros: bool) -> Any:
@@ -210,8 +208,8 @@ def _readable(dout: Any) -> Any:
     """A contiguous copy, unless the kernels can read dout 16 bytes at a time."""
     dout = dout.resolve_neg()
     *strides, last = dout.stride()
-    odd = any(n > 1 and (step % checks.STRIDE or step == 0) for n, step in zip(dout.shape, strides, strict=False))
-    if last != 1 or odd or dout.data_ptr() % memory.ALIGNMENT:
+    odd = any(n > 1 and (step % tensors.STRIDE or step == 0) for n, step in zip(dout.shape, strides, strict=False))
+    if last != 1 or odd or dout.data_ptr() % tensors.ALIGNMENT:
         return dout.clone(memory_format=torch.contiguous_format)
     return dout
 
@@ -219,18 +217,11 @@ def _readable(dout: Any) -> Any:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _strides(given: Mapping[str, Any], sizes: Mapping[str, int]) -> Numbers:
-    found: Numbers = {}
-    for name, tensor in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"), ("dout", "dout")):
-        found |= numbers.strides(name, given[tensor].shape, given[tensor].stride())
-    for name in "qkv":
-        found |= numbers.contiguous(f"d{name}", given[name].shape)
-    found |= numbers.of_lse(sizes, sizes["heads_q"])
-    found |= dict.fromkeys(("dlse_stride_b", "dlse_stride_s", "dlse_stride_h"), 0)
-    if "dlse" in given:
-        by_row = given["dlse"].transpose(-1, -2)  # (…, seqlen_q, heads_q)
-        found |= numbers.strides("dlse", (*by_row.shape, 1), (*by_row.stride(), 1))
-    return found
+def _workspace_rows(sizes: Mapping[str, int]) -> int:
+    """Rows of a head in the workspaces; `registry.ops.workspaces` says which query has which."""
+    if "total_q" in sizes:
+        return (sizes["total_q"] // ROWS + sizes["batch"]) * ROWS
+    return sizes["batch"] * -(-sizes["seqlen_q"] // ROWS) * ROWS
 
 
 def _elements(sizes: Mapping[str, int], dim: str) -> int:
@@ -253,4 +244,4 @@ def _sum(call: Call, found: Numbers, maker: Maker) -> Launch:
     facts = {name: call.facts[name] for name in ("dtype", "head_dim", "head_dim_v")}
     facts["rows"] = sum(-(-n // UNIT) for n in elements)
     found = found | {"dk_elements": elements[0], "dv_elements": elements[1]}
-    return maker.prepared("bwd_sum", facts, lambda _: (found, 1, 1))
+    return maker.prepared("bwd_sum", facts, lambda _: Settled(found))

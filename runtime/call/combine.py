@@ -1,15 +1,17 @@
-"""`flash_attn_combine`: its rules across arguments, its numbers, its one launch."""
+"""Combining parts of the keys: `flash_attn_combine`, and the launch behind a forward that is split."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from runtime.call import checks, numbers, tensors
-from runtime.call.numbers import Numbers
-from runtime.call.plan import Chain, Maker, Outputs
+from runtime.call import tensors
+from runtime.call.launch import Launch, Maker, Settled
+from runtime.call.plan import Chain, Outputs, Workspace
 from runtime.call.request import Call, Request
 from runtime.call.splits import MAX_SPLITS
+from runtime.call.tensors import Checked, Numbers
 from runtime.errors import ArgumentError
 
 OUTPUTS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
@@ -19,63 +21,39 @@ def fixed(request: Request) -> Any:
     return request.options
 
 
-def check(request: Request, torch: Any, device_type: str) -> Call:
+def check(request: Request, checked: Checked) -> Call:
     """Everything that the call's key determines. Raises ArgumentError."""
-    given, asked = request.tensors, request.options
-    tensors.check_kinds(request.op, given, torch, device_type)
-    _check_ranks(given)
-    sizes = tensors.sizes(request.op, given)
-    partials, out = given["out_partial"], given.get("out")
+    given, asked, sizes = request.tensors, request.options, checked.sizes
+    out = given.get("out")
     splits, heads, head_dim_v = sizes["splits"], sizes["heads"], sizes["head_dim_v"]
     if not 1 <= splits <= MAX_SPLITS:
         raise ArgumentError("out_partial", f"{splits} splits, must be from 1 to {MAX_SPLITS}", reason="shape")
-    checks.check_head_dim("out_partial", head_dim_v)
     dtype = asked.out_dtype
     if dtype is None:
-        dtype = torch.float32 if out is None else out.dtype
-    if not isinstance(dtype, torch.dtype) or str(dtype) not in OUTPUTS:
+        dtype = given["out_partial" if out is None else "out"].dtype
+    if isinstance(dtype, str) or str(dtype) not in OUTPUTS:
         raise ArgumentError("out_dtype", f"{dtype!r:.50}, must be fp32, bf16 or fp16", reason="dtype")
     if out is not None and out.dtype != dtype:
         raise ArgumentError("out", f"dtype {out.dtype}, must be out_dtype, {dtype}", reason="dtype")
-    if partials.numel() and not partials[0].is_contiguous():
-        message = "must be contiguous but for its first stride; .contiguous() it"
-        raise ArgumentError("out_partial", message, reason="contiguity")
-    tensors.check_memory(request.op, given)
-    checks.check_flag("return_lse", asked.return_lse)
-    checks.check_tangents(torch.autograd.forward_ad, given.items())
+    tensors.check_flag("return_lse", asked.return_lse)
     batch, seqlen = (sizes["batch"], sizes["seqlen"]) if "seqlen" in sizes else (1, sizes["tokens"])
     rows = batch * seqlen * heads
-    if rows > checks.MAX_I32:
+    if rows > tensors.MAX_I32:
         raise ArgumentError("out_partial", f"{rows} rows, must be below 2**31; split it", reason="too_large")
     facts = {"dtype": OUTPUTS[str(dtype)], "head_dim": head_dim_v, "head_dim_v": head_dim_v, "rows": rows}
-    found = _strides(given, splits, heads, seqlen)
-    found |= {"num_splits": splits, "partial_rows": rows, "seqlen": seqlen, "heads": heads, "head_dim_v": head_dim_v}
-    return Call(request.op, facts, found, sizes, tuple(given))
+    counts = {"num_splits": splits, "partial_rows": rows, "seqlen": seqlen, "heads": heads, "head_dim_v": head_dim_v}
+    return Call(request.op, facts, checked.strides | counts, sizes, tuple(given))
 
 
-def _check_ranks(given: dict[str, Any]) -> None:
-    """All dense or all packed: the description allows each tensor either."""
-    wanted = given["out_partial"].dim() - 1
-    for name in ("lse_partial", "out"):
-        if name in given and given[name].dim() != wanted:
-            message = f"{given[name].dim()} dimensions, must be {wanted}, one less than out_partial's"
-            raise ArgumentError(name, message, reason="rank")
-
-
-def _strides(given: dict[str, Any], splits: int, heads: int, seqlen: int) -> Numbers:
-    partials, lse, out = given["out_partial"], given["lse_partial"], given.get("out")
-    shape = partials.shape[1:]
-    found = numbers.contiguous("o", shape) if out is None else numbers.strides("o", shape, out.stride())
-    found |= numbers.strides("lse_partial", (*lse.shape[1:], 1), (*lse.stride()[1:], 1))
-    found["o_partial_stride_split"] = partials.stride(0) if splits > 1 else 0
-    found["lse_partial_stride_split"] = lse.stride(0) if splits > 1 else 0
-    return found | {"lse_stride_b": heads * seqlen, "lse_stride_s": 1, "lse_stride_h": seqlen}
+def _of_new_lse(heads: int, seqlen: int) -> Numbers:
+    """Contiguous along seqlen."""
+    return {"lse_stride_b": heads * seqlen, "lse_stride_s": 1, "lse_stride_h": seqlen}
 
 
 def chain(call: Call, request: Request, maker: Maker) -> Chain:
     if not call.facts["rows"]:
         return Chain(())
-    return Chain((maker.prepared("fwd_combine", call.facts, lambda _: (call.numbers, 1, 1)),))
+    return Chain((maker.prepared("fwd_combine", call.facts, lambda _: Settled(call.numbers)),))
 
 
 def outputs(call: Call, request: Request, torch: Any) -> Outputs:
@@ -87,3 +65,50 @@ def outputs(call: Call, request: Request, torch: Any) -> Outputs:
     new_out = partial(new, (*outer, head_dim_v), dtype=getattr(torch, dtype))
     new_lse = partial(new, (*outer[:-2], outer[-1], outer[-2]), dtype=torch.float32)
     return Outputs(lambda _: new_out(), new_lse, lambda _: new_out(), new_lse)
+
+
+# -- behind a forward that is split -----------------------------------------------------------------------------------
+
+
+def _rows(sizes: Mapping[str, int]) -> int:
+    """Of the output: a row is one head of one query."""
+    tokens = sizes["total_q"] if "total_q" in sizes else sizes["batch"] * sizes["seqlen_q"]
+    return tokens * sizes["heads_q"]
+
+
+def partials(sizes: Mapping[str, int], num_splits: int) -> tuple[Workspace, Workspace]:
+    """Partial outputs, contiguous (splits, [batch,] seqlen_q, heads_q, head_dim_v), and their LSEs."""
+    rows = 4 * num_splits * _rows(sizes)
+    return Workspace("o_partial", rows * sizes["head_dim_v"]), Workspace("lse_partial", rows)
+
+
+def partial_numbers(sizes: Mapping[str, int], num_splits: int) -> Numbers:
+    """What changes of the forward's numbers where it writes them."""
+    rows, head_dim_v, heads = _rows(sizes), sizes["head_dim_v"], sizes["heads_q"]
+    tokens = sizes["total_q"] if "total_q" in sizes else sizes["seqlen_q"]
+    row = heads * head_dim_v
+    return {
+        "num_splits": num_splits,
+        "o_stride_split": rows * head_dim_v,
+        "lse_stride_split": rows,
+        "o_stride_b": tokens * row if sizes["batch"] > 1 and "total_q" not in sizes else 0,
+        "o_stride_s": row if tokens > 1 else 0,
+        "o_stride_h": head_dim_v if heads > 1 else 0,
+    }
+
+
+def joining(call: Call, maker: Maker, num_splits: int) -> Launch:
+    """The launch of `fwd_combine` behind the forward `call`."""
+    sizes, rows = call.sizes, _rows(call.sizes)
+    if rows > tensors.MAX_I32:
+        raise ArgumentError("q", f"{rows} rows of partial outputs, must be below 2**31; split it", reason="too_large")
+    seqlen, heads, head_dim_v = int(call.numbers["seqlen_q"]), sizes["heads_q"], sizes["head_dim_v"]
+    lse = _of_new_lse(heads, seqlen)
+    found = {name: value for name, value in call.numbers.items() if name.startswith("o_stride")} | lse
+    found |= {name.replace("lse", "lse_partial"): step for name, step in lse.items()}
+    found |= {"o_partial_stride_split": rows * head_dim_v, "lse_partial_stride_split": rows}
+    found |= {"num_splits": num_splits, "partial_rows": rows, "seqlen": seqlen, "heads": heads}
+    found["head_dim_v"] = head_dim_v
+    facts = {"dtype": call.facts["dtype"], "head_dim": head_dim_v, "head_dim_v": head_dim_v, "rows": rows}
+    names = {"o_partial": "o_partial", "lse_partial": "lse_partial"}  # not the arguments of flash_attn_combine
+    return maker.prepared("fwd_combine", facts, lambda _: Settled(found), names)

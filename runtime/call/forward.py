@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from registry.contract import WINDOW_OPEN, Variant
-from runtime.call import checks, numbers, options, splits, tensors
-from runtime.call.launch import Launch
-from runtime.call.numbers import Numbers
-from runtime.call.plan import Chain, Maker, Outputs, Workspace
-from runtime.call.request import Call, Request
+from registry import ops
+from registry.contract import WINDOW_OPEN, Variant, fast_divmod
+from runtime.call import cache, combine, splits, tensors
+from runtime.call.launch import Loaded, Maker, Settled
+from runtime.call.plan import Chain, Outputs
+from runtime.call.request import Call, Options, Request
+from runtime.call.tensors import Checked, Numbers
 from runtime.errors import ArgumentError
 
+ops.get("fwd")  # imported with this module: every process that calls needs it
+LOG2E = math.log2(math.e)
+MIN_SCALE, MAX_SCALE = 1e-30, 1e30  # finite in fp32, and positive: the kernels scale the row's largest score
 MAX_TOKENS = WINDOW_OPEN - 1  # of q and k together: sums with window bounds stay in 32 bits
 MAX_PACKED_ROWS = 2**31 - 2**10  # seqlen_q · pack: rows of a tile behind the last are counted in 32 bits too
-ROTARY_STEP = 16  # of rotary_dim: each half of the rotated columns is whole pieces of 16 bytes
 NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
-APPENDED = ("k_new", "v_new")
 
 
 def fixed(request: Request) -> Any:
     """The options but for hints about lengths."""
-    asked = request.options
-    if not options.have_hash_of_value(asked.window, asked.num_splits):
+    asked, window = request.options, request.options.window
+    # A list or an array has no hash, and a tensor's is not of its value.
+    if not isinstance(asked.num_splits, numbers.Integral):
+        return None
+    if window is not None and (type(window) is not tuple or {*map(type, window)} - {int, type(None)}):
         return None
     return asked._replace(max_seqlen_q=None, max_seqlen_k=None), type(asked.max_seqlen_q), type(asked.max_seqlen_k)
 
 
-def check(request: Request, torch: Any, device_type: str) -> Call:
+def check(request: Request, checked: Checked) -> Call:
     """Everything that the call's key determines. Raises ArgumentError."""
     op, given, asked = request
-    tensors.check_kinds(op, given, torch, device_type)
-    sizes = tensors.sizes(op, given)
-    _check_dims(given, sizes)
-    tensors.check_memory(op, given)
-    checks.check_tangents(torch.autograd.forward_ad, given.items())
-    checks.check_flag("causal", asked.causal)
-    checks.check_flag("return_lse", asked.return_lse)
-    if asked.pack_gqa is not None:
-        checks.check_flag("pack_gqa", asked.pack_gqa)
-    window = options.window_bounds(asked.causal, asked.window)
-    scale = options.scale(asked.softmax_scale, sizes["head_dim"])
-    found = numbers.of_scores(scale, options.softcap(asked.softcap, scale)) | _strides(given, sizes)
-    is_cached = op == "fwd_paged"
-    if is_cached:
-        _check_cache(given, sizes)
-        found |= _cache_numbers(given, sizes, window, asked)
+    sizes = checked.sizes
+    _check_sizes(sizes)
+    for name in ("causal", "return_lse", *(("pack_gqa",) if asked.pack_gqa is not None else ())):
+        _check_flag(name, getattr(asked, name))
+    window = window_bounds(asked.causal, asked.window)
+    found = checked.strides | _of_scores(asked, sizes["head_dim"])
     if _is_expanded(given):
         sizes["heads_kv"] = 1
-    facts = _facts(request, sizes, window)
-    dims = ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")
-    found |= {name: sizes[name] for name in dims} | {"window_left": window[0], "window_right": window[1]}
+    found |= {name: sizes[name] for name in ("batch", "heads_q", "heads_kv", "head_dim", "head_dim_v")}
     found |= {"seqlen_q": _tokens(sizes, "q"), "seqlen_k": _tokens(sizes, "k")}
-    num_splits = options.num_splits(asked.num_splits, "seqused_q" in given) if is_cached else 1
+    found |= {"window_left": window[0], "window_right": window[1]}
+    sink = given.get("sink")
+    found["sink_low"] = int(sink is not None and sink.element_size() == 2)
+    found["alibi_stride_b"] = stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
+    num_splits = 1
+    if op == "fwd_paged":
+        cache.check(given, sizes)
+        found |= cache.numbers(given, sizes, window, asked)
+        num_splits = cache.num_splits(asked.num_splits, "seqused_q" in given)
     pack_gqa = None if asked.pack_gqa is None else bool(asked.pack_gqa)
-    return Call(op, facts, found, sizes, tuple(given), window, pack_gqa, num_splits)
+    return Call(op, _facts(request, sizes, window), found, sizes, tuple(given), window, pack_gqa, num_splits)
 
 
-def _tokens(sizes: dict[str, int], side: str) -> int:
+def _tokens(sizes: Mapping[str, int], side: str) -> int:
     """Of an entry, all of a packed array, or what a cache has room for."""
     if f"total_{side}" in sizes:
         return sizes[f"total_{side}"]
@@ -70,15 +75,12 @@ def _tokens(sizes: dict[str, int], side: str) -> int:
 # -- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _check_dims(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    step = 16 // min(given[name].element_size() for name in ("q", "k"))
-    checks.check_head_dim("q", sizes["head_dim"], step)
-    checks.check_head_dim("v", sizes["head_dim_v"], step)
+def _check_sizes(sizes: Mapping[str, int]) -> None:
     heads_q, heads_kv, batch = sizes["heads_q"], sizes["heads_kv"], sizes["batch"]
     if (heads_q % heads_kv if heads_kv else heads_q) != 0:
         message = f"{heads_q} heads, must be a multiple of k's and v's {heads_kv}"
         raise ArgumentError("q", message, reason="heads")
-    if max(batch, heads_q) > checks.MAX_I32:
+    if max(batch, heads_q) > tensors.MAX_I32:
         raise ArgumentError("q", f"batch {batch} and heads {heads_q} must be below 2**31", reason="too_large")
     seqlen_q, seqlen_k = _tokens(sizes, "q"), _tokens(sizes, "k")
     if seqlen_q + seqlen_k > MAX_TOKENS:
@@ -86,125 +88,132 @@ def _check_dims(given: dict[str, Any], sizes: dict[str, int]) -> None:
         raise ArgumentError("q", message, reason="too_large")
 
 
-def _is_expanded(given: dict[str, Any]) -> bool:
+def _check_flag(name: str, flag: Any) -> None:
+    if flag is not True and flag is not False:
+        tensors.check_flag(name, flag)
+
+
+def window_bounds(causal: Any, window: Any) -> tuple[int, int]:
+    """(left, right) as the kernels take them. causal bounds the right side by 0."""
+    if window is None:
+        window = (None, None)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ArgumentError("window", f"{window!r:.100} is not (left, right) or None", reason="type")
+    bounds = []
+    for side in window:
+        try:
+            bound = WINDOW_OPEN if side is None else operator.index(side)
+        except TypeError:
+            bound = -1
+        if bound < 0:
+            message = f"{side!r:.50} is no bound: each is a number of tokens ≥ 0, or None for an open side"
+            raise ArgumentError("window", message, reason="value")
+        bounds.append(min(bound, WINDOW_OPEN))
+    return bounds[0], 0 if causal else bounds[1]
+
+
+def _scale(softmax_scale: Any, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if not isinstance(softmax_scale, (int, float)) or not MIN_SCALE <= softmax_scale <= MAX_SCALE:
+        message = f"{softmax_scale!r:.100} is not a number from {MIN_SCALE} to {MAX_SCALE}, or None for head_dim**-0.5"
+        raise ArgumentError("softmax_scale", message, reason="value")
+    return float(softmax_scale)
+
+
+def _softcap(given: Any, softmax_scale: float) -> float:
+    """0 or positive; the kernels take softcap and softmax_scale / softcap, both in fp32."""
+    if not isinstance(given, (int, float)) or not (given == 0 or MIN_SCALE <= given <= MAX_SCALE):
+        message = f"{given!r:.100} is not a number from {MIN_SCALE} to {MAX_SCALE}, or 0 for none"
+        raise ArgumentError("softcap", message, reason="value")
+    if given and not MIN_SCALE <= softmax_scale / given <= MAX_SCALE:
+        message = f"softmax_scale / softcap is {softmax_scale / given}, must be from {MIN_SCALE} to {MAX_SCALE}"
+        raise ArgumentError("softcap", message, reason="value")
+    return float(given)
+
+
+def _max_seqlen(name: str, given: Any, longest: int, typical: int) -> int:
+    """A hint about the longest entry, cut to `longest`; `typical` if it is not given.
+
+    A tensor is refused: reading one from a device would synchronise.
+    """
+    if given is None:
+        return typical
+    if not isinstance(given, numbers.Integral) or int(given) < 0:
+        raise ArgumentError(name, f"{given!r:.100} is neither an integer ≥ 0 nor None", reason="value")
+    return min(int(given), longest)
+
+
+def _is_expanded(given: Mapping[str, Any]) -> bool:
     """Whether all key/value heads are one, as `expand` makes them: that one then serves all query heads."""
     one = all(given[name].stride(-2) == 0 for name in ("k", "v"))
-    return one and given["k"].shape[-2] > 1 and not given.keys() & {"k_descale", "v_descale", *APPENDED}
+    return one and given["k"].shape[-2] > 1 and not given.keys() & {"k_descale", "v_descale", *cache.APPENDED}
 
 
-def _check_cache(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    batch = sizes["batch"]
-    if "page_table" not in given and sizes["pages"] < batch:
-        message = f"{sizes['pages']} entries, must be at least q's batch, {batch}, where no table places its pages"
-        raise ArgumentError("k", message, reason="shape")
-    if "page_table" in given and given["page_table"].stride(0) > checks.MAX_I32:
-        message = f"row stride {given['page_table'].stride(0)}, must be below 2**31"
-        raise ArgumentError("page_table", message, reason="stride")
-    for name in ("k", "v"):
-        if sizes["page_size"] > 1 and given[name].stride(1) > checks.MAX_I32:
-            message = f"stride {given[name].stride(1)} from token to token, must be below 2**31 elements"
-            raise ArgumentError(name, message, reason="stride")
-    for name in ("k_descale", "v_descale"):
-        if name in given and given["k"].element_size() > 1:
-            message = f"needs a cache of float8_e4m3fn, this one is {given['k'].dtype}"
-            raise ArgumentError(name, message, reason="unsupported")
-    _check_pair(given, *APPENDED)
-    _check_pair(given, "rotary_cos", "rotary_sin")
-    if "k_new" in given:
-        if "seqused_k" not in given:
-            message = "must say how long each sequence is, as tokens are appended behind it"
-            raise ArgumentError("seqused_k", message, reason="value")
-        for name in ("k", "v"):
-            checks.check_apart_within(name, given[name])
-    if "rotary_cos" in given:
-        _check_rotary(given, sizes)
+# -- numbers and facts ------------------------------------------------------------------------------------------------
 
 
-def _check_pair(given: dict[str, Any], first: str, second: str) -> None:
-    for name, other in ((first, second), (second, first)):
-        if name not in given and other in given:
-            raise ArgumentError(name, f"must be given with {other}", reason="value")
-
-
-def _check_rotary(given: dict[str, Any], sizes: dict[str, int]) -> None:
-    cos, sin = given["rotary_cos"], given["rotary_sin"]
-    if "k_new" not in given:
-        message = "needs the new k and v: only what is appended, and q, are rotated"
-        raise ArgumentError("rotary_cos", message, reason="value")
-    rotary_dim, positions, head_dim = sizes["rotary_dim"], sizes["positions"], sizes["head_dim"]
-    if not 0 < rotary_dim <= head_dim or rotary_dim % ROTARY_STEP or positions == 0:
-        message = (
-            f"shape {tuple(cos.shape)}, must be (positions, rotary_dim / 2) with a position or more and a rotary_dim "
-            f"that is a multiple of {ROTARY_STEP} up to head_dim, {head_dim}"
-        )
-        raise ArgumentError("rotary_cos", message, reason="shape")
-    if cos.stride(0) != sin.stride(0) and positions > 1:
-        message = f"row stride {sin.stride(0)}, must be rotary_cos's, {cos.stride(0)}"
-        raise ArgumentError("rotary_sin", message, reason="stride")
-    if positions > 1 and positions * cos.stride(0) > checks.MAX_I32:
-        message = f"{positions} rows with a stride of {cos.stride(0)}, must be below 2**31 elements"
-        raise ArgumentError("rotary_cos", message, reason="too_large")
-
-
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def _strides(given: dict[str, Any], sizes: dict[str, int]) -> Numbers:
-    """Of q, k, v, the output (`out`, or a new contiguous tensor), its LSE, slopes, and what is appended."""
-    q, v, out = given["q"], given["v"], given.get("out")
-    found: Numbers = {}
-    for name in ("q", "k", "v", *APPENDED):
-        if name in given:
-            found |= numbers.strides(name, given[name].shape, given[name].stride())
-    shape = (*q.shape[:-1], v.shape[-1])
-    found |= numbers.contiguous("o", shape) if out is None else numbers.strides("o", shape, out.stride())
-    found |= numbers.of_lse(sizes, sizes["heads_q"])
-    sink = given.get("sink")
-    found["sink_low"] = int(sink is not None and sink.element_size() == 2)
-    found["alibi_stride_b"] = stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
-    return found
+def _of_scores(asked: Options, head_dim: int) -> Numbers:
+    """How a product becomes a score: `kernels.trunk.score_mods` has the formula."""
+    scale = _scale(asked.softmax_scale, head_dim)
+    softcap = _softcap(asked.softcap, scale)
+    return {
+        "scale_log2": (softcap or scale) * LOG2E,
+        "softcap_scale": 2 * LOG2E * scale / softcap if softcap else 0.0,
+        "slope_scale": 1 / (softcap or scale),
+        "softmax_scale": scale,
+    }
 
 
 def stride_of_slopes(slopes: Any, batch: int) -> int:
-    """As `_stride_of_batch`; the kernels find a row of slopes with 32 bits. Raises ArgumentError."""
-    stride = _stride_of_batch(slopes, batch)
-    if stride and batch * stride + slopes.shape[1] > checks.MAX_I32:
+    """Elements from one entry's slopes to the next one's, 0 where one row serves all; the kernels find a row with 32
+    bits. Raises ArgumentError."""
+    if slopes is None:
+        return 0
+    stride = cache.stride_of_batch(slopes, batch)
+    if stride and batch * stride + slopes.shape[1] > tensors.MAX_I32:
         message = f"{batch} rows with a stride of {stride}, must be below 2**31 elements"
         raise ArgumentError("alibi_slopes", message, reason="too_large")
     return stride
 
 
-def _stride_of_batch(tensor: Any, batch: int) -> int:
-    """Elements from one entry's row to the next one's; 0 where one row serves all."""
-    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 and batch > 1 else 0
-
-
-def _cache_numbers(given: dict[str, Any], sizes: dict[str, int], window: tuple[int, int], asked: Any) -> Numbers:
-    batch, cos = sizes["batch"], given.get("rotary_cos")
-    is_rotated = cos is not None
-    return numbers.of_pages(sizes["page_size"]) | {
-        "page_table_stride": _stride_of_batch(given.get("page_table"), batch),
-        "k_descale_stride_b": _stride_of_batch(given.get("k_descale"), batch),
-        "v_descale_stride_b": _stride_of_batch(given.get("v_descale"), batch),
-        "seqlen_new": sizes.get("seqlen_new", 0),
-        "seqlen_rotated": sizes.get("seqlen_q", 0) if is_rotated else 0,
-        "rotary_dim": sizes.get("rotary_dim", 0),
-        "rotary_rows": sizes.get("positions", 0),
-        "rotary_stride": cos.stride(0) if cos is not None and sizes["positions"] > 1 else 0,
-        "interleaved": options.flag("rotary_interleaved", asked.rotary_interleaved),
-        "q_still": int(is_rotated and window == (WINDOW_OPEN, WINDOW_OPEN)),
+def facts(*, dtype: str, head_dim: int, head_dim_v: int, batch: int, heads_q: int, heads_kv: int, seqlen_q: int,
+          seqlen_k: int, window: tuple[int, int], total_q: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """All call facts of `fwd`. window: as `window_bounds` gives it. total_q: tokens of a packed q, None if dense."""
+    group = heads_q // heads_kv if heads_kv else 0
+    return {
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "batch": batch,
+        "heads_q": heads_q,
+        "heads_kv": heads_kv,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        "group": group,
+        "causal": int(window[1] == 0),
+        "varlen": int(total_q is not None),
+        "total_q": batch * seqlen_q if total_q is None else total_q,
+        "packed_rows": seqlen_q * group,
+        "window": int(window[0] != WINDOW_OPEN),
     }
 
 
-def _facts(request: Request, sizes: dict[str, int], window: tuple[int, int]) -> dict[str, Any]:
+def backward_facts(forward: Mapping[str, Any], total_k: int | None = None) -> dict[str, Any]:
+    """All call facts of the backward's ops, from those of `fwd`. total_k: tokens of a packed k, None if dense."""
+    tokens = forward["batch"] * forward["seqlen_k"] if total_k is None else total_k
+    return {**forward, "varlen_k": int(total_k is not None), "total_k": tokens}
+
+
+def _facts(request: Request, sizes: Mapping[str, int], window: tuple[int, int]) -> dict[str, Any]:
     asked, given, batch = request.options, request.tensors, sizes["batch"]
     seqlen_q, seqlen_k, total_q = _tokens(sizes, "q"), _tokens(sizes, "k"), sizes.get("total_q")
-    mean_q, mean_k = (-(-tokens // batch) if batch else 0 for tokens in (seqlen_q, seqlen_k))
-    hint_q = options.max_seqlen("max_seqlen_q", asked.max_seqlen_q, seqlen_q, mean_q)
     is_cached = request.op == "fwd_paged"
-    hint_k = options.max_seqlen("max_seqlen_k", asked.max_seqlen_k, seqlen_k, seqlen_k if is_cached else mean_k)
+    mean_q, mean_k = (-(-tokens // batch) if batch else 0 for tokens in (seqlen_q, seqlen_k))
+    hint_q = _max_seqlen("max_seqlen_q", asked.max_seqlen_q, seqlen_q, mean_q)
+    hint_k = _max_seqlen("max_seqlen_k", asked.max_seqlen_k, seqlen_k, seqlen_k if is_cached else mean_k)
     dtype = NAMES[str(given["q"].dtype)]
-    found = numbers.facts(
+    found = facts(
         dtype=dtype,
         **{name: sizes[name] for name in ("head_dim", "head_dim_v", "batch", "heads_q", "heads_kv")},
         seqlen_q=seqlen_q if total_q is None else hint_q,
@@ -222,42 +231,28 @@ def _facts(request: Request, sizes: dict[str, int], window: tuple[int, int]) -> 
 
 def chain(call: Call, request: Request, maker: Maker) -> Chain:
     """Append what there is to append, attend, combine what is split."""
-    launches: list[Launch] = []
-    workspaces: list[Workspace] = []
-    written: tuple[str, ...] = ()
-    elsewhere: dict[str, str] = {}
-    found, sizes = call.numbers, call.sizes
-    if rows := _append_rows(call):
-        facts = {name: call.facts[name] for name in ("dtype", "kv_dtype", "head_dim", "head_dim_v")} | {"rows": rows}
-        launches.append(
-            maker.prepared("kv_append", facts, lambda _: (_append_numbers(call), 1, 1), _append_names(call))
-        )
-        written = ("k", "v") if call.numbers["seqlen_new"] else ()
-    if call.numbers.get("rotary_dim"):
-        shape = _rotated_shape(sizes)
-        workspaces.append(Workspace("q_out", 2 * shape[0] * shape[1] * shape[2] * shape[3]))
-        elsewhere["q"], found = "q_out", found | numbers.contiguous("q", shape)
-    if sizes["batch"] == 0 or request.tensors["q"].numel() == 0:
-        return Chain(tuple(launches), tuple(workspaces), written)
+    launches, workspaces, written, elsewhere = cache.appending(call, maker) if call.op == "fwd_paged" else cache.NOTHING
+    found = call.numbers | cache.numbers_of_copy(call) if "q" in elsewhere else call.numbers
+    if call.sizes["batch"] == 0 or request.tensors["q"].numel() == 0:
+        return Chain(launches, workspaces, written)
     num_splits = 1
 
-    def of_forward(launch: Launch) -> tuple[Numbers, int, int]:
+    def settle(loaded: Loaded) -> Settled:
         nonlocal num_splits
-        pack = _pack(call, launch.packs_heads)
-        num_splits = _choose_splits(call, launch, pack)
-        return found | numbers.of_pack(pack) | _split_numbers(call, num_splits), pack, num_splits
+        pack = _pack(call, loaded.packs)
+        num_splits = _choose_splits(call, loaded, pack)
+        more = combine.partial_numbers(call.sizes, num_splits) if num_splits > 1 else UNSPLIT
+        return Settled(found | (_of_pack(pack) if pack > 1 else UNPACKED) | more, pack, num_splits)
 
-    attend = maker.prepared(call.op, call.facts, of_forward)
-    launches.append(attend)
+    attend = maker.prepared(call.op, call.facts, settle)
+    launches = (*launches, attend)
     if num_splits > 1:
-        rows, head_dim_v = numbers.output_rows(sizes), sizes["head_dim_v"]
-        workspaces += [Workspace("o_partial", 4 * num_splits * rows * head_dim_v)]
-        workspaces += [Workspace("lse_partial", 4 * num_splits * rows)]
-        elsewhere |= {"o": "o_partial", "lse": "lse_partial"}
-        launches.append(_combine(call, maker, num_splits))
+        workspaces = (*workspaces, *combine.partials(call.sizes, num_splits))
+        elsewhere = {**elsewhere, "o": "o_partial", "lse": "lse_partial"}
+        launches = (*launches, combine.joining(call, maker, num_splits))
     if call.op == "fwd_paged":
         attend.rename(elsewhere)
-    return Chain(tuple(launches), tuple(workspaces), written)
+    return Chain(launches, workspaces, written)
 
 
 def outputs(call: Call, request: Request, torch: Any) -> Outputs:
@@ -291,68 +286,21 @@ def _pack(call: Call, packs: bool) -> int:
     return pack
 
 
-def _choose_splits(call: Call, launch: Launch, pack: int) -> int:
+def _of_pack(pack: int) -> Numbers:
+    magic, shift = fast_divmod(pack)
+    return {"pack": pack, "pack_magic": magic, "pack_shift": shift}
+
+
+UNPACKED = _of_pack(1)
+UNSPLIT: Numbers = {"num_splits": 1, "o_stride_split": 0, "lse_stride_split": 0}
+
+
+def _choose_splits(call: Call, loaded: Loaded, pack: int) -> int:
     """How many blocks share a tile's keys."""
     if call.num_splits:
         return call.num_splits
-    facts, artifact = call.facts, launch.kernel.artifact
+    facts, artifact = call.facts, loaded.kernel.artifact
     keys = splits.visible_keys(facts["seqlen_q"], facts["seqlen_k"], call.window)
     variant = Variant.parse(artifact.variant)
     units, key_blocks = artifact.grid.blocks(facts, pack), -(-keys // variant.size("n"))
-    return splits.num_splits(units, key_blocks, *launch.resident, heavy=splits.is_heavy(variant))
-
-
-def _split_numbers(call: Call, num_splits: int) -> Numbers:
-    """With several splits, o is contiguous partial outputs (splits, [batch,] seqlen_q, heads_q, head_dim_v)."""
-    if num_splits == 1:
-        return {"num_splits": 1, "o_stride_split": 0, "lse_stride_split": 0}
-    rows, head_dim_v = numbers.output_rows(call.sizes), call.sizes["head_dim_v"]
-    return numbers.contiguous("o", _output_shape(call.sizes)) | {
-        "num_splits": num_splits,
-        "o_stride_split": rows * head_dim_v,
-        "lse_stride_split": rows,
-    }
-
-
-def _output_shape(sizes: dict[str, int]) -> tuple[int, ...]:
-    outer = (sizes["total_q"],) if "total_q" in sizes else (sizes["batch"], sizes["seqlen_q"])
-    return (*outer, sizes["heads_q"], sizes["head_dim_v"])
-
-
-def _rotated_shape(sizes: dict[str, int]) -> tuple[int, int, int, int]:
-    """Of the contiguous copy of q that `kv_append` rotates."""
-    return sizes["batch"], sizes["seqlen_q"], sizes["heads_q"], sizes["head_dim"]
-
-
-def _append_rows(call: Call) -> int:
-    """Rows that `kv_append` writes: of K, of V, of a rotated q."""
-    found, sizes = call.numbers, call.sizes
-    rows = 2 * sizes["batch"] * int(found.get("seqlen_new", 0)) * sizes["heads_kv"]
-    return rows + sizes["batch"] * int(found.get("seqlen_rotated", 0)) * sizes["heads_q"]
-
-
-def _append_numbers(call: Call) -> Numbers:
-    none = dict.fromkeys((f"{name}_stride_{axis}" for name in (*APPENDED, "q_out") for axis in "bsh"), 0)
-    rotated = numbers.contiguous("q_out", _rotated_shape(call.sizes)) if call.numbers["rotary_dim"] else {}
-    return none | call.numbers | rotated
-
-
-def _append_names(call: Call) -> dict[str, str]:
-    """Without rotation q is not read."""
-    return {} if call.numbers["rotary_dim"] else {"q": "", "q_out": ""}
-
-
-def _combine(call: Call, maker: Maker, num_splits: int) -> Launch:
-    sizes, rows = call.sizes, numbers.output_rows(call.sizes)
-    if rows > checks.MAX_I32:
-        raise ArgumentError("q", f"{rows} rows of partial outputs, must be below 2**31; split it", reason="too_large")
-    seqlen, heads = int(call.numbers["seqlen_q"]), sizes["heads_q"]
-    lse = {"lse_stride_b": heads * seqlen, "lse_stride_s": 1, "lse_stride_h": seqlen}  # contiguous along seqlen
-    found = {name: value for name, value in call.numbers.items() if name.startswith("o_stride")} | lse
-    found |= {name.replace("lse", "lse_partial"): step for name, step in lse.items()}
-    found |= {"o_partial_stride_split": rows * sizes["head_dim_v"], "lse_partial_stride_split": rows}
-    found |= {"num_splits": num_splits, "partial_rows": rows, "seqlen": seqlen, "heads": heads}
-    found["head_dim_v"] = sizes["head_dim_v"]
-    facts = {"dtype": call.facts["dtype"], "head_dim": sizes["head_dim_v"], "head_dim_v": sizes["head_dim_v"]}
-    names = {"o_partial": "o_partial", "lse_partial": "lse_partial"}  # not the arguments of flash_attn_combine
-    return maker.prepared("fwd_combine", facts | {"rows": rows}, lambda _: (found, 1, 1), names)
+    return splits.num_splits(units, key_blocks, *loaded.resident, heavy=splits.is_heavy(variant))

@@ -1,4 +1,4 @@
-"""One kernel's launch: its parameter buffer, and from addresses to cuLaunchKernel."""
+"""One kernel's launch: the kernel is found, its parameters are filled, and addresses lead to cuLaunchKernel."""
 
 from __future__ import annotations
 
@@ -7,18 +7,40 @@ import struct
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from operator import itemgetter
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from registry import ops
-from registry.contract import PARAM_FORMATS, Abi
+from registry.contract import PARAM_FORMATS, Abi, DispatchRow
 from runtime import stages
-from runtime.call.numbers import Numbers
+from runtime.call.tensors import Numbers
 from runtime.errors import ArgumentError, IntegrityError
+from runtime.load import select
 from runtime.load.kernel import Kernel
+from runtime.load.session import Session
 
 MAX_BLOCKS = 2**31 - 1  # of grid.x
 MAX_ROWS = 2**31 - 32  # of an op whose grid counts rows: a block's rows behind the last are counted in 32 bits too
 MAIN_SLOTS = 5  # q, k, v, o and lse lead the ABI of `fwd`: all that a plain dense call writes
+LENGTH_FACTS = frozenset(("seqlen_q", "seqlen_k", "total_q", "total_k", "packed_rows", "rows"))  # lengths decide them
+
+
+class Loaded(NamedTuple):
+    """A kernel for a call. packs: what the dispatch row says of query heads. resident: multiprocessors, and blocks that
+    each holds at once; zeros for an op whose blocks share nothing."""
+
+    kernel: Kernel
+    packs: bool
+    resident: tuple[int, int]
+
+
+class Settled(NamedTuple):
+    """What a launch takes beside addresses. pack: query heads that share a tile. shared: blocks that share what one
+    would compute."""
+
+    numbers: Numbers
+    pack: int = 1
+    shared: int = 1
 
 
 class Layout(NamedTuple):
@@ -32,24 +54,23 @@ class Layout(NamedTuple):
 class Launch:
     """All that a launch needs but its addresses. Belongs to one plan, and so to one thread.
 
-    packs_heads: what the dispatch row says of query heads. resident: multiprocessors, and blocks that each holds at
-    once; zeros for an op whose blocks share nothing. pick: addresses by name -> those of the slots, which
-    write_addresses writes; write_dense_addresses writes the first MAIN_SLOTS alone. fire(stream, params, 0): launches
-    on the current device and returns (status,).
+    pick: addresses by name -> those of the slots, which write_addresses writes; write_dense_addresses writes the first
+    MAIN_SLOTS alone. fire(stream, params, 0): launches on the current device and returns (status,). is_first: the
+    kernel has not been launched in this process.
     """
 
-    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "kernel", "layout", "names",
-                 "packs_heads", "params", "pick", "pointers", "raw_stream", "resident", "start", "success",
-                 "write_addresses", "write_dense_addresses")  # fmt: skip
+    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "is_first", "layout", "loaded",
+                 "names", "params", "pick", "pointers", "raw_stream", "start", "success", "write_addresses",
+                 "write_dense_addresses")  # fmt: skip
+    fire: Callable[[int, int, int], tuple[Any]]
 
-    def __init__(self, kernel: Kernel, packs: bool, resident: tuple[int, int], device: int, backend: Any):
-        driver = backend.driver
-        self.kernel, self.packs_heads, self.resident = kernel, packs, resident
-        self.layout = layout(kernel.abi, kernel.artifact.variant)
-        self.buffer = buffer = ctypes.create_string_buffer(kernel.abi.nbytes)
+    def __init__(self, loaded: Loaded, device: int, backend: Any, is_first: bool):
+        driver, abi = backend.driver, loaded.kernel.abi
+        self.loaded, self.is_first = loaded, is_first
+        self.layout = layout(abi, loaded.kernel.artifact.variant)
+        self.buffer = buffer = ctypes.create_string_buffer(abi.nbytes)
         at = ctypes.addressof(buffer)
-        places = kernel.abi.layout
-        self.pointers = (ctypes.c_void_p * len(places))(*(at + offset for offset, _ in places))
+        self.pointers = (ctypes.c_void_p * len(abi.layout))(*[at + offset for offset, _ in abi.layout])
         self.params = ctypes.addressof(self.pointers)
         self.write_addresses: Callable[..., None] = partial(self.layout.slots.pack_into, buffer, 0)
         self.write_dense_addresses: Callable[..., None] = partial(struct.Struct(f"<{MAIN_SLOTS}Q").pack_into, buffer, 0)
@@ -57,8 +78,12 @@ class Launch:
         self.success, self.check = driver.success, driver.check
         self.device, self.guard = device, backend.guard
         self.raw_stream, self.current_device = backend.raw_stream, backend.current_device
-        self.names: tuple[str, ...] = tuple(tensor.public for tensor in ops.get(kernel.abi.op).tensors)
+        self.names: tuple[str, ...] = tuple([tensor.public for tensor in ops.get(abi.op).tensors])
         self.pick: Callable[[Mapping[str, int]], tuple[int, ...]] = itemgetter(*self.names)
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.loaded.kernel
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Take addresses from elsewhere: {tensor of the op: name among the addresses}."""
@@ -66,35 +91,82 @@ class Launch:
         self.names = tuple(names.get(tensor.name, tensor.public) for tensor in tensors)
         self.pick = itemgetter(*self.names)
 
-    def serve(self, facts: Mapping[str, Any], numbers: Numbers, pack: int = 1, shared: int = 1) -> None:
-        """Launch for calls with these facts and numbers from now on. pack: query heads that share a tile. shared:
-        blocks that share what one would compute."""
-        artifact = self.kernel.artifact
-        blocks = artifact.grid.blocks(facts, pack) * shared
+    def serve(self, facts: Mapping[str, Any], settled: Settled) -> None:
+        """Launch for calls with these facts and numbers from now on."""
+        kernel, numbers = self.loaded.kernel, settled.numbers
+        form, sources = self.layout.form, self.layout.sources
+        struct.pack_into(form, self.buffer, self.layout.slots.size, *[numbers[name] for name in sources])
+        artifact = kernel.artifact
+        blocks = artifact.grid.blocks(facts, settled.pack) * settled.shared
         if blocks > MAX_BLOCKS:
             message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
             raise ArgumentError("q", message, reason="too_large")
         if facts.get("rows", 0) > MAX_ROWS:
             message = f"the call has {facts['rows']} rows for {artifact.variant}, at most {MAX_ROWS} may be; split it"
             raise ArgumentError("q", message, reason="too_large")
-        self.fire: Callable[[int, int, int], tuple[Any]] = partial(
-            self.start, self.kernel.function, blocks, 1, 1, artifact.threads, 1, 1, self.kernel.smem
-        )
-        form, sources = self.layout.form, self.layout.sources
-        struct.pack_into(form, self.buffer, self.layout.slots.size, *[numbers[name] for name in sources])
+        self.fire = partial(self.start, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem)
 
-    def time_first(self) -> None:
-        """Record how long the next launch takes: it may be the kernel's first in this process."""
-        start, variant = self.start, self.kernel.artifact.variant
 
-        def first(*arguments: Any) -> tuple[Any]:
-            self.start = start
-            self.fire = partial(start, *self.fire.args)  # type: ignore[attr-defined]
-            with stages.stage("first launch", variant):
-                status: tuple[Any] = start(*arguments)
-                return status
+class Maker(NamedTuple):
+    """Makes a plan's launches, and changes those that it has.
 
-        self.start = first
+    known: every launch that was made, by variant and whether it packs heads. rows: by op, what serves calls that
+    differ from the plan's in lengths alone, with the conditions that lengths decide.
+    """
+
+    now: Session
+    device: int
+    known: dict[tuple[str, bool], Launch]
+    rows: dict[str, list[DispatchRow]]
+
+    def prepared(
+        self,
+        op: str,
+        facts: Mapping[str, Any],
+        settle: Callable[[Loaded], Settled],
+        names: Mapping[str, str] | None = None,
+    ) -> Launch:
+        """The launch of the kernel that serves these facts, ready for them.
+
+        settle: what the launch takes, once the kernel is known. names: {tensor of the op: name among the call's
+        addresses}, where it is not the public one; '' passes a null pointer.
+        """
+        launch = self._known(op, facts) if self.known else None
+        if launch is None:
+            loaded, is_first = self._load(op, facts)
+            start = perf_counter()
+            settled = settle(loaded)
+            variant = loaded.kernel.artifact.variant
+            launch = self.known[variant, loaded.packs] = Launch(loaded, self.device, self.now.backend, is_first)
+            launch.serve(facts, settled)
+            if is_first:
+                stages.record(("plan", variant, (perf_counter() - start) * 1e3))
+        else:
+            launch.serve(facts, settle(launch.loaded))
+        if names is not None:
+            launch.rename(names)
+        return launch
+
+    def _known(self, op: str, facts: Mapping[str, Any]) -> Launch | None:
+        if op not in self.rows:
+            index = self.now.index_for(self.now.backend.capability(self.device))
+            fixed = {name: value for name, value in facts.items() if name not in LENGTH_FACTS}
+            self.rows[op] = select.open_rows(index.rows(op), fixed)
+        row = select.first(self.rows[op], facts)
+        return self.known.get((row.variant, row.pack)) if row else None
+
+    def _load(self, op: str, facts: Mapping[str, Any]) -> tuple[Loaded, bool]:
+        """Loads the kernel if need be: then its first launch goes to the ledger."""
+        backend, shared_by = self.now.backend, ops.get(op).shared_by
+        capturing = backend.is_capturing()  # before the guard too: another device's capture forbids a load as well
+        with backend.guard(self.device):
+            kernel, packs, fresh = self.now.kernel(op, dict(facts), self.device, capturing or backend.is_capturing())
+            resident = (0, 0)
+            with backend.driver.context(self.device):  # this thread may have none, though another loaded the kernel
+                if shared_by:
+                    threads = kernel.artifact.threads
+                    resident = backend.driver.resident_blocks(self.device, kernel.function, threads, kernel.smem)
+        return Loaded(kernel, packs, resident), fresh
 
 
 @lru_cache(maxsize=256)

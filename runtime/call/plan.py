@@ -10,15 +10,12 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
-from registry import ops
-from registry.contract import DispatchRow
 from runtime import stages
-from runtime.call import checks, memory, tensors
-from runtime.call.launch import Launch
-from runtime.call.numbers import LENGTH_FACTS, Numbers
+from runtime.call import memory, tensors
+from runtime.call.launch import Launch, Maker
 from runtime.call.request import Call, Request
-from runtime.load import plans, select, session
-from runtime.load.session import Session
+from runtime.call.tensors import Checked
+from runtime.load import plans, session
 
 ALIGNED = 256  # bytes to whose multiples workspaces are rounded
 
@@ -44,18 +41,6 @@ class Chain(NamedTuple):
     written: tuple[str, ...] = ()
 
 
-class Role(Protocol):
-    """What kinds of calls differ in: `runtime.call.forward`, `.combine` and `.backward`."""
-
-    def fixed(self, request: Request) -> Any:
-        """The part of a plan family's key that is no tensor: a plan serves only calls in which it is the same. None
-        where its hash is not of its value: such a call's plan is not kept."""
-
-    def check(self, request: Request, torch: Any, device_type: str) -> Call: ...
-    def chain(self, call: Call, request: Request, maker: Maker) -> Chain: ...
-    def outputs(self, call: Call, request: Request, torch: Any) -> Outputs: ...
-
-
 class Outputs(NamedTuple):
     """new_out: makes the output from the call's first tensor. new_lse: makes its LSE. zero_out, zero_lse: the same,
     with zeros where rows may not be written."""
@@ -66,20 +51,31 @@ class Outputs(NamedTuple):
     zero_lse: Callable[[], Any]
 
 
+class Role(Protocol):
+    """What kinds of calls differ in: `runtime.call.forward`, `.combine` and `.backward`."""
+
+    def fixed(self, request: Request) -> Any:
+        """The part of a plan family's key that is no tensor: a plan serves only calls in which it is the same. None
+        where its hash is not of its value: such a call's plan is not kept."""
+
+    def check(self, request: Request, checked: Checked) -> Call:
+        """What the descriptions do not ask: rules across arguments, and arguments that are no tensors."""
+
+    def outputs(self, call: Call, request: Request, torch: Any) -> Outputs: ...
+    def chain(self, call: Call, request: Request, maker: Maker) -> Chain: ...
+
+
 class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
-    __slots__ = ("absent", "alignment_masks", "call", "chain", "dispatch_rows", "family", "first", "floats",
-                 "forward_ad", "grad_enabled", "key", "known", "mark_written", "nbytes", "new_lse", "new_out",
-                 "new_space", "offsets", "out_span", "single", "spans", "written_names", "zero_lse", "zero_out",
+    __slots__ = ("absent", "alignment_masks", "call", "chain", "family", "first", "floats", "forward_ad",
+                 "grad_enabled", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out", "new_space",
+                 "offsets", "out_span", "single", "spans", "written_names", "zero_lse", "zero_out",
                  "zeros_from")  # fmt: skip
     key: Any
     family: Any
     call: Call
-    known: dict[tuple[str, bool], Launch]  # every launch that was made, by variant and whether it packs heads
-    dispatch_rows: dict[
-        str, list[DispatchRow]
-    ]  # by op: what serves such calls, with the conditions that lengths decide
+    maker: Maker
     chain: Chain
     first: str  # of the given tensors
     written_names: tuple[str, ...]  # the given tensors that the launches write, `out` apart
@@ -102,60 +98,7 @@ class Plan:
     floats: Any  # torch.float32
 
 
-class Maker(NamedTuple):
-    """Makes a plan's launches, and changes those that it has."""
-
-    now: Session
-    plan: Plan
-    device: int
-
-    def prepared(
-        self,
-        op: str,
-        facts: Mapping[str, Any],
-        numbers: Callable[[Launch], tuple[Numbers, int, int]],
-        names: Mapping[str, str] | None = None,
-    ) -> Launch:
-        """The launch of the kernel that serves these facts, ready for them.
-
-        numbers: a function of the launch that returns (values of scalars and strides, query heads that share a tile,
-        splits). names: {tensor of the op: name among the call's addresses}, where it is not the public one; '' passes
-        a null pointer.
-        """
-        found = self._known(op, facts) or self._load(op, facts)
-        found.serve(facts, *numbers(found))
-        if names is not None:
-            found.rename(names)
-        return found
-
-    def _known(self, op: str, facts: Mapping[str, Any]) -> Launch | None:
-        if not self.plan.known:
-            return None
-        if op not in self.plan.dispatch_rows:
-            index = self.now.index_for(self.now.backend.capability(self.device))
-            fixed = {name: value for name, value in facts.items() if name not in LENGTH_FACTS}
-            self.plan.dispatch_rows[op] = select.open_rows(index, op, fixed)
-        row = select.first(self.plan.dispatch_rows[op], facts)
-        return self.plan.known.get((row.variant, row.pack)) if row else None
-
-    def _load(self, op: str, facts: Mapping[str, Any]) -> Launch:
-        """Loads the kernel if need be. A kernel's first launch goes to the ledger."""
-        backend, shared_by = self.now.backend, ops.get(op).shared_by
-        capturing = backend.is_capturing()  # before the guard too: another device's capture forbids a load as well
-        with backend.guard(self.device):
-            kernel, packs, fresh = self.now.kernel(op, dict(facts), self.device, capturing or backend.is_capturing())
-            start = perf_counter()
-            resident = (0, 0)
-            with backend.driver.context(self.device):  # this thread may have none, though another loaded the kernel
-                if shared_by:
-                    threads = kernel.artifact.threads
-                    resident = backend.driver.resident_blocks(self.device, kernel.function, threads, kernel.smem)
-        made = Launch(kernel, packs, resident, self.device, backend)
-        self.plan.known[kernel.artifact.variant, packs] = made
-        if fresh:
-            stages.record("plan", kernel.artifact.variant, (perf_counter() - start) * 1e3)
-            made.time_first()
-        return made
+# -- making a plan ----------------------------------------------------------------------------------------------------
 
 
 def prepare(role: Role, request: Request, key: Any) -> Plan:
@@ -164,51 +107,49 @@ def prepare(role: Role, request: Request, key: Any) -> Plan:
     Raises whatever flash_attn raises.
     """
     kept = plans.plans  # before the session: a configure() in between must not get a plan of the old one
-    now = session.current()
-    torch = now.backend.torch
-    call = role.check(request, torch, now.backend.device_type)
-    if torch.is_grad_enabled():
-        checks.check_differentiable(ops.get(request.op), request.tensors.items())
+    now = session.ready()
+    torch, given = now.backend.torch, request.tensors
+    checked = tensors.check(request.op, given, torch, now.backend.device_type)
+    family = tensors.family(request.op, given)
+    masks = tensors.alignment_masks(request.op, given)
+    call = role.check(request, checked)
+    outputs = role.outputs(call, request, torch)
     fixed = None if key is None else role.fixed(request)
-    plan, family = None, None
-    if fixed is not None:
-        family = (request.op, fixed, tensors.family(request.op, request.tensors))
-        plan = kept.to_change(family)
+    family = (request.op, fixed, family)
+    plan = _to_change(kept, family) if family in kept.families else None
+    maker = Maker(now, next(iter(given.values())).get_device(), {}, {}) if plan is None else plan.maker
+    chain = role.chain(call, request, maker)
     if plan is None:
-        plan = _new(torch)
-    _aim(plan, role, call, request, now)
+        plan = _new(torch, maker)
+    _aim(plan, call, chain, given, torch)
+    plan.alignment_masks = masks
+    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = outputs
     if fixed is not None:
         plan.key, plan.family = key, family
-        kept.keep(plan)
+        _keep(kept, plan)
     return plan
 
 
-def _new(torch: Any) -> Plan:
+def _new(torch: Any, maker: Maker) -> Plan:
     plan = Plan()
-    plan.known, plan.dispatch_rows = {}, {}
+    plan.maker = maker
     plan.grad_enabled, plan.forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
     plan.mark_written = torch.autograd.graph.increment_version
     plan.floats = torch.float32
     return plan
 
 
-def _aim(plan: Plan, role: Role, call: Call, request: Request, now: Session) -> None:
+def _aim(plan: Plan, call: Call, chain: Chain, given: Mapping[str, Any], torch: Any) -> None:
     """Make `plan` serve this call."""
-    given = request.tensors
-    first = next(iter(given.values()))
-    plan.call = call
-    plan.chain = chain = role.chain(call, request, Maker(now, plan, first.get_device()))
-    plan.first, plan.written_names = next(iter(given)), chain.written
+    plan.first, first = next(iter(given.items()))
+    plan.call, plan.chain, plan.written_names = call, chain, chain.written
     plan.single = chain.launches[0] if len(chain.launches) == 1 and not chain.workspaces else None
     plan.absent = {name: 0 for one in chain.launches for name in one.names}
-    plan.alignment_masks = tensors.alignment_masks(request.op, given)
     _place(plan, chain.workspaces)
-    torch = now.backend.torch
     plan.new_space = partial(torch.empty, plan.nbytes, dtype=torch.uint8, device=first.device)
     if "out" in given:
-        plan.spans = tuple((name, memory.span(tensor)) for name, tensor in given.items() if name != "out")
+        plan.spans = tuple([(name, memory.span(tensor)) for name, tensor in given.items() if name != "out"])
         plan.out_span = memory.span(given["out"])
-    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = role.outputs(call, request, torch)
 
 
 def _place(plan: Plan, workspaces: tuple[Workspace, ...]) -> None:
@@ -226,13 +167,45 @@ def _place(plan: Plan, workspaces: tuple[Workspace, ...]) -> None:
     plan.nbytes, plan.offsets = end, offsets
 
 
+def _keep(kept: plans.Plans, plan: Plan) -> None:
+    """Under the plan's key and family."""
+    if len(kept.by_call) >= plans.MAX_PLANS:
+        _forget(kept, next(iter(kept.by_call.values())))
+    kept.families.setdefault(plan.family, []).append(plan)
+    kept.by_call[plan.key] = plan
+
+
+def _forget(kept: plans.Plans, plan: Plan) -> None:
+    """An interrupt may come between any two lines here and in `_keep`: what is already gone is no error."""
+    kept.by_call.pop(plan.key, None)
+    rest = [other for other in kept.families.get(plan.family, ()) if other is not plan]
+    if rest:
+        kept.families[plan.family] = rest
+    else:
+        kept.families.pop(plan.family, None)
+
+
+def _to_change(kept: plans.Plans, family: Any) -> Plan | None:
+    """A plan for a call with other lengths, no longer kept: of a family that has as many as it may, or where another
+    family would have to give one up."""
+    found: list[Plan] = kept.families.get(family, [])
+    if not found or (len(found) < plans.MAX_SIZES and len(kept.by_call) < plans.MAX_PLANS):
+        return None
+    plan = found[0]
+    _forget(kept, plan)
+    return plan
+
+
+# -- running it -------------------------------------------------------------------------------------------------------
+
+
 def execute(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = False) -> Any:
     """Check what the key leaves open, allocate, launch. (out, lse), lse None if it is not wanted.
 
     zeros: rows of new outputs that no sequence owns are zeros.
     """
     if plan.forward_ad._current_level >= 0:
-        checks.check_tangents(plan.forward_ad, given.items())
+        tensors.check_tangents(plan.forward_ad, given.items())
     found = addresses(plan, given)
     if "out" in given:
         out = given["out"]
@@ -240,12 +213,12 @@ def execute(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = 
         plan.mark_written(out)
     else:
         out = (plan.zero_out if zeros else plan.new_out)(given[plan.first])
-        found["out"] = memory.address_of("out", out)
+        found["out"] = _address_of("out", out)
     lse = None
     if return_lse:
         lse = plan.zero_lse() if zeros else plan.new_lse()
         if lse is not None:  # an op may have none
-            found["lse"] = memory.address_of("lse", lse)
+            found["lse"] = _address_of("lse", lse)
     for name in plan.written_names:
         plan.mark_written(given[name])
     space = allocate(plan, found) if plan.nbytes else None
@@ -261,11 +234,22 @@ def addresses(plan: Plan, given: Mapping[str, Any]) -> dict[str, int]:
         for name, mask in plan.alignment_masks:
             address = found[name] = given[name].data_ptr()
             if address & mask or not address:
-                memory.check_address(name, given[name], address, mask + 1)
+                tensors.check_address(name, given[name], address, mask + 1)
     except RuntimeError:  # of torch.func's wrappers
-        memory.check_storage(*given.items())
+        tensors.check_storage(*given.items())
         raise
     return found
+
+
+def _address_of(name: str, tensor: Any) -> int:
+    """Of a tensor that was just made: under FakeTensorMode or torch.func it may have no memory (ArgumentError)."""
+    try:
+        address: int = tensor.data_ptr()
+    except RuntimeError:  # of torch.func's wrappers
+        address = 0
+    if not address:
+        tensors.check_storage((name, tensor))
+    return address
 
 
 def allocate(plan: Plan, found: dict[str, int]) -> Any:
@@ -304,7 +288,11 @@ def fire(plan: Plan, found: Mapping[str, int]) -> None:
 
 def _fire(launches: tuple[Launch, ...], stream: int) -> None:
     for one in launches:
+        start = perf_counter() if one.is_first else 0.0
         (status,) = one.fire(stream, one.params, 0)
+        if one.is_first:
+            one.is_first = False
+            stages.record(("first launch", one.loaded.kernel.artifact.variant, (perf_counter() - start) * 1e3))
         if status is not one.success:
             one.check(status, "cuLaunchKernel")
 

@@ -14,7 +14,7 @@ from registry import ops
 from registry.contract import ALL_DTYPES, DTYPES, Artifact, ContractError, Index, check_arch
 from registry.interrupt import ended_by_ctrl_c
 from runtime import config
-from runtime.call import numbers, options
+from runtime.call import forward
 from runtime.call.forward import MAX_TOKENS
 from runtime.cli import doctor
 from runtime.errors import ArgumentError, ConfigError, CubineryError, NoKernelError
@@ -144,7 +144,7 @@ def _fetch(
         if arch not in digests:
             missing.append({"key": arch, "reason": f"{now.source.where} has no index for {arch} that may be loaded"})
             continue
-        index = now.index_of(arch)
+        index = now.index_of(arch).whole
         meant = _locked(now.lock, index, missing) if now.lock and shapes is None else _wanted(index, shapes, missing)
         for artifact in meant:
             wanted[artifact.frame_sha256] = artifact
@@ -373,7 +373,7 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     digests = now.digests()
     if args.arch not in digests:
         raise select.no_arch(divmod(int(args.arch.removeprefix("sm_")), 10), digests, now.source.where)
-    index = now.index_of(args.arch)
+    index = now.index_of(args.arch).whole
     facts = _described(args)
     report: dict[str, Any] = {"arch": args.arch, "index": digests[args.arch], "facts": facts}
     try:
@@ -399,7 +399,7 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
     if args.total_q is not None and not args.varlen:
         raise ArgumentError("--total-q", "is a packed q's; add --varlen", reason="value")
     total_q = (args.total_q or args.batch * args.seqlen_q) if args.varlen else None
-    facts = numbers.facts(
+    facts = forward.facts(
         dtype=args.dtype,
         head_dim=args.head_dim,
         head_dim_v=args.head_dim_v or args.head_dim,
@@ -408,10 +408,10 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         heads_kv=heads_kv,
         seqlen_q=args.seqlen_q,
         seqlen_k=seqlen_k,
-        window=options.window_bounds(args.causal, args.window),
+        window=forward.window_bounds(args.causal, args.window),
         total_q=total_q,
     )
-    known = numbers.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
+    known = forward.backward_facts(facts, args.batch * seqlen_k if args.varlen else None)
     known["kv_dtype"] = args.kv_dtype or args.dtype
     known["rows"] = args.rows or args.batch * args.seqlen_q * args.heads_q
     return {fact.name: known[fact.name] for fact in ops.get(args.op).facts}

@@ -9,14 +9,14 @@ from typing import Any
 from registry.contract import WINDOW_OPEN
 from runtime import stages
 from runtime.api.attention import flash_attn
-from runtime.call import numbers
+from runtime.call import forward
 from runtime.errors import CubineryError, NoKernelError
 from runtime.load import backend, select, session
 from runtime.load.driver import CudaDriver
 from runtime.trust import resolve
 
 # doctor's call
-SAMPLE = numbers.facts(dtype="bf16", head_dim=128, head_dim_v=128, batch=1, heads_q=8, heads_kv=8, seqlen_q=256,
+SAMPLE = forward.facts(dtype="bf16", head_dim=128, head_dim_v=128, batch=1, heads_q=8, heads_kv=8, seqlen_q=256,
                          seqlen_k=256, window=(WINDOW_OPEN, WINDOW_OPEN))  # fmt: skip
 
 
@@ -36,9 +36,9 @@ def examine(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
     }
     try:
         report["indexes"] = now.digests()
-        archs = {select.pick_arch(report["indexes"], tuple(gpu["capability"])) for gpu in report["gpu"]["devices"]}
+        archs = {session.pick_arch(report["indexes"], tuple(gpu["capability"])) for gpu in report["gpu"]["devices"]}
         for gpu in report["gpu"]["devices"]:
-            if select.pick_arch(report["indexes"], tuple(gpu["capability"])) is None:
+            if session.pick_arch(report["indexes"], tuple(gpu["capability"])) is None:
                 problems.append(str(select.no_arch(tuple(gpu["capability"]), report["indexes"], now.source.where)))
         for arch in sorted({a for a in archs if a} or report["indexes"]):
             report["would_load"][arch] = _would_load(now, arch)
@@ -106,7 +106,7 @@ def _cache(now: session.Session, problems: list[str]) -> dict[str, Any]:
 
 def _would_load(now: session.Session, arch: str) -> dict[str, Any]:
     """An index's facts, and a sample call taken as far as verified bytes."""
-    index = now.index_of(arch)
+    index = now.index_of(arch).whole
     found: dict[str, Any] = {"release": index.release, "variants": sorted(index.by_variant)}
     if now.lock:
         found["variants"] = sorted(locked.variant for locked in now.lock.artifacts if locked.arch == arch)

@@ -9,10 +9,7 @@ from registry.contract import Abi, Artifact
 from runtime.errors import DriverError, IntegrityError
 from runtime.load.driver import Driver
 
-DEFAULT_SMEM = (
-    48 << 10
-)  # bytes of shared memory, static and dynamic, that a function may use without being allowed more
-
+DEFAULT_SMEM = 48 << 10  # bytes of shared memory, static and dynamic, that a function has without asking for more
 
 # For benchmarks: artifact -> bytes to add to the dynamic shared memory, so that an H200 SM holds as many blocks as an
 # SM120 SM would. Set it before the first call; configure() forgets the kernels that were loaded before.
@@ -28,12 +25,11 @@ class Kernel(NamedTuple):
     smem: int
 
 
-def load(driver: Driver, cubin: bytes, artifact: Artifact, abi: Abi, device: int, padding: int = 0) -> Kernel:
+def load(driver: Driver, cubin: bytes, artifact: Artifact, abi: Abi, device: int) -> Kernel:
     """Load into the device's primary context.
 
-    cubin: verified bytes. padding: bytes added to the dynamic shared memory, to emulate another chip's occupancy.
-    Raises DriverError (old driver, refused image), IntegrityError ('abi') when the cubin's parameters are not the
-    ABI's.
+    cubin: verified bytes. Raises DriverError (old driver, refused image), IntegrityError ('abi') when the cubin's
+    parameters are not the ABI's.
     """
     have = driver.version()
     if have < artifact.min_driver:
@@ -42,7 +38,7 @@ def load(driver: Driver, cubin: bytes, artifact: Artifact, abi: Abi, device: int
             "update the NVIDIA driver, or rebuild with an older toolkit",
             reason="old_driver",
         )
-    smem = artifact.smem + padding
+    smem = artifact.smem + (SMEM_PADDING(artifact) if SMEM_PADDING else 0)
     with driver.context(device):
         library = driver.load_library(cubin)
         try:
@@ -72,8 +68,3 @@ def _difference(found: tuple[tuple[int, int], ...], abi: Abi) -> str:
 
 def _cuda(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def padding(artifact: Artifact) -> int:
-    """Bytes that SMEM_PADDING adds."""
-    return SMEM_PADDING(artifact) if SMEM_PADDING else 0

@@ -27,12 +27,11 @@ def select(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = 
     holds, 'variant' if the row's variant is not in the index (a later row is never taken in its place); its message
     shows the nearest `shown` of them, None: all.
     """
-    rows = [row for row in index.rows if row.op == op]
-    row = first(rows, facts)
+    row = first((row for row in index.rows if row.op == op), facts)
     artifact = index.by_variant.get(row.variant) if row else None
     if row and artifact:
         return Choice(artifact, row.pack)
-    raise _no_kernel(index, op, facts, [_reject(row, index, facts) for row in rows], shown)
+    raise no_kernel(index, op, facts, shown)
 
 
 def first(rows: Iterable[DispatchRow], facts: Mapping[str, Any]) -> DispatchRow | None:
@@ -40,11 +39,12 @@ def first(rows: Iterable[DispatchRow], facts: Mapping[str, Any]) -> DispatchRow 
     return next((row for row in rows if all(c.holds(facts) for c in row.when)), None)
 
 
-def open_rows(index: Index, op: str, facts: Mapping[str, Any]) -> list[DispatchRow]:
-    """The rows that could serve a call of which only `facts` are known, with their conditions on the other facts."""
+def open_rows(rows: Iterable[DispatchRow], facts: Mapping[str, Any]) -> list[DispatchRow]:
+    """The rows of an op that could serve a call of which only `facts` are known, with their conditions on the other
+    facts."""
     found = []
-    for row in index.rows:
-        if row.op == op and all(c.holds(facts) for c in row.when if c.fact in facts):
+    for row in rows:
+        if all(c.holds(facts) for c in row.when if c.fact in facts):
             row = replace(row, when=tuple(c for c in row.when if c.fact not in facts))
             found.append(row)
             if not row.when:
@@ -55,18 +55,11 @@ def open_rows(index: Index, op: str, facts: Mapping[str, Any]) -> list[DispatchR
 def candidates(index: Index, op: str, facts: Mapping[str, Any]) -> tuple[list[Artifact], list[str]]:
     """(artifacts, keys of missing variants) of every row that could serve a call of which only `facts` are known."""
     found: dict[str, Artifact | None] = {}
+    rows = [row for row in index.rows if row.op == op]
     for dtype in ALL_DTYPES:  # apart, so that a row of one dtype can be known to hold
-        for row in open_rows(index, op, {"dtype": dtype, **facts}):
+        for row in open_rows(rows, {"dtype": dtype, **facts}):
             found[row.variant] = index.by_variant.get(row.variant)
     return [a for a in found.values() if a is not None], [key for key, a in found.items() if a is None]
-
-
-def pick_arch(available: Iterable[str], capability: tuple[int, int]) -> str | None:
-    """The newest architecture whose cubins run on a device: same major version, minor version at most the device's."""
-    major, minor = capability
-    numbers = [int(arch.removeprefix("sm_")) for arch in available]
-    fitting = [n for n in numbers if n // 10 == major and n % 10 <= minor]
-    return f"sm_{max(fitting)}" if fitting else None
 
 
 def no_arch(capability: tuple[int, int], available: Iterable[str], where: str) -> NoKernelError:
@@ -96,10 +89,10 @@ def _reject(row: DispatchRow, index: Index, facts: Mapping[str, Any]) -> tuple[t
     return (len(failed), missed), row.variant, why or f"serves this call, but is not in the index for {index.arch}"
 
 
-def _no_kernel(index: Index, op: str, facts: Mapping[str, Any], found: list[tuple[tuple[int, int], str, str]],
-               shown: int | None) -> NoKernelError:  # fmt: skip
+def no_kernel(index: Index, op: str, facts: Mapping[str, Any], shown: int | None = NEAR) -> NoKernelError:
     """What is nearest first; the command builds the missing variant, or says that the table must grow first."""
-    found = sorted(found, key=lambda rejection: rejection[0])
+    rows = [row for row in index.rows if row.op == op]
+    found = sorted((_reject(row, index, facts) for row in rows), key=lambda rejection: rejection[0])
     rejections = [(key, why) for _, key, why in found]
     checkout = f"in a checkout of cubinery {index.release}: "
     missing = bool(found) and found[0][0][0] == 0

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
-from registry.contract import Artifact, Index
+from registry import ops
+from registry.contract import Artifact, OpenIndex
 from runtime import config, stages
-from runtime.errors import CaptureError, ConfigError, IntegrityError
-from runtime.load import plans, select, verify
+from runtime.errors import CaptureError, ConfigError, InstallError, IntegrityError
+from runtime.load import plans, select
 from runtime.load.backend import TorchBackend
-from runtime.load.kernel import Kernel, load, padding
+from runtime.load.kernel import Kernel, load
 from runtime.sources.source import Source, open_source
 from runtime.trust import lockfile, resolve
 
@@ -28,18 +30,14 @@ class Session:
         self.lock = lockfile.read(self.config.lock) if self.config.lock else None
         self.source: Source = open_source(self.config)
         self._lock = threading.RLock()
-        self._backend: Any = None
         self._digests: dict[str, str] | None = None
-        self._indexes: dict[str, Index] = {}
+        self._indexes: dict[str, OpenIndex] = {}
         self._kernels: dict[tuple[str, int], Kernel] = {}  # by variant and device
         self._loading: dict[tuple[str, int], threading.Lock] = {}
 
-    @property
+    @cached_property
     def backend(self) -> Any:
-        with self._lock:
-            if self._backend is None:
-                self._backend = BACKEND()
-            return self._backend
+        return BACKEND()
 
     @property
     def signed(self) -> bool:
@@ -52,10 +50,7 @@ class Session:
             if self._digests is None and self.lock is not None:
                 self._digests = self._locked_digests(self.lock)
             if self._digests is None:
-                with stages.stage("resolve", self.source.where):
-                    self._digests = resolve.resolve(
-                        self.source, self.config.channel, self.config.pins, self._arch_of, self.config
-                    )
+                self._digests = self._resolve("resolve")
             return self._digests
 
     def refresh(self) -> dict[str, str]:
@@ -63,13 +58,16 @@ class Session:
         pinned). Indexes and kernels that are loaded already stay, and under a lock file the new release is not loaded.
         Raises SourceError, UntrustedError."""
         with self._lock:
-            with stages.stage("refresh", self.source.where):
-                found = resolve.resolve(
-                    self.source, self.config.channel, self.config.pins, self._arch_of, self.config, newest=True
-                )
+            found = self._resolve("refresh", newest=True)
             if self.lock is None:
                 self._digests = found
             return found
+
+    def _resolve(self, stage: str, newest: bool = False) -> dict[str, str]:
+        asked = self.config
+        ask = partial(resolve.resolve, self.source, asked.channel, asked.pins, self._arch_of, asked, newest)
+        found: dict[str, str] = self._timed(stage, self.source.where, ask)
+        return found
 
     def _locked_digests(self, lock: lockfile.LockFile) -> dict[str, str]:
         """The lock file's; ConfigError if a digest was given that is not among them."""
@@ -82,19 +80,19 @@ class Session:
     def _arch_of(self, digest: str) -> str:
         return self.index(digest).arch
 
-    def index(self, digest: str) -> Index:
+    def index(self, digest: str) -> OpenIndex:
         """A verified index; a corrupt copy in the disk cache is set aside and fetched again, once."""
 
-        def read() -> Index:
-            return verify.index(self.source.index(digest), digest)
+        def read() -> OpenIndex:
+            return OpenIndex(self.source.index(digest), digest)
 
         with self._lock:
             if digest not in self._indexes:
-                with stages.stage("index", digest[:12]):
-                    self._indexes[digest] = self._once_more(read, "indexes", digest)
+                again = partial(self._once_more, read, "indexes", digest)
+                self._indexes[digest] = self._timed("index", digest[:12], again)
             return self._indexes[digest]
 
-    def index_of(self, arch: str) -> Index:
+    def index_of(self, arch: str) -> OpenIndex:
         """The index that may be loaded for an architecture, which `digests()` lists. IntegrityError ('index') if it is
         for another one."""
         index = self.index(self.digests()[arch])
@@ -102,10 +100,10 @@ class Session:
             raise IntegrityError(f"the index given for {arch} is for {index.arch}", reason="index")
         return index
 
-    def index_for(self, capability: tuple[int, int]) -> Index:
+    def index_for(self, capability: tuple[int, int]) -> OpenIndex:
         """The index whose cubins run on a device of this capability. NoKernelError ('arch') if there is none."""
         digests = self.digests()
-        arch = select.pick_arch(digests, capability)
+        arch = pick_arch(digests, capability)
         if arch is None and self.lock is not None:
             raise self.lock.no_arch(capability)
         if arch is None:
@@ -121,12 +119,20 @@ class Session:
             self.lock.check(artifact)
 
         def read() -> bytes:
-            with stages.stage("fetch", artifact.variant):
-                frame = self.source.frame(artifact)
-            with stages.stage("verify", artifact.variant):
-                return verify.cubin(frame, artifact)
+            started = perf_counter()
+            frame = self.source.frame(artifact)
+            fetched = perf_counter()
+            try:
+                from registry.frames import unpack  # here: it imports zstd
+            except ImportError:
+                raise InstallError("backports.zstd is missing; pip install cubinery installs it") from None
+            cubin = unpack(frame, artifact)
+            stages.record(("fetch", artifact.variant, (fetched - started) * 1e3))
+            stages.record(("verify", artifact.variant, (perf_counter() - fetched) * 1e3))
+            return cubin
 
-        return self._once_more(read, "blobs", artifact.frame_sha256)
+        cubin: bytes = self._once_more(read, "blobs", artifact.frame_sha256)
+        return cubin
 
     def kernel(self, op: str, facts: dict[str, Any], device: int, capturing: bool) -> tuple[Kernel, bool, bool]:
         """(kernel, pack, fresh) for a call on a device, which is torch's current one.
@@ -140,28 +146,41 @@ class Session:
             raise _unloaded("no kernel is loaded yet on this device")
         index = self.index_for(self.backend.capability(device))
         start = perf_counter()
-        artifact, pack = select.select(index, op, facts)
+        served = index.serving(op, facts)
+        artifact = index.artifact(served.variant) if served else None
         spent = (perf_counter() - start) * 1e3
+        if served is None or artifact is None:
+            raise select.no_kernel(index.whole, op, facts)
         place = artifact.variant, device
         found = self._kernels.get(place)
         if found is not None:
-            return found, pack, False
+            return found, served.pack, False
         if capturing:
             raise _unloaded(f"{artifact.variant} is not loaded yet")
         with self._lock:
             loading = self._loading.setdefault(place, threading.Lock())
         with loading:
             if place in self._kernels:  # by another thread, meanwhile
-                return self._kernels[place], pack, False
-            stages.record("select", artifact.variant, spent)
-            kernel = self._kernels[place] = self._load(artifact, index, device)
-            return kernel, pack, True
+                return self._kernels[place], served.pack, False
+            stages.record(("select", artifact.variant, spent))
+            kernel = self._kernels[place] = self._load(op, artifact, index, device)
+            return kernel, served.pack, True
 
-    def _load(self, artifact: Artifact, index: Index, device: int) -> Kernel:
+    def _load(self, op: str, artifact: Artifact, index: OpenIndex, device: int) -> Kernel:
         cubin = self.cubin(artifact)
-        driver = self.backend.driver
-        with stages.stage("load", artifact.variant):
-            return load(driver, cubin, artifact, index.abi(artifact.abi), device, padding(artifact))
+        ours = ops.get(op).abi
+        abi = ours if artifact.abi == ours.digest else index.abi(artifact.abi)
+        start = perf_counter()
+        found = load(self.backend.driver, cubin, artifact, abi, device)
+        stages.record(("load", artifact.variant, (perf_counter() - start) * 1e3))
+        return found
+
+    def _timed(self, stage: str, what: str, run: Callable[[], Any]) -> Any:
+        start = perf_counter()
+        try:
+            return run()
+        finally:
+            stages.record((stage, what, (perf_counter() - start) * 1e3))
 
     def _once_more(self, read: Callable[[], Any], kind: str, digest: str) -> Any:
         try:
@@ -170,6 +189,14 @@ class Session:
             if not self.source.discard(kind, digest):
                 raise
             return read()
+
+
+def pick_arch(available: Iterable[str], capability: tuple[int, int]) -> str | None:
+    """The newest architecture whose cubins run on a device: same major version, minor version at most the device's."""
+    major, minor = capability
+    numbers = [int(arch.removeprefix("sm_")) for arch in available]
+    fitting = [n for n in numbers if n // 10 == major and n % 10 <= minor]
+    return f"sm_{max(fitting)}" if fitting else None
 
 
 def _unloaded(what: str) -> CaptureError:
@@ -189,6 +216,16 @@ def current() -> Session:
         if _current is None:
             _current = Session()
         return _current
+
+
+def ready() -> Session:
+    """The same, with its backend: what a call needs."""
+    now = _current
+    if now is None or "backend" not in now.__dict__:
+        made = BACKEND()
+        now = current()
+        now.__dict__.setdefault("backend", made)
+    return now
 
 
 def reset() -> None:

@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from registry.contract import TUF_PATH, ContractError, check_arch, check_digest
+from registry.contract import TUF_PATH, ContractError
+from registry.untrusted import channel
 from runtime.errors import SourceError
 
 MAX_INDEX = 64 << 20  # bytes
@@ -20,7 +21,7 @@ def too_long(where: str, cap: int) -> SourceError:
 def as_channel(found: Any, what: str, reason: str) -> dict[str, str]:
     """{arch: digest} if it is that, else SourceError with this reason."""
     try:
-        return {check_arch(arch): check_digest(digest) for arch, digest in found.items()}
+        return channel(found)
     except (ContractError, AttributeError) as error:
         raise SourceError(f"{what} is no channel: {error}", reason=reason) from None
 

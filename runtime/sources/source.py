@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
-from registry.contract import Artifact
+from registry.contract import Artifact, ContractError
 from registry.errors import StoreError
-from registry.untrusted import HAS_TUF, connect
+from registry.untrusted import HAS_TUF, channel, connect
 from runtime.config import Config
 from runtime.errors import SourceError
-from runtime.sources.answers import MAX_CHANNEL, MAX_INDEX, as_channel, document, too_long, tuf_path
+from runtime.sources.answers import MAX_CHANNEL, MAX_INDEX, document, too_long, tuf_path
 from runtime.sources.cache import DiskCache
 from runtime.sources.folder import FolderSource
 from runtime.sources.transport import Line, ServerError, follow, import_httpx, late
@@ -50,7 +50,7 @@ class Source(Protocol):
 
 def open_source(config: Config) -> Source:
     """The source that the settings name; nothing is opened yet. A server stands behind the disk cache."""
-    if not config.remote:
+    if "://" not in config.registry:
         if config.registry.endswith("/") or os.path.isdir(config.registry):
             return FolderSource(config.registry)
         return EmbeddedSource(config.registry)
@@ -76,7 +76,10 @@ class EmbeddedSource:
             rows = self._rows(MAX_CHANNEL, f"SELECT DISTINCT name FROM channels LIMIT {MAX_ROWS}")
             names = ", ".join(sorted(str(row[0]) for row in rows)) or "none"
             raise SourceError(f"{self.path}: no channel {name!r} (it has: {names:.1000})", reason="no_channel")
-        return as_channel(dict(found), f"{self.path}: channel {name!r}", "unreadable")
+        try:
+            return channel(dict(found))
+        except ContractError as error:
+            raise SourceError(f"{self.path}: channel {name!r} is no channel: {error}", reason="unreadable") from None
 
     def index(self, digest: str) -> bytes:
         return self._blob(

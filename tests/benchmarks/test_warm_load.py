@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measure, warm_load
+from registry import frames
 from registry.contract import sha256_hex
-from runtime.load import session, verify
+from runtime.load import session
 from runtime.sources.cache import DiskCache
 from tests.soak.size import size
 
@@ -35,16 +36,17 @@ def test_each_load_reads_the_disk_and_does_every_check(monkeypatch):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: (done.append(name), real(*args, **kwargs))[1])
 
-    for owner, name in ((DiskCache, "get"), (DiskCache, "check_owner"), (verify, "cubin"), (verify, "elf_arch")):
+    for owner, name in ((DiskCache, "get"), (DiskCache, "check_owner"), (frames, "unpack"), (frames, "elf_arch")):
         watch(owner, name)
-    watch(verify, "sha256_hex")
+    watch(frames, "_check")
+    watch(session, "OpenIndex")
     watch(session, "load")
     row = warm_load.row("like a cubin", 100)
     assert row["loads"] == 100
-    for name in ("cubin", "elf_arch", "load"):
+    for name in ("unpack", "elf_arch", "load"):
         assert done.count(name) == 101
     assert done.count("get") == 101 + 1 == done.count("check_owner") - 2, "the index once, and two entries written"
-    assert done.count("sha256_hex") == 2 * 101 + 1
+    assert (done.count("_check"), done.count("OpenIndex")) == (2 * 101, 1)
 
 
 def test_a_missed_bar_is_an_error(tmp_path: Path, monkeypatch, capsys):
@@ -57,7 +59,7 @@ def test_a_missed_bar_is_an_error(tmp_path: Path, monkeypatch, capsys):
 
 def test_made_up_kernels_are_what_they_say():
     artifact, frame = warm_load.made_up(3, 10_000, 4)
-    assert sha256_hex(verify.cubin(frame, artifact)) == artifact.cubin_sha256
+    assert sha256_hex(frames.unpack(frame, artifact)) == artifact.cubin_sha256
     assert warm_load.made_up(3, 10_000, 4) == (artifact, frame)
 
 

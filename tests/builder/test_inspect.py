@@ -3,7 +3,7 @@ import pytest
 from builder import nvjitlink
 from builder.errors import AssembleError, InspectError
 from builder.inspect import Usage, blocks_per_sm, read_elf, read_log
-from registry.contract import ELF_MACHINE_CUDA
+from registry.frames import ELF_MACHINE_CUDA
 from tests.builder import toys
 
 

@@ -30,7 +30,7 @@ from tests.fuzz.mutate import LONGEST, Mutator
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
 NAMES = ("index", "frame", "elf", "channel")
-INSTRUMENTED = ["registry.contract", "registry.frames", "runtime.load.verify", "runtime.sources.answers"]
+INSTRUMENTED = ["registry.contract", "registry.frames", "runtime.sources.answers"]
 RSS_MIB = 512  # that atheris may take, itself included
 HANG_S = 10  # that one case may take under atheris
 

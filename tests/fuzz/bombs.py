@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from registry.contract import MAX_CONTENT, CubineryError, sha256_hex
-from registry.frames import compress
-from runtime.load import verify
+from registry.frames import compress, unpack
 from tests.fuzz.seeds import ARTIFACT, CONTENT, MAGIC, rle, single, skippable, windowed
 
 SIZE = len(CONTENT)
@@ -67,7 +66,7 @@ def cost(frame: bytes, size: int) -> tuple[str, float]:
     if child == 0:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            verify.cubin(frame, artifact)
+            unpack(frame, artifact)
             reason = "loaded"
         except CubineryError as error:
             reason = error.reason

@@ -10,11 +10,10 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
-from registry.contract import MAX_CONTENT, ContractError, Index, check_arch, check_digest, elf_machine, sha256_hex
+from registry.contract import MAX_CONTENT, ContractError, Index, check_arch, check_digest, sha256_hex
 from registry.errors import StoreError
-from registry.frames import declared_size, decompress
+from registry.frames import declared_size, decompress, elf_arch, elf_machine, unpack
 from runtime.errors import IntegrityError, SourceError
-from runtime.load import verify
 from runtime.sources.answers import document
 from tests.fuzz.seeds import ARTIFACT, CONTENT
 
@@ -41,7 +40,7 @@ def index(data: bytes) -> bool:
 
 
 def frame(data: bytes) -> bool:
-    """frames.decompress and verify.cubin, told a fixed size and the size that the frame itself declares."""
+    """frames.decompress and frames.unpack, told a fixed size and the size that the frame itself declares."""
     sizes = {len(CONTENT)}
     try:
         sizes.add(declared_size(data))
@@ -63,20 +62,20 @@ def frame(data: bytes) -> bool:
         sums = {"frame_sha256": sha256_hex(data), "cubin_sha256": found}
         artifact = replace(ARTIFACT, frame_size=len(data), cubin_size=size, **sums)
         try:
-            assert verify.cubin(data, artifact) == content
+            assert unpack(data, artifact) == content
         except IntegrityError as error:
             assert error.reason in (("elf", "arch") if content is not None else ("zstd",))
     return accepted
 
 
 def elf(data: bytes) -> bool:
-    """contract.elf_machine and verify.elf_arch."""
+    """frames.elf_machine and frames.elf_arch."""
     try:
         machine, arch = elf_machine(data)
     except ContractError:
         machine = -1
     try:
-        found = verify.elf_arch(data)
+        found = elf_arch(data)
     except IntegrityError as error:
         assert error.reason == "elf" and machine != 190
         return False

@@ -49,7 +49,7 @@ def _named(names: list[str]) -> str:
 
 
 def _tensor(tensor: Tensor) -> tuple[str, ...]:
-    shapes = " or ".join(f"{layout}{f' with {layout.when}' if layout.when else ''}" for layout in tensor.layouts)
+    shapes = " or ".join(f"{layout.text}{f' with {layout.when}' if layout.when else ''}" for layout in tensor.layouts)
     how = {"vectors": "16 bytes at a time", "elements": "by elements", "anywhere": "by elements, any strides"}
     optional = "optional " if tensor.optional else ""
     gradient = ", differentiable" if tensor.differentiable else ""

@@ -19,8 +19,9 @@ from typing import Any
 
 import runtime.sources.cache
 from benchmarks.warm_load import ABI, made_up
-from registry.contract import Artifact, Index
-from runtime.load import verify
+from registry.contract import Artifact, Index, OpenIndex
+from registry.frames import unpack
+from runtime.errors import IntegrityError
 from runtime.sources.cache import DiskCache
 from runtime.sources.source import CachedSource
 
@@ -160,10 +161,10 @@ def _live_until_killed(folder: str, index: Index, bodies: dict[str, bytes], draw
         runtime.sources.cache.os = Steps(hit)
         for artifact in chosen:
             try:
-                verify.cubin(source.frame(artifact), artifact)
-            except verify.IntegrityError:
+                unpack(source.frame(artifact), artifact)
+            except IntegrityError:
                 source.discard("blobs", artifact.frame_sha256)
-                verify.cubin(source.frame(artifact), artifact)
+                unpack(source.frame(artifact), artifact)
             os.write(said, artifact.frame_sha256.encode() + b"\n")
     finally:
         os._exit(1)
@@ -220,9 +221,9 @@ def _start_cold(options: dict[str, Any], index: Index, bodies: dict[str, bytes],
         os.read(gate, 1)
         cache = DiskCache(options["folder"], options.get("limit", runtime.sources.cache.LIMIT))
         source = CachedSource(Bodies(bodies, answered), cache)
-        verify.index(source.index(index.digest), index.digest)
+        OpenIndex(source.index(index.digest), index.digest)
         for artifact in index.artifacts:
-            verify.cubin(source.frame(artifact), artifact)
+            unpack(source.frame(artifact), artifact)
         code = 0
     finally:
         os._exit(code)

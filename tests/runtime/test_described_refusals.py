@@ -19,6 +19,7 @@ from registry import ops
 from registry.ops.describe import CALL, Layout, Tensor
 from runtime import fa4
 from runtime.api import dropin, kvcache
+from runtime.call.tensors import layouts
 from runtime.errors import ArgumentError
 from tests.runtime.fakes import FakeBackend
 
@@ -60,7 +61,7 @@ class Function:
         return self.names.get(name, name)
 
     def layout(self, name: str) -> Layout:
-        return self.tensors[name].layouts_for(self.tensors)[0 if self.low else -1]
+        return layouts(self.tensors[name], self.tensors)[0 if self.low else -1]
 
     def allowed(self, name: str) -> set[torch.dtype]:
         return {self.dtype(name, dtype) for dtype in self.tensors[name].dtypes}
@@ -147,7 +148,7 @@ def faults(f: Function, name: str) -> Iterator[tuple[str, Any, str]]:
     for other in (torch.float64, torch.int64, torch.bool, *DTYPES.values()):
         if other not in f.allowed(name) and not (name == "q" and other is torch.float16):
             yield f"{other}", torch.zeros(shape, dtype=other), "dtype"
-    ranks = {len(allowed.dims) for allowed in tensor.layouts_for(f.tensors)}
+    ranks = {len(allowed.dims) for allowed in layouts(tensor, f.tensors)}
     for rank in range(7):
         if rank not in ranks:
             yield f"{rank} dimensions", torch.zeros((*shape[:rank], *[1] * (rank - len(shape))), dtype=dtype), "rank"

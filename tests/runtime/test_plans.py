@@ -29,7 +29,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.launches = self.kernels = self.aimed = 0
-        make, kernel, aim = plan.Launch, session.Session.kernel, plan._aim
+        make, kernel, aim = launch.Launch, session.Session.kernel, plan._aim
 
         def counted(name, function):
             def call(*arguments, **options):
@@ -38,7 +38,7 @@ class Counted:
 
             return call
 
-        monkeypatch.setattr(plan, "Launch", counted("launches", make))
+        monkeypatch.setattr(launch, "Launch", counted("launches", make))
         monkeypatch.setattr(session.Session, "kernel", counted("kernels", kernel))
         monkeypatch.setattr(plan, "_aim", counted("aimed", aim))
 

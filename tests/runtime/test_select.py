@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from registry.contract import WINDOW_OPEN, Condition, ContractError, DispatchRow, Index, Variant
-from runtime.call.numbers import LENGTH_FACTS, facts
+from runtime.call.forward import facts
+from runtime.call.launch import LENGTH_FACTS
 from runtime.errors import NoKernelError
-from runtime.load import select
+from runtime.load import select, session
 from tests.runtime.fakes import TABLE, toy_index
 
 INDEX, _ = toy_index()
@@ -96,7 +97,7 @@ def test_a_fact_from_the_future_asks_for_an_update():
     (["sm_120"], (13, 0), None), (["sm_80", "sm_86"], (8, 9), "sm_86"), ([], (12, 0), None),
 ])  # fmt: skip
 def test_which_index_fits_a_device(available, capability, arch):
-    assert select.pick_arch(available, capability) == arch
+    assert session.pick_arch(available, capability) == arch
 
 
 def test_a_row_says_whether_heads_are_packed():
@@ -119,7 +120,7 @@ def test_open_rows_pick_what_all_rows_pick():
             call = facts(dtype=dtype, head_dim=head_dim, head_dim_v=64, heads_kv=heads_kv, seqlen_q=seqlen_q, **sizes)
             known = {name: value for name, value in call.items() if name not in LENGTH_FACTS}
             found = select.first(
-                select.open_rows(index, "fwd", known), {name: call[name] for name in LENGTH_FACTS if name in call}
+                select.open_rows(index.rows, known), {name: call[name] for name in LENGTH_FACTS if name in call}
             )
             want = select.first(index.rows, call)
             assert (found and (found.variant, found.pack)) == (want and (want.variant, want.pack))

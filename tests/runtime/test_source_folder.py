@@ -21,10 +21,11 @@ import pytest
 import torch
 
 import runtime
+from registry.contract import OpenIndex
 from registry.export import to_folder
 from registry.store import Store
 from runtime.errors import IntegrityError, SourceError, UntrustedError
-from runtime.load import session, verify
+from runtime.load import session
 from runtime.sources import answers, folder, source
 from runtime.sources.cache import DiskCache
 from runtime.sources.source import CachedSource, EmbeddedSource, FolderSource, HttpSource, OfflineSource
@@ -175,7 +176,7 @@ def test_only_regular_files_are_read_and_links_lead_to_bytes_that_are_verified(m
     index.unlink()
     index.symlink_to("/etc/passwd")
     with pytest.raises(IntegrityError):
-        verify.index(here.index(digest), digest)
+        OpenIndex(here.index(digest), digest)
     index.unlink()
     index.symlink_to("/dev/zero")
     fails(lambda: here.index(digest), "unreadable")

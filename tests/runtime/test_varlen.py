@@ -15,7 +15,7 @@ import runtime
 from registry import ops
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.api import attention
-from runtime.call import checks, forward, launch
+from runtime.call import forward, launch, tensors
 from runtime.errors import ArgumentError, CaptureError, NoKernelError
 from runtime.load import plans, session
 from tests.runtime.fakes import FakeBackend, write_registry
@@ -99,7 +99,7 @@ def test_the_parameter_buffer_of_packed_arrays(backend: FakeBackend, registry: P
     runtime.flash_attn_varlen(given["q"][None], given["k"][None], given["v"][None], seqused_k=used_k[:1])
     p = backend.driver.launches[-1]["params"]
     assert (p["cu_seqlens_q"], p["cu_seqlens_k"], p["seqused_q"]) == (0, 0, 0) and p["seqused_k"] == used_k.data_ptr()
-    assert (p["lse_stride_b"], p["batch"], p["seqlen_q"], p["seqlen_k"]) == (4 * 78, 1, 78, 20)
+    assert (p["lse_stride_b"], p["batch"], p["seqlen_q"], p["seqlen_k"]) == (0, 1, 78, 20)
 
 
 @pytest.mark.parametrize(("hints", "seqlen_q"), [
@@ -404,7 +404,7 @@ def test_bad_input(backend: FakeBackend, registry: Path, name):
 
 
 def test_slopes_span_less_than_2_to_the_31(backend: FakeBackend, registry: Path, monkeypatch):
-    monkeypatch.setattr(checks, "MAX_I32", 204)
+    monkeypatch.setattr(tensors, "MAX_I32", 204)
     check(**packed(), alibi_slopes=torch.rand(4, 50)[:, :4])
     for columns, reason in ((51, "too_large"), (205, "stride")):
         with pytest.raises(ArgumentError, match=f"stride (of )?{columns}") as error:

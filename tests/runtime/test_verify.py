@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.contract import ContractError, sha256_hex
+from registry.contract import ContractError, OpenIndex, sha256_hex
+from registry.frames import elf_arch, unpack
 from registry.store import compress
 from runtime.errors import IntegrityError
-from runtime.load import verify
 from tests.runtime.fakes import TABLE, elf, toy_artifact, toy_index
 
 VARIANT = TABLE[0][-1]
@@ -22,7 +22,7 @@ ARTIFACT, FRAME = toy_artifact(VARIANT, "sm_120")
 
 def reason(frame: bytes, artifact=ARTIFACT) -> str:
     with pytest.raises(IntegrityError) as error:
-        verify.cubin(frame, artifact)
+        unpack(frame, artifact)
     assert VARIANT.key in str(error.value) or error.value.reason == "elf"
     return error.value.reason
 
@@ -34,7 +34,7 @@ def vouched(cubin: bytes, frame: bytes | None = None, **changes):
 
 
 def test_sound_bytes_pass():
-    assert sha256_hex(verify.cubin(FRAME, ARTIFACT)) == ARTIFACT.cubin_sha256
+    assert sha256_hex(unpack(FRAME, ARTIFACT)) == ARTIFACT.cubin_sha256
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -124,7 +124,7 @@ def test_a_cubin_for_another_architecture(arch):
     (elf("sm_121"), "sm_121"),
 ])  # fmt: skip
 def test_the_architecture_in_both_elf_versions(header, arch):
-    assert verify.elf_arch(header) == arch
+    assert elf_arch(header) == arch
 
 
 def test_the_flags_that_were_seen_in_real_cubins():
@@ -132,19 +132,19 @@ def test_the_flags_that_were_seen_in_real_cubins():
     for flags, abi_version, arch in ((0x6007802, 8, "sm_120"), (0x6005A04, 8, "sm_90"), (0x5A055A, 7, "sm_90")):
         header = bytearray(elf("sm_50", abi_version=abi_version))
         header[48:52] = flags.to_bytes(4, "little")
-        assert verify.elf_arch(bytes(header)) == arch
+        assert elf_arch(bytes(header)) == arch
 
 
 def test_an_index_must_hash_to_its_digest():
     index, _ = toy_index(only="bf16-d64")
     data = index.to_bytes()
-    assert verify.index(data, index.digest).to_bytes() == data
+    assert OpenIndex(data, index.digest).whole.to_bytes() == data
     with pytest.raises(IntegrityError) as error:
-        verify.index(data.replace(b"fwd-bf16", b"fwd-fp16"), index.digest)
+        OpenIndex(data.replace(b"fwd-bf16", b"fwd-fp16"), index.digest)
     assert error.value.reason == "sha256"
     with pytest.raises(ContractError, match="update it"):
         newer = data.replace(b'"format":2', b'"format":3')
-        verify.index(newer, sha256_hex(newer))
+        OpenIndex(newer, sha256_hex(newer))
 
 
 def test_corrupt_cubins_in_a_registry_file_are_refused(backend, registry: Path):

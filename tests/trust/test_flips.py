@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from registry.contract import CubineryError, Index
+from registry.contract import CubineryError, Index, OpenIndex
+from registry.frames import unpack
 from registry.releases import publish, signing
 from registry.store import Store
 from runtime.config import Config
 from runtime.errors import SourceError
-from runtime.load import verify
 from runtime.trust import resolve
 from tests.runtime.fakes import write_registry
 from tests.soak.size import size
@@ -126,15 +126,15 @@ def test_the_given_root(release, tmp_path):
 
 def test_the_index(release):
     digest = release.digests["sm_120"]
-    assert verify.index(release.index, digest).digest == digest
+    assert OpenIndex(release.index, digest).whole.digest == digest
     for body in flips(release.index, "index"):
-        assert isinstance(outcome(lambda body=body: verify.index(body, digest)), str)
+        assert isinstance(outcome(lambda body=body: OpenIndex(body, digest)), str)
 
 
 def test_the_blobs(release):
     assert len(release.artifacts) == ARTIFACTS
     for artifact in release.artifacts:
         frame = release.blobs[artifact.frame_sha256]
-        assert verify.cubin(frame, artifact)
+        assert unpack(frame, artifact)
         for body in flips(frame, artifact.variant):
-            assert isinstance(outcome(lambda body=body, artifact=artifact: verify.cubin(body, artifact)), str)
+            assert isinstance(outcome(lambda body=body, artifact=artifact: unpack(body, artifact)), str)

@@ -15,8 +15,8 @@ from registry.contract import (
     Param,
     Variant,
     check_arch,
-    elf_machine,
 )
+from registry.frames import elf_machine
 from tests.support.abis import ABIS
 
 ABI = Abi("toy", 3, (Param("q", "ptr"), Param("stride", "i64"), Param("n", "i32"), Param("scale", "f32")))

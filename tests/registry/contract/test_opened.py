@@ -1,0 +1,152 @@
+"""An index read on demand gives what the whole one gives, and refuses what it refuses, in its words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import dispatch
+from registry import ops
+from registry.contract import (
+    Artifact,
+    Condition,
+    ContractError,
+    DispatchRow,
+    Grid,
+    Index,
+    IntegrityError,
+    OpenIndex,
+    Served,
+    sha256_hex,
+)
+from tests.registry.contract.json_values import JSON
+
+ABI = ops.get("fwd").abi
+
+
+def artifact(variant: str) -> Artifact:
+    digest = sha256_hex(variant.encode())
+    return Artifact(
+        variant=variant, arch="sm_120", symbol="s", abi=ABI.digest, grid=Grid("rows", 4), threads=128, smem=0,
+        static_smem=0, registers=64, spills=0, stack=0, blocks_per_sm=1, hot_loop=(("HMMA", 4), ("LDS", 2)),
+        cubin_sha256=digest, cubin_size=10, frame_sha256=digest, frame_size=9, ptx_sha256=digest, toolchain="t",
+        min_driver=12080,
+    )  # fmt: skip
+
+
+INDEX = Index("sm_120", "0", tuple(artifact(v.key) for v in dispatch.variants()), dispatch.rows(), (ABI,))
+DATA = INDEX.to_bytes()
+
+
+def opened(data: bytes) -> OpenIndex:
+    return OpenIndex(data, sha256_hex(data))
+
+
+WHOLE, OPEN = Index.from_bytes(DATA), opened(DATA)
+
+
+@st.composite
+def facts(draw: st.DrawFn) -> dict[str, Any]:
+    """Of a call, near the bounds that rows draw."""
+    heads_kv, group = draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([1, 4, 8, 16]))
+    seqlen_q, seqlen_k, batch = (draw(st.sampled_from([1, 2, 16, 17, 64, 65, 200, 4096])) for _ in range(3))
+    found = {name: draw(st.integers(0, 1)) for name in ("causal", "varlen", "varlen_k", "window")}
+    found |= {name: draw(st.sampled_from([8, 32, 40, 64, 96, 128, 192, 256])) for name in ("head_dim", "head_dim_v")}
+    found |= {"heads_q": heads_kv * group, "heads_kv": heads_kv, "group": group, "batch": batch}
+    found |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "packed_rows": seqlen_q * group, "rows": seqlen_q * batch}
+    dtypes = {"dtype": draw(st.sampled_from(["bf16", "fp16"])), "kv_dtype": draw(st.sampled_from(["bf16", "e4m3"]))}
+    return found | {"total_q": batch * seqlen_q, "total_k": batch * seqlen_k} | dtypes
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(ops.OPS), facts())
+def test_serves_what_the_rows_serve(op: str, call: dict[str, Any]):
+    rows = (row for row in WHOLE.rows if row.op == op)
+    row = next((row for row in rows if all(condition.holds(call) for condition in row.when)), None)
+    assert OPEN.serving(op, call) == (row and Served(row.variant, row.pack))
+
+
+def test_parts_are_those_of_the_whole():
+    assert (OPEN.arch, OPEN.release, OPEN.whole) == (WHOLE.arch, WHOLE.release, WHOLE)
+    assert [OPEN.artifact(a.variant) for a in WHOLE.artifacts] == list(WHOLE.artifacts)
+    assert OPEN.artifact("fwd-bf16-d8-dv8-m1-n1-w1-s1") is None
+    assert OPEN.abi(ABI.digest) == ABI
+    for op in ops.OPS:
+        assert OPEN.rows(op) == tuple(row for row in WHOLE.rows if row.op == op)
+    with pytest.raises(ContractError, match="lists no ABI"):
+        OPEN.abi("0" * 64)
+
+
+def test_other_bytes_than_the_digest_names():
+    with pytest.raises(IntegrityError) as error:
+        OpenIndex(DATA + b" ", INDEX.digest)
+    assert error.value.reason == "sha256"
+
+
+def change(value: Any, path: list[Any], new: Any) -> bytes:
+    """The index's JSON with another value at `path`; the value `...` leaves it out."""
+    value = json.loads(json.dumps(value))
+    at = value
+    for step in path[:-1]:
+        at = at[step]
+    if new is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = new
+    return json.dumps(value).encode()
+
+
+def paths(value: Any) -> list[list[Any]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [[name, *rest] for name, child in children for rest in ([], *paths(child))]
+
+
+SMALL = Index(
+    "sm_120",
+    "0",
+    INDEX.artifacts[:2],
+    (
+        DispatchRow("fwd", (Condition("head_dim", "<=", 64), Condition("dtype", "in", ("bf16",))), "fwd-bf16-d8-dv8"),
+        DispatchRow("fwd", (Condition("batch", "==", 3),), INDEX.artifacts[0].variant, pack=True),
+    ),
+    (ABI,),
+)
+VALUE = json.loads(SMALL.to_bytes())
+CALL = {"head_dim": 32, "dtype": "fp16", "batch": 3}
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from(paths(VALUE)), st.one_of(st.just(...), JSON))
+def test_a_damaged_part_means_the_same_or_a_contract_error(path: list[Any], new: Any):
+    """Whatever a publisher signed by mistake: no other exception, and never a part with values of the wrong type."""
+    data = change(VALUE, path, new)
+    try:
+        index = opened(data)
+        served = index.serving("fwd", CALL)
+        found = index.artifact(served.variant) if served else None
+    except ContractError:
+        with pytest.raises(ContractError):
+            Index.from_bytes(data)
+        return
+    if found is not None:
+        assert {name: type(part) for name, part in found.to_json().items()} == {
+            name: type(part) for name, part in SMALL.artifacts[0].to_json().items()
+        }
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"[" * 100_000, b'{"format":99}', change(VALUE, ["rows"], 1)])
+def test_what_is_no_index_is_refused_in_the_same_words(data: bytes):
+    with pytest.raises(ContractError) as whole:
+        Index.from_bytes(data)
+    with pytest.raises(ContractError) as part:
+        opened(data)
+    assert str(part.value) == str(whole.value)
+
+
+def test_a_variant_that_is_listed_twice_is_refused():
+    with pytest.raises(ContractError, match="listed twice"):
+        opened(change(VALUE, ["artifacts"], [VALUE["artifacts"][0]] * 2))
