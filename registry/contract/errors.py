@@ -1,4 +1,8 @@
-"""The root of the error tree, and the error of what does not follow the contract."""
+"""The root of the error tree, and what all rooms share of it."""
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class CubineryError(Exception):
@@ -21,6 +25,18 @@ class CubineryError(Exception):
         super().__init__(message)
         if reason is not None:
             self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which would call __init__ with `args` alone: an error in a worker of a pool would then
+        end the pool's own thread."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[CubineryError], args: tuple[Any, ...], state: dict[str, Any]) -> CubineryError:
+    error = kind.__new__(kind, *args)
+    error.args = args  # OSError leaves them to __init__
+    error.__dict__.update(state)
+    return error
 
 
 class ContractError(CubineryError, ValueError):

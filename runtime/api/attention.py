@@ -6,8 +6,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from runtime.call import forward, memory, tensors
-from runtime.call.plan import Plan, execute, prepare
-from runtime.call.request import Options, Request
+from runtime.call.plan import Plan, execute, prepare, resize
+from runtime.call.request import Hints, Options, Request
 from runtime.call.run import run
 from runtime.load import plans
 from runtime.load.dynamo import untraced
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 REQUIRES_GRAD = attrgetter("requires_grad")
+NO_HINTS = Hints()
+PACKED = {
+    (False, False): frozenset(),
+    (True, False): frozenset(("q", "out")),
+    (False, True): frozenset(("k", "v")),
+    (True, True): frozenset(("q", "out", "k", "v")),
+}  # by whether cu_seqlens_q and cu_seqlens_k are given: the arrays whose rows are tokens of all entries
 
 
 @untraced
@@ -76,7 +83,8 @@ def flash_attn(
         tensors.check_flag("deterministic", deterministic)
     if sink is not None or alibi_slopes is not None:
         given = given_of(q, k, v, out, sink=sink, alibi_slopes=alibi_slopes)
-        return attend("fwd", given, Options(causal, softmax_scale, window, softcap, return_lse), deterministic)
+        return attend("fwd", given, Options(causal, softmax_scale, window, softcap, return_lse),
+                      deterministic=deterministic)  # fmt: skip
     key: Any = None
     try:  # torch.device objects are slow to make and hash: k and v of q's index are taken to be on q's device
         key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
@@ -99,22 +107,33 @@ def flash_attn(
     return _run_dense(plan, q, k, v, return_lse, out, deterministic)
 
 
-def attend(op: str, given: dict[str, Any], options: Options, deterministic: Any = False,
+def attend(op: str, given: dict[str, Any], options: Options, hints: Hints = NO_HINTS, deterministic: Any = False,
            zeros: Any = False) -> Any:  # fmt: skip
     """`flash_attn` with everything that a call can have.
 
     op: 'fwd', or 'fwd_paged' where k and v are a cache. given: tensors by name, only those that are there, q first.
-    options: as runtime.call.request.Options has them, with hints about lengths. zeros: see runtime.call.run.
+    options: as runtime.call.request.Options has them. zeros: see runtime.call.run.
     """
     key: Any = None
+    lengths: list[Any] = [hints]  # of the rows of packed arrays and of hints: no key has them, as they change each time
     try:
-        key = (op, options, type(options.max_seqlen_q), type(options.max_seqlen_k), given["q"].is_cuda,
-               *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
+        packed = PACKED["cu_seqlens_q" in given, "cu_seqlens_k" in given]
+        layouts = []
+        for name, t in given.items():
+            shape = t.shape
+            if name in packed and shape[0] > 1:  # with one row torch leaves the stride open
+                lengths.append(shape[0])
+                shape = shape[1:]
+            layouts.append((name, shape, t.stride(), t.dtype, t.get_device()))
+        key = (op, options, type(hints.max_seqlen_q), type(hints.max_seqlen_k), given["q"].is_cuda, *layouts)
         plan = plans.plans.by_call[key]
+        fits = plan.lengths == lengths
     except Exception:  # as in flash_attn
         plan = None
     if plan is None:
-        plan = prepare(forward, Request(op, given, options), key)
+        plan = prepare(forward, Request(op, given, options, hints), key, lengths)
+    elif not fits:
+        resize(plan, forward, Request(op, given, options, hints), lengths)
     out, lse = run(plan, given, options.return_lse, deterministic, zeros)
     return out if lse is None else (out, lse)
 

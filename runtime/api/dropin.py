@@ -66,7 +66,7 @@ def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair 
                               deterministic=deterministic)  # fmt: skip
         options = Options(causal, softmax_scale, window, softcap, return_lse, pack_gqa=pack_gqa)
         given = given_of(q, k, v, None, sink=sink, alibi_slopes=alibi_slopes)
-        return attend("fwd", given, options, deterministic)
+        return attend("fwd", given, options, deterministic=deterministic)
     except ArgumentError as error:
         raise renamed(error) from None
 

@@ -95,7 +95,7 @@ def flash_attn_with_kvcache(
                          page_table=block_table, sink=sink, alibi_slopes=alibi_slopes, k_descale=k_descale,
                          v_descale=v_descale, k_new=k, v_new=v, rotary_cos=rotary_cos,
                          rotary_sin=rotary_sin)  # fmt: skip
-        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, None, None, num_splits,
+        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, num_splits,
                    rotary_interleaved)  # fmt: skip
         return attend("fwd_paged", given, options)
     except ArgumentError as error:

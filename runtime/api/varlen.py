@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.api.attention import attend, given_of
-from runtime.call.request import Options
+from runtime.call.request import Hints, Options
 from runtime.call.tensors import check_flag
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
@@ -93,10 +93,8 @@ def flash_attn_varlen(
         op = "fwd_paged"
         if zero_unused and cu_seqlens_q is not None:
             num_splits = _unsplit(num_splits)
-    options = Options(
-        causal, softmax_scale, window, softcap, return_lse, max_seqlen_q, max_seqlen_k, pack_gqa, num_splits
-    )
-    return attend(op, given, options, deterministic, zero_unused)
+    options = Options(causal, softmax_scale, window, softcap, return_lse, pack_gqa, num_splits)
+    return attend(op, given, options, Hints(max_seqlen_q, max_seqlen_k), deterministic, zero_unused)
 
 
 def _unsplit(num_splits: Any) -> int:

@@ -27,19 +27,18 @@ NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
 def fixed(request: Request) -> Any:
-    """The options but for hints about lengths."""
     asked, window = request.options, request.options.window
     # A list or an array has no hash, and a tensor's is not of its value.
     if not isinstance(asked.num_splits, numbers.Integral):
         return None
     if window is not None and (type(window) is not tuple or {*map(type, window)} - {int, type(None)}):
         return None
-    return asked._replace(max_seqlen_q=None, max_seqlen_k=None), type(asked.max_seqlen_q), type(asked.max_seqlen_k)
+    return asked, *map(type, request.hints)
 
 
 def check(request: Request, checked: Checked) -> Call:
     """Everything that the call's key determines. Raises ArgumentError."""
-    op, given, asked = request
+    op, given, asked, _ = request
     sizes = checked.sizes
     _check_sizes(sizes)
     for name in ("causal", "return_lse", *(("pack_gqa",) if asked.pack_gqa is not None else ())):
@@ -61,6 +60,14 @@ def check(request: Request, checked: Checked) -> Call:
         num_splits = cache.num_splits(asked.num_splits, "seqused_q" in given)
     pack_gqa = None if asked.pack_gqa is None else bool(asked.pack_gqa)
     return Call(op, _facts(request, sizes, window), found, sizes, tuple(given), window, pack_gqa, num_splits)
+
+
+def resized(call: Call, request: Request, sizes: dict[str, int]) -> Call:
+    """A checked call, where only rows of packed arrays and hints have changed."""
+    _check_sizes(sizes)
+    found = call.numbers | tensors.strides_of_new(call.op, call.given, sizes)
+    found |= {"seqlen_q": _tokens(sizes, "q"), "seqlen_k": _tokens(sizes, "k")}
+    return call._replace(facts=_facts(request, sizes, call.window), numbers=found, sizes=sizes)
 
 
 def _tokens(sizes: Mapping[str, int], side: str) -> int:
@@ -139,7 +146,7 @@ def _max_seqlen(name: str, given: Any, longest: int, typical: int) -> int:
     """
     if given is None:
         return typical
-    if not isinstance(given, numbers.Integral) or int(given) < 0:
+    if (type(given) is not int and not isinstance(given, numbers.Integral)) or int(given) < 0:
         raise ArgumentError(name, f"{given!r:.100} is neither an integer ≥ 0 nor None", reason="value")
     return min(int(given), longest)
 
@@ -206,12 +213,12 @@ def backward_facts(forward: Mapping[str, Any], total_k: int | None = None) -> di
 
 
 def _facts(request: Request, sizes: Mapping[str, int], window: tuple[int, int]) -> dict[str, Any]:
-    asked, given, batch = request.options, request.tensors, sizes["batch"]
+    hints, given, batch = request.hints, request.tensors, sizes["batch"]
     seqlen_q, seqlen_k, total_q = _tokens(sizes, "q"), _tokens(sizes, "k"), sizes.get("total_q")
     is_cached = request.op == "fwd_paged"
     mean_q, mean_k = (-(-tokens // batch) if batch else 0 for tokens in (seqlen_q, seqlen_k))
-    hint_q = _max_seqlen("max_seqlen_q", asked.max_seqlen_q, seqlen_q, mean_q)
-    hint_k = _max_seqlen("max_seqlen_k", asked.max_seqlen_k, seqlen_k, seqlen_k if is_cached else mean_k)
+    hint_q = _max_seqlen("max_seqlen_q", hints.max_seqlen_q, seqlen_q, mean_q)
+    hint_k = _max_seqlen("max_seqlen_k", hints.max_seqlen_k, seqlen_k, seqlen_k if is_cached else mean_k)
     dtype = NAMES[str(given["q"].dtype)]
     found = facts(
         dtype=dtype,
@@ -256,10 +263,11 @@ def chain(call: Call, request: Request, maker: Maker) -> Chain:
 
 
 def outputs(call: Call, request: Request, torch: Any) -> Outputs:
-    q, head_dim_v, varied = request.tensors["q"], call.sizes["head_dim_v"], _leaves_rows(call)
-    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    new_lse = partial(torch.empty, lse_shape, dtype=torch.float32, device=q.device)
-    if head_dim_v != q.shape[-1]:
+    q, sizes, varied = request.tensors["q"], call.sizes, _leaves_rows(call)
+    head_dim_v, heads = sizes["head_dim_v"], sizes["heads_q"]
+    of_lse = (heads, sizes["total_q"]) if "total_q" in sizes else (sizes["batch"], heads, sizes["seqlen_q"])
+    new_lse = partial(torch.empty, of_lse, dtype=torch.float32, device=q.device)
+    if head_dim_v != sizes["head_dim"]:
         new_out = lambda q: q.new_empty((*q.shape[:-1], head_dim_v))  # noqa: E731
     elif q.is_contiguous():
         new_out = torch.empty_like
@@ -267,7 +275,7 @@ def outputs(call: Call, request: Request, torch: Any) -> Outputs:
         new_out = partial(torch.empty_like, memory_format=torch.contiguous_format)
     if not varied:
         return Outputs(new_out, new_lse, new_out, new_lse)
-    zero_lse = partial(torch.zeros, lse_shape, dtype=torch.float32, device=q.device)
+    zero_lse = partial(torch.zeros, of_lse, dtype=torch.float32, device=q.device)
     return Outputs(new_out, new_lse, lambda q: q.new_zeros((*q.shape[:-1], head_dim_v)), zero_lse)
 
 

@@ -65,15 +65,23 @@ class Role(Protocol):
     def chain(self, call: Call, request: Request, maker: Maker) -> Chain: ...
 
 
+class Resizable(Role, Protocol):
+    """A role whose calls' keys leave lengths open."""
+
+    def resized(self, call: Call, request: Request, sizes: dict[str, int]) -> Call:
+        """A checked call, where only rows of packed arrays and hints have changed."""
+
+
 class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
-    __slots__ = ("absent", "alignment_masks", "call", "chain", "family", "first", "floats", "forward_ad",
-                 "grad_enabled", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out", "new_space",
-                 "offsets", "out_span", "single", "spans", "written_names", "zero_lse", "zero_out",
-                 "zeros_from")  # fmt: skip
+    __slots__ = ("absent", "alignment_masks", "bytes", "call", "chain", "empty", "family", "first", "floats",
+                 "forward_ad", "grad_enabled", "key", "lengths", "maker", "mark_written", "nbytes", "new_lse",
+                 "new_out", "new_space", "offsets", "out_span", "single", "spans", "written_names", "zero_lse",
+                 "zero_out", "zeros_from")  # fmt: skip
     key: Any
     family: Any
+    lengths: Any  # what it serves now, of what the key leaves open
     call: Call
     maker: Maker
     chain: Chain
@@ -95,14 +103,17 @@ class Plan:
     zero_out: Callable[[Any], Any]
     zero_lse: Callable[[], Any]
     new_space: Callable[[], Any]
+    empty: Callable[..., Any]  # torch's
+    bytes: Any  # torch.uint8
     floats: Any  # torch.float32
 
 
 # -- making a plan ----------------------------------------------------------------------------------------------------
 
 
-def prepare(role: Role, request: Request, key: Any) -> Plan:
+def prepare(role: Role, request: Request, key: Any, lengths: Any = None) -> Plan:
     """Check everything, find and load the kernels, keep the plan. key: None for a call that cannot be kept.
+    lengths: what the key leaves open and the launches depend on.
 
     Raises whatever flash_attn raises.
     """
@@ -121,13 +132,24 @@ def prepare(role: Role, request: Request, key: Any) -> Plan:
     chain = role.chain(call, request, maker)
     if plan is None:
         plan = _new(torch, maker)
-    _aim(plan, call, chain, given, torch)
-    plan.alignment_masks = masks
-    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = outputs
+    _aim(plan, call, chain, outputs, given)
+    plan.alignment_masks, plan.lengths = masks, lengths
     if fixed is not None:
         plan.key, plan.family = key, family
         _keep(kept, plan)
     return plan
+
+
+def resize(plan: Plan, role: Resizable, request: Request, lengths: Any) -> None:
+    """Make a kept plan serve its key's calls with other lengths. Raises what flash_attn raises."""
+    plan.lengths = None  # an error, or an interrupt, leaves a plan that serves nothing
+    given, torch = request.tensors, plan.maker.now.backend.torch
+    sizes = plan.call.sizes | tensors.totals(request.op, given)
+    if "out" in given:
+        tensors.check_apart_within("out", given["out"])
+    call = role.resized(plan.call, request, sizes)
+    _aim(plan, call, role.chain(call, request, plan.maker), role.outputs(call, request, torch), given)
+    plan.lengths = lengths
 
 
 def _new(torch: Any, maker: Maker) -> Plan:
@@ -135,18 +157,20 @@ def _new(torch: Any, maker: Maker) -> Plan:
     plan.maker = maker
     plan.grad_enabled, plan.forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
     plan.mark_written = torch.autograd.graph.increment_version
-    plan.floats = torch.float32
+    plan.empty, plan.bytes, plan.floats = torch.empty, torch.uint8, torch.float32
     return plan
 
 
-def _aim(plan: Plan, call: Call, chain: Chain, given: Mapping[str, Any], torch: Any) -> None:
+def _aim(plan: Plan, call: Call, chain: Chain, outputs: Outputs, given: Mapping[str, Any]) -> None:
     """Make `plan` serve this call."""
     plan.first, first = next(iter(given.items()))
     plan.call, plan.chain, plan.written_names = call, chain, chain.written
     plan.single = chain.launches[0] if len(chain.launches) == 1 and not chain.workspaces else None
     plan.absent = {name: 0 for one in chain.launches for name in one.names}
     _place(plan, chain.workspaces)
-    plan.new_space = partial(torch.empty, plan.nbytes, dtype=torch.uint8, device=first.device)
+    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = outputs
+    if plan.nbytes:
+        plan.new_space = partial(plan.empty, plan.nbytes, dtype=plan.bytes, device=first.device)
     if "out" in given:
         plan.spans = tuple([(name, memory.span(tensor)) for name, tensor in given.items() if name != "out"])
         plan.out_span = memory.span(given["out"])

@@ -17,12 +17,17 @@ class Options(NamedTuple):
     window: Any = None
     softcap: Any = 0.0
     return_lse: Any = False
-    max_seqlen_q: Any = None
-    max_seqlen_k: Any = None
     pack_gqa: Any = None
     num_splits: Any = 1
     rotary_interleaved: Any = True
     out_dtype: Any = None
+
+
+class Hints(NamedTuple):
+    """What a caller may say of lengths that are on the device. max_seqlen_q, max_seqlen_k: of the longest entry."""
+
+    max_seqlen_q: Any = None
+    max_seqlen_k: Any = None
 
 
 class Request(NamedTuple):
@@ -31,6 +36,7 @@ class Request(NamedTuple):
     op: str
     tensors: dict[str, Any]
     options: Options
+    hints: Hints = Hints()
 
 
 class Call(NamedTuple):

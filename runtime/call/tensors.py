@@ -16,6 +16,7 @@ from registry.ops.describe import CALL, Layout, Op, Tensor
 from runtime.errors import ArgumentError
 
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "i32": "int32", "e4m3": "float8_e4m3fn"}
+TOTALS = ("total_q", "total_k")
 FIRST = ("q", "cu_seqlens_q")  # these say what a call's batch is; all others must agree
 ALIGNMENT = 16  # bytes that one copy of the kernels moves, along head_dim; other tensors are read by elements
 STRIDE = 8  # elements: the same of 16-bit numbers
@@ -220,6 +221,18 @@ def sizes(op: str, tensors: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
+def totals(op: str, tensors: Mapping[str, Any]) -> dict[str, int]:
+    """The rows of packed arrays. ArgumentError ('shape') where two disagree."""
+    found: dict[str, int] = {}
+    for name, wanted in expected(op, tuple(tensors)).items():
+        shape = tensors[name].shape
+        dim = wanted.forms[len(shape)].dims[0].name
+        if dim in TOTALS and found.setdefault(dim, shape[0]) != shape[0]:
+            message = f"shape {tuple(shape)} has {dim} {shape[0]}, must be {found[dim]}, as others have it"
+            raise ArgumentError(name, message, reason="shape")
+    return found
+
+
 def _check_head_dims(tensors: Mapping[str, Any], found: Mapping[str, int]) -> None:
     step = max(STRIDE, ALIGNMENT // min(tensor.element_size() for tensor in tensors.values()))
     first = next(iter(tensors))
@@ -341,13 +354,18 @@ def strides(op: str, tensors: Mapping[str, Any], found: Mapping[str, int]) -> Nu
     new outputs are contiguous.
     """
     given = tuple(tensors)
-    zeros, new = absent(op, given)
-    steps: Numbers = zeros.copy()
+    steps = absent(op, given).zeros | strides_of_new(op, given, found)
     for name, wanted in expected(op, given).items():
         shape, along = tensors[name].shape, tensors[name].stride()
         for parameter, place in wanted.forms[len(shape)].steps:
             steps[parameter] = along[place] if place >= 0 and shape[place] > 1 else 0
-    for dims, of_output in new:
+    return steps
+
+
+def strides_of_new(op: str, given: tuple[str, ...], found: Mapping[str, int]) -> Numbers:
+    """The same of outputs that the call makes."""
+    steps: Numbers = {}
+    for dims, of_output in absent(op, given).new:
         if dims <= found.keys():  # another op's output has dimensions of its own
             for parameter, (dim, *inside) in of_output:
                 steps[parameter] = prod([found[inner] for inner in inside]) if found.get(dim, 1) > 1 else 0
