@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from runtime.call import forward, memory, tensors
-from runtime.call.plan import Plan, execute, prepare, resize
+from runtime.call.plan import Plan, execute, prepare, prepare_packed
 from runtime.call.request import Hints, Options, Request
 from runtime.call.run import run
 from runtime.load import plans
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 
 REQUIRES_GRAD = attrgetter("requires_grad")
 NO_HINTS = Hints()
-PACKED = {
-    (False, False): frozenset(),
-    (True, False): frozenset(("q", "out")),
-    (False, True): frozenset(("k", "v")),
-    (True, True): frozenset(("q", "out", "k", "v")),
-}  # by whether cu_seqlens_q and cu_seqlens_k are given: the arrays whose rows are tokens of all entries
 
 
 @untraced
@@ -115,25 +109,15 @@ def attend(op: str, given: dict[str, Any], options: Options, hints: Hints = NO_H
     options: as runtime.call.request.Options has them. zeros: see runtime.call.run.
     """
     key: Any = None
-    lengths: list[Any] = [hints]  # of the rows of packed arrays and of hints: no key has them, as they change each time
     try:
-        packed = PACKED["cu_seqlens_q" in given, "cu_seqlens_k" in given]
-        layouts = []
-        for name, t in given.items():
-            shape = t.shape
-            if name in packed and shape[0] > 1:  # with one row torch leaves the stride open
-                lengths.append(shape[0])
-                shape = shape[1:]
-            layouts.append((name, shape, t.stride(), t.dtype, t.get_device()))
-        key = (op, options, type(hints.max_seqlen_q), type(hints.max_seqlen_k), given["q"].is_cuda, *layouts)
+        key = (op, options, hints, type(hints.max_seqlen_q), type(hints.max_seqlen_k), given["q"].is_cuda,
+               *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
         plan = plans.plans.by_call[key]
-        fits = plan.lengths == lengths
     except Exception:  # as in flash_attn
         plan = None
     if plan is None:
-        plan = prepare(forward, Request(op, given, options, hints), key, lengths)
-    elif not fits:
-        resize(plan, forward, Request(op, given, options, hints), lengths)
+        request = Request(op, given, options, hints)
+        plan = prepare_packed(forward, request, key) or prepare(forward, request, key)
     out, lse = run(plan, given, options.return_lse, deterministic, zeros)
     return out if lse is None else (out, lse)
 

@@ -33,7 +33,7 @@ def fixed(request: Request) -> Any:
         return None
     if window is not None and (type(window) is not tuple or {*map(type, window)} - {int, type(None)}):
         return None
-    return asked, *map(type, request.hints)
+    return asked
 
 
 def check(request: Request, checked: Checked) -> Call:

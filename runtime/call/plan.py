@@ -17,6 +17,8 @@ from runtime.call.request import Call, Request
 from runtime.call.tensors import Checked
 from runtime.load import plans, session
 
+# The arrays whose rows are the tokens of all entries, where this tensor is given.
+PACKED = {"cu_seqlens_q": ("q", "out"), "cu_seqlens_k": ("k", "v")}
 ALIGNED = 256  # bytes to whose multiples workspaces are rounded
 
 
@@ -76,12 +78,11 @@ class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
     __slots__ = ("absent", "alignment_masks", "bytes", "call", "chain", "empty", "family", "first", "floats",
-                 "forward_ad", "grad_enabled", "key", "lengths", "maker", "mark_written", "nbytes", "new_lse",
+                 "forward_ad", "grad_enabled", "key", "maker", "mark_written", "nbytes", "new_lse",
                  "new_out", "new_space", "offsets", "out_span", "single", "spans", "written_names", "zero_lse",
                  "zero_out", "zeros_from")  # fmt: skip
     key: Any
     family: Any
-    lengths: Any  # what it serves now, of what the key leaves open
     call: Call
     maker: Maker
     chain: Chain
@@ -111,9 +112,9 @@ class Plan:
 # -- making a plan ----------------------------------------------------------------------------------------------------
 
 
-def prepare(role: Role, request: Request, key: Any, lengths: Any = None) -> Plan:
+def prepare(role: Role, request: Request, key: Any, family: Any = None) -> Plan:
     """Check everything, find and load the kernels, keep the plan. key: None for a call that cannot be kept.
-    lengths: what the key leaves open and the launches depend on.
+    family: of calls between which a plan may change; of none it is found out.
 
     Raises whatever flash_attn raises.
     """
@@ -121,35 +122,50 @@ def prepare(role: Role, request: Request, key: Any, lengths: Any = None) -> Plan
     now = session.ready()
     torch, given = now.backend.torch, request.tensors
     checked = tensors.check(request.op, given, torch, now.backend.device_type)
-    family = tensors.family(request.op, given)
+    sort = tensors.family(request.op, given)
     masks = tensors.alignment_masks(request.op, given)
     call = role.check(request, checked)
     outputs = role.outputs(call, request, torch)
     fixed = None if key is None else role.fixed(request)
-    family = (request.op, fixed, family)
+    family = family or (request.op, fixed, sort)
     plan = _to_change(kept, family) if family in kept.families else None
     maker = Maker(now, next(iter(given.values())).get_device(), {}, {}) if plan is None else plan.maker
     chain = role.chain(call, request, maker)
     if plan is None:
         plan = _new(torch, maker)
     _aim(plan, call, chain, outputs, given)
-    plan.alignment_masks, plan.lengths = masks, lengths
+    plan.alignment_masks = masks
     if fixed is not None:
         plan.key, plan.family = key, family
         _keep(kept, plan)
     return plan
 
 
-def resize(plan: Plan, role: Resizable, request: Request, lengths: Any) -> None:
-    """Make a kept plan serve its key's calls with other lengths. Raises what flash_attn raises."""
-    plan.lengths = None  # an error, or an interrupt, leaves a plan that serves nothing
-    given, torch = request.tensors, plan.maker.now.backend.torch
+def prepare_packed(role: Resizable, request: Request, key: Any) -> Plan | None:
+    """The same for packed arrays, where a plan is kept that differs from the call in their rows and hints alone: only
+    what these decide is checked and counted. Totals are new in every batch, so this is a warm path."""
+    given = request.tensors
+    packed = {name for side, names in PACKED.items() if side in given for name in names}
+    if not packed or key is None or role.fixed(request) is None:
+        return None
+    rows = [given[name].shape[0] for name in given if name in packed]
+    if min(rows) < 2:  # torch then leaves strides open
+        return None
+    kept = plans.plans
+    layouts = [(name, t.shape[name in packed :], t.stride(), t.dtype, t.get_device()) for name, t in given.items()]
+    family = ("packed", request.op, role.fixed(request), given["q"].is_cuda, *layouts)
+    plan = _to_change(kept, family)
+    if plan is None:
+        return prepare(role, request, key, family)
     sizes = plan.call.sizes | tensors.totals(request.op, given)
     if "out" in given:
         tensors.check_apart_within("out", given["out"])
     call = role.resized(plan.call, request, sizes)
+    torch = plan.maker.now.backend.torch
     _aim(plan, call, role.chain(call, request, plan.maker), role.outputs(call, request, torch), given)
-    plan.lengths = lengths
+    plan.key, plan.family = key, family
+    _keep(kept, plan)
+    return plan
 
 
 def _new(torch: Any, maker: Maker) -> Plan:
@@ -301,22 +317,23 @@ def fire(plan: Plan, found: Mapping[str, int]) -> None:
         return
     for one in launches:
         one.write_addresses(*one.pick(found))
-    first = launches[0]
-    device = first.device
-    if first.current_device() != device:
-        with first.guard(device):
-            _fire(launches, first.raw_stream(device))
+    device = one.device
+    if one.current_device() != device:
+        with one.guard(device):
+            _fire(launches, one.raw_stream(device))
     else:
-        _fire(launches, first.raw_stream(device))
+        _fire(launches, one.raw_stream(device))
 
 
 def _fire(launches: tuple[Launch, ...], stream: int) -> None:
     for one in launches:
-        start = perf_counter() if one.is_first else 0.0
-        (status,) = one.fire(stream, one.params, 0)
         if one.is_first:
+            start = perf_counter()
+            (status,) = one.fire(stream, one.params, 0)
             one.is_first = False
             stages.record(("first launch", one.loaded.kernel.artifact.variant, (perf_counter() - start) * 1e3))
+        else:
+            (status,) = one.fire(stream, one.params, 0)
         if status is not one.success:
             one.check(status, "cuLaunchKernel")
 
