@@ -75,8 +75,9 @@ class Outputs:
         token = Int64(keys.k_first + keys.start)
         if call.cu_seqlens_k.toint() == 0:
             token = token + Int64(keys.batch_idx) * call.seqlen_k
-        start = keys.split * stride_split + (token * call.heads_kv + keys.head) * columns
         row_stride = Int64(call.heads_kv) * columns
+        # (token · heads_kv + head) · columns is the same, but here it would change the main loop's addresses and order.
+        start = keys.split * stride_split + token * row_stride + Int64(keys.head) * columns
         tCcC = state.mma.get_slice(state.tid).partition_C(cute.make_identity_tensor((self.tile_n, width)))
         coordinate = rows_columns(tCcC)
         values, pair = rows_columns(acc), cute.make_rmem_tensor(2, Float32)

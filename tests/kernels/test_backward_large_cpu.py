@@ -26,7 +26,7 @@ from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
 
 SMALLEST = min(skeletons(), key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
 FAR_ENTRY, FAR_HEAD = 2**33, 2**31 + 8  # elements from entry to entry, and from head to head
-ALIBI_STRIDE = 2**31 - 1  # the largest
+MOST_SLOPES = 2**31 - 1  # batch · alibi_stride_b + heads_q at most
 TOKENS = 2**30 - 1  # of q and k together
 HEADS = 2**28 - 1  # of ROWS rows each: the most for which heads · rows is below 2**35
 ENTRIES = 2**24 - 1  # of ROWS rows each: rows stay below 2**31
@@ -103,7 +103,7 @@ class Moved(Call):
         if self.large.padded:
             values["leftpad_k"] = self.device.put(np.array([self.large.first_k], np.int32)) - 4 * entry
         if case.alibi:
-            stride = ALIBI_STRIDE if case.alibi == "entries" else 0
+            stride = (MOST_SLOPES - self.large.heads_q) // self.large.entries if case.alibi == "entries" else 0
             values |= {
                 "alibi_slopes": values["alibi_slopes"] - 4 * (entry * stride + self.head),
                 "alibi_stride_b": stride,
