@@ -77,7 +77,15 @@ def default_path() -> Path:
     named = os.environ.get("CUBINERY_REGISTRY", "")
     if named and "://" not in named and not named.endswith("/") and not os.path.isdir(named):
         return Path(named)
-    return Path(platformdirs.user_data_dir("cubinery")) / "registry.db"
+    try:
+        folder = Path(platformdirs.user_data_dir("cubinery"))
+    except RuntimeError:  # of newer releases; older ones leave the '~'
+        folder = Path("~")
+    if not folder.is_absolute():  # HOME is not set, and no passwd entry says where it is
+        message = "no registry file is named, and this user has no home folder: name one with --registry or by "
+        message += "CUBINERY_REGISTRY"
+        raise StoreError(message, reason="argument")
+    return folder / "registry.db"
 
 
 def check_channel(name: object) -> str:

@@ -18,7 +18,7 @@ Pins = tuple[tuple[str | None, str], ...]  # (architecture, index digest); archi
 
 class Config(NamedTuple):
     """registry: a file's or folder's path or an http(s) URL. pins: index digests that were given. cache: the disk
-    cache's folder.
+    cache's folder, '' for the user's: who needs none needs no home folder either.
 
     channel: which of the registry's channels. offline: never open a connection. root: the file of the trusted TUF root,
     '' for none. state: the folder of what was trusted last, '' for the user's. max_age: seconds after which that must
@@ -39,6 +39,10 @@ class Config(NamedTuple):
     @property
     def remote(self) -> bool:
         return "://" in self.registry
+
+    @property
+    def cache_folder(self) -> str:
+        return self.cache or _user_folder("user_cache_dir")
 
     @property
     def state_folder(self) -> str:
@@ -62,7 +66,7 @@ def current() -> Config:
     return Config(
         registry=found.get("registry") or default_registry(),
         pins=found.get("index", ()),
-        cache=found.get("cache") or os.path.abspath(_user_folder("user_cache_dir")),
+        cache=found.get("cache", ""),
         channel=found.get("channel", "stable"),
         offline=found.get("offline", False),
         root=found.get("root", ""),
@@ -87,9 +91,10 @@ def _from_file() -> dict[str, Any]:
     named = os.environ.get("CUBINERY_CONFIG")
     # As platformdirs has it on Linux: most processes need that package for nothing else.
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    path = os.path.abspath(named or os.path.join(folder, "cubinery", "config.toml"))
-    if not named and not os.path.exists(path):
+    path = named or os.path.join(folder, "cubinery", "config.toml")
+    if not named and not (os.path.isabs(path) and os.path.exists(path)):
         return {}
+    path = os.path.abspath(path)
     data = read_trusted(path, "the configuration file", MAX_FILE)
     import tomllib  # here: few processes have such a file
 
@@ -130,7 +135,18 @@ def default_registry() -> str:
 def _user_folder(which: str) -> str:
     import platformdirs  # here: a configured process never needs it
 
-    return getattr(platformdirs, which)("cubinery")
+    try:
+        folder: str = getattr(platformdirs, which)("cubinery")
+    except RuntimeError:  # of newer releases; older ones leave the '~'
+        folder = "~"
+    if not os.path.isabs(folder):  # HOME is not set, and no passwd entry says where it is
+        setting, variable = _FOLDERS[which]
+        message = (
+            f"{setting}: {variable} is not set, and this user has no home folder; set it, or HOME, or "
+            f"runtime.configure({setting}=…)"
+        )
+        raise ConfigError(message)
+    return folder
 
 
 def _text(value: Any, name: str, accepted: str) -> str:
@@ -233,6 +249,12 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "max_age": _seconds,
     "lock": _file,
     "cache_limit": _nbytes,
+}
+# platformdirs' name -> the setting that takes its place, and the variable.
+_FOLDERS = {
+    "user_data_dir": ("registry", "CUBINERY_REGISTRY"),
+    "user_cache_dir": ("cache", "CUBINERY_CACHE"),
+    "user_state_dir": ("state", "CUBINERY_STATE"),
 }
 _FROM_TEXT = {"offline": _flag_of}  # where a text is read in another way
 _PATHS = {"registry", "cache", "root", "state", "lock"}

@@ -92,8 +92,8 @@ def _lock(now: session.Session) -> dict[str, Any] | None:
 
 
 def _cache(now: session.Session, problems: list[str]) -> dict[str, Any]:
-    report: dict[str, Any] = {"folder": now.config.cache, "limit": now.config.cache_limit}
     cache = getattr(now.source, "cache", None)
+    report: dict[str, Any] = {"folder": cache and now.config.cache_folder, "limit": now.config.cache_limit}
     if cache is None:
         return report | {"note": "not used: the registry is read where it lies"}
     try:

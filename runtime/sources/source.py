@@ -55,7 +55,7 @@ def open_source(config: Config) -> Source:
             return FolderSource(config.registry)
         return EmbeddedSource(config.registry)
     inner: Source = OfflineSource(config.registry) if config.offline else HttpSource(config.registry)
-    return CachedSource(inner, DiskCache(config.cache, config.cache_limit))
+    return CachedSource(inner, DiskCache(config.cache_folder, config.cache_limit))
 
 
 class EmbeddedSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import runtime
+from registry.store import StoreError, default_path
 from runtime import config
 from runtime.cli import commands as cli
 from runtime.errors import ConfigError
+from runtime.load import session
 from runtime.sources.cache import LIMIT
 from tests.project.shell import ROOT, environment
 
@@ -156,10 +160,47 @@ def test_flags_of_the_environment(text: str, value: bool, monkeypatch):
 
 
 def test_the_limit_reaches_the_cache(tmp_path: Path):
-    from runtime.load import session
-
     runtime.configure(registry="http://registry.test", cache=tmp_path, cache_limit="5M", index=ONE)
     assert session.current().source.cache.limit == 5 << 20
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME, and a uid without a passwd entry, as containers have them."""
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "CUBINERY_REGISTRY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+@pytest.mark.usefixtures("homeless", "backend")
+def test_without_a_home_folder_what_needs_none_works(registry: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~/.config/cubinery").mkdir(parents=True)  # no file of the working folder is taken for the user's
+    (tmp_path / "~/.config/cubinery/config.toml").write_text("nonsense")
+    runtime.configure(registry=registry)
+    q = torch.zeros(1, 64, 2, 64, dtype=torch.bfloat16)
+    assert runtime.flash_attn(q, q, q).shape == q.shape
+    runtime.configure(registry="http://registry.test", cache=tmp_path / "cache", index=ONE)
+    assert session.current().source.cache.root == str(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize(("given", "named"), [({}, "CUBINERY_REGISTRY"), ({"registry": "http://registry.test"},
+                                                                          "CUBINERY_CACHE")])  # fmt: skip
+def test_without_a_home_folder_what_needs_one_is_named(given, named: str):
+    runtime.configure(**given, index=ONE)
+    with pytest.raises(ConfigError, match=f"{named} is not set, and this user has no home folder"):
+        session.current()
+
+
+@pytest.mark.usefixtures("homeless")
+def test_nor_has_the_builder_a_default_file():
+    with pytest.raises(StoreError, match="no home folder: name one with --registry"):
+        default_path()
 
 
 def test_the_commands_of_the_page_work(registry: Path, tmp_path: Path):
