@@ -52,14 +52,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_least_of_each_side_counts(run, capsys):
     free = {"a": [2.0, 1.0], "b": [3.0, 3.06]}
-    code, out = run({"free": free, "sm120": free}, {"free": {"a": [1.0, 4.0], "b": [3.0]}, "sm120": {"b": [2.9]}})
+    slow = {"a": [2.0], "b": [2.9]}
+    code, out = run({"free": free, "sm120": free}, {"free": {"a": [1.0, 4.0], "b": [3.0]}, "sm120": slow})
     assert code == 1  # b of sm120 is 3 % slower
     rows = {row["case"]: row for row in json.loads((out / "against.forward.free.json").read_text())["rows"]}
     assert rows == {"a": {"case": "a", "ours": 1.0, "theirs": 1.0, "ratio": 1.0},
                     "b": {"case": "b", "ours": 3.0, "theirs": 3.0, "ratio": 1.0}}  # fmt: skip
     said = capsys.readouterr().out
     assert "forward.free: 2 cells, ours / theirs 1.0000, 0 above 1.01" in said
-    assert "forward.sm120: 1 cells" in said and "3.0000 ms / 2.9000 ms = 1.0345" in said
+    assert "forward.sm120: 2 cells" in said and "3.0000 ms / 2.9000 ms = 1.0345" in said
 
 
 def test_each_bar_has_its_own_width(run):
@@ -70,3 +71,8 @@ def test_each_bar_has_its_own_width(run):
 def test_a_benchmark_that_ends_without_results_is_said(run, tmp_path: Path):
     with pytest.raises(SystemExit, match="KeyError: 'sm120'"):
         run({"free": {}}, {"free": {}}, "--modes", "sm120")
+
+
+def test_a_cell_that_one_checkout_cannot_measure_is_no_cell_that_holds(run, capsys):
+    assert run({"free": {"a": [1.0], "b": [1.0]}}, {"free": {"a": [1.0]}}, "--modes", "free")[0] == 1
+    assert "measured in one checkout alone: free/b" in capsys.readouterr().err
