@@ -57,11 +57,11 @@ def rows_of(copy: cute.TiledCopy, sX: cute.Tensor, tid: Int32) -> Rows:
 
 @cute.jit
 def page_of(pages: SimpleNamespace, key: Int32, low: Int32, end: Int32) -> Int32:
-    """The page of a key or, where there is none, of the nearest one that there is."""
+    """The page of a key, as the table has it; where there is no such key, of the nearest one that there is."""
     number = pages.batch_idx
     if pages.table.toint() != 0:
         key = cutlass.min(cutlass.max(key, low), end - 1)
-        number = cutlass.max(element(pages.table, pages.table_row + fast_div(key, pages.magic, pages.shift)), 0)
+        number = element(pages.table, pages.table_row + fast_div(key, pages.magic, pages.shift))
     return number
 
 
@@ -119,7 +119,8 @@ def load_rows_of_pages(
         else:
             first = n_start + rows.group_start(i) if grouped else key
             slot = first - fast_div(first, pages.magic, pages.shift) * pages.size
-            offset = Int64(numbers[i]) * of.page_stride + Int64(slot) * of.row_stride
+            page = cutlass.max(numbers[i], 0)  # here, not in `page_of`: there it would wait for what the table says
+            offset = Int64(page) * of.page_stride + Int64(slot) * of.row_stride
             offset = offset + (of.lane if grouped else tXcX[0, 0, 0][1])
         for panel in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
             column = tXcX[0, i, panel][1]
