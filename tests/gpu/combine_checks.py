@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.append_cases import misrounded
 from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.inputs import DTYPES
-from tests.gpu.launch_checks import same
 from tests.gpu.report import Report, Scale
+from tests.gpu.rotary import misrounded
+from tests.gpu.run import same
 from tests.gpu.yardstick import LSE_TOLERANCE
 
 OUT_DTYPES = {**DTYPES, "fp32": torch.float32}
