@@ -14,7 +14,6 @@ import torch
 
 from registry.contract import Variant
 from tests.gpu.calls import MODIFIERS, dense, dims_of, in_turn, modified, varlen
-from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.feature_checks import draw, smaller_dims
 from tests.gpu.gradient_run import same_bits
@@ -22,6 +21,7 @@ from tests.gpu.harness import hold_all, made
 from tests.gpu.report import MASKS, Report, Scale
 from tests.support.call import CAUSAL, FAMILIES, OPEN
 from tests.support.call import lengths as of_lengths
+from tests.support.covering import covering
 
 ROUNDING = 2**-6  # of the largest gradient: what an output that is rounded otherwise changes
 

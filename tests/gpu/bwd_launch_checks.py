@@ -141,7 +141,7 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
                        deterministic=True, dlse=True) for j in range(2)]  # fmt: skip
         more = {"seed": 20 + i, "sink": "fp32", "deterministic": True}
         work.append(calls + [varlen(key, (4, 2), entries, dims_of(key, 2), **more) for entries in sizes])
-    in_threads(dut, Report(), work, scale.calls)
+    in_threads(dut, work, scale.calls)
 
 
 def autograd(dut: Dut, key: str, scale: Scale) -> None:

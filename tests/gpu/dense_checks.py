@@ -10,13 +10,13 @@ import torch
 
 from registry.contract import Variant
 from tests.gpu.calls import dense
-from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.harness import hold, hold_all
 from tests.gpu.inputs import DTYPES, integers, values
 from tests.gpu.report import Report, Scale
 from tests.gpu.yardstick import Rule, expected, problems
 from tests.support.call import CAUSAL, FAMILIES, OPEN, Window
+from tests.support.covering import covering
 
 
 def yardstick(dut: Dut, key: str, scale: Scale) -> None:

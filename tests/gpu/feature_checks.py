@@ -11,12 +11,12 @@ import torch
 
 from registry.contract import Variant
 from tests.gpu.calls import MODIFIERS, dense, modified, varlen
-from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.harness import both_ways, forced, hold, hold_all, refused
 from tests.gpu.inputs import DTYPES
 from tests.gpu.report import MASKS, Report, Scale
 from tests.support.call import CAUSAL, FAMILIES, OPEN, Call, Dims, lengths
+from tests.support.covering import covering
 
 
 def head_dims(dut: Dut, key: str, scale: Scale) -> None:

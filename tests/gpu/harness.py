@@ -31,9 +31,9 @@ def hold(report: Report, dut: Dut, call: Call, how: str = "") -> None:
     report.note(f"{how}{call}", run.problems(*run(dut)))
 
 
-def hold_all(dut: Dut, calls: list[Call], report: Report | None = None) -> None:
-    """Hold each to the yardstick, and end the report."""
-    report = report or Report()
+def hold_all(dut: Dut, calls: list[Call]) -> None:
+    """Hold each to the yardstick, and say what is wrong."""
+    report = Report()
     for call in calls:
         hold(report, dut, call)
     report.done()
@@ -79,8 +79,8 @@ def captured(dut: Dut, work: Callable[[], Any]) -> tuple[Any, Any]:
         torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = work()
-    return graph, made
+        results = work()
+    return graph, results
 
 
 def cold_capture(report: Report, dut: Dut, cold: Run) -> None:
@@ -115,10 +115,9 @@ def replays(report: Report, dut: Dut, calls: list[Call]) -> None:
 # ---- threads ----
 
 
-def in_threads(dut: Dut, report: Report, work: list[list[Call]], times: int) -> None:
-    """A thread for each list of calls, all at once, each on a stream of its own: every result is that of a lone call.
-    Ends the report."""
-    jobs = []
+def in_threads(dut: Dut, work: list[list[Call]], times: int) -> None:
+    """A thread with a stream for each list of calls, all at once: every result is that of a lone call."""
+    report, jobs = Report(), []
     for calls in work:
         runs = [made(call, dut.device) for call in calls]
         right = [_kept(run(dut)) for run in runs]

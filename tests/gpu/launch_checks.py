@@ -51,4 +51,4 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
     for i in range(scale.threads):
         calls = [dense(key, 1, (4, 2), (short - i, long - 9 * i - j), seed=20 + i, window=CAUSAL) for j in range(2)]
         work.append(calls + [varlen(key, (4, 2), entries, seed=20 + i, sink="fp32") for entries in sizes])
-    in_threads(dut, Report(), work, scale.calls)
+    in_threads(dut, work, scale.calls)

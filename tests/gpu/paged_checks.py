@@ -13,7 +13,6 @@ import torch
 from registry.contract import Variant
 from tests.gpu.cached_run import CachedRun
 from tests.gpu.calls import MODIFIERS, append, enough, modified, paged
-from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.feature_checks import smaller_dims
 from tests.gpu.harness import both_ways, hold_all, made, refused
@@ -23,6 +22,7 @@ from tests.gpu.run import same
 from tests.gpu.varlen_checks import padded_entries, tile_of_keys
 from tests.gpu.yardstick import problems
 from tests.support.call import CAUSAL, FAMILIES, OPEN, Append, Cache, Call, Dims
+from tests.support.covering import covering
 
 DESCALES = ("", "heads", "batch")
 FAR_PAGE = 16

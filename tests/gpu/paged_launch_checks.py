@@ -160,4 +160,4 @@ def streams(dut: Dut, key: str, scale: Scale) -> None:
         cache = Cache(16 * (i + 1))
         calls += [paged(key, (8, 2), 1, scale.entries_k, cache, num_splits=n, seed=20 + i) for n in (0, 3)]
         work.append(calls)
-    in_threads(dut, Report(), work, scale.calls)
+    in_threads(dut, work, scale.calls)

@@ -13,12 +13,12 @@ from typing import Any
 from registry.contract import Variant
 from tests.gpu.calls import MODIFIERS, dims_of, has_gradients, in_turn, modified
 from tests.gpu.calls import varlen as varlen_call
-from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.harness import both_ways, hold_all, made
 from tests.gpu.report import MASKS, Report, Scale
 from tests.gpu.run import judged
 from tests.support.call import CAUSAL, FAMILIES, OPEN, Call, Numbers, lengths
+from tests.support.covering import covering
 
 
 def varlen(dut: Dut, key: str, scale: Scale) -> None:

@@ -59,7 +59,8 @@ class Cache:
     all of them page 0, by numbers below 0. halves: K and V are halves of one array. heads_first: in a page, heads lie
     outside of tokens. far: pages lie more than 2**32 elements apart. kv_dtype: 'e4m3', or '' for the call's. descale:
     of e4m3, '' for none, 'heads' or 'batch'. spare: columns of the table (rows of a contiguous cache) that no entry
-    needs. door: the function that serves the call, 'kvcache' or 'varlen'.
+    needs. lost: (entry, column) of pages that are negative. door: the function that serves the call, 'kvcache' or
+    'varlen'.
     """
 
     page_size: int | None = 16
@@ -70,6 +71,7 @@ class Cache:
     kv_dtype: str = ""
     descale: str = ""
     spare: int = 2
+    lost: tuple[tuple[int, int], ...] = ()
     door: str = "kvcache"
 
 
