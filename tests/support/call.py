@@ -148,7 +148,7 @@ class Call:
     def __repr__(self) -> str:
         """What is not by default."""
         told = (f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default)
-        return f"Call({', '.join(told)})"
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def but(self, **changes: Any) -> Call:
         """The same call but for these fields, its own or its parts'."""
