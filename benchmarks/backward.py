@@ -21,13 +21,12 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 from benchmarks import cases, forward, measure, published, reference
-from benchmarks.cases import Case, varlen
+from benchmarks.cases import Case, dense, varlen
 from benchmarks.cubins import BenchmarkError
 from benchmarks.ours import MODES, Ours
 from benchmarks.workloads import lengths
@@ -41,11 +40,11 @@ DETERMINISTIC = frozenset(
     for mask in ("full", "causal")
 )
 EXTRA = (
-    Case("llama3-8b", 32768, False, 32, 8, 128, 1, window=1023),
-    Case("hd64", 32768, False, 16, 16, 64, 1, window=1023),
+    dense("llama3-8b", 32768, False, 32, 8, 128, 1, window=1023),
+    dense("hd64", 32768, False, 16, 16, 64, 1, window=1023),
     *(varlen("short", (32, 8, 128), lengths(256), causal) for causal in (False, True)),
     varlen("mix", (32, 8, 128), (*lengths(255), 8192), True),
-    *(Case(f"d{d}-dv{dv}", 4096, True, 32, 8, d, 2, head_dim_v=dv) for d, dv in ((128, 64), (192, 128))),
+    *(dense(f"d{d}-dv{dv}", 4096, True, 32, 8, d, 2, head_dim_v=dv) for d, dv in ((128, 64), (192, 128))),
 )
 Gradients = Callable[[], tuple[Any, ...]]
 
@@ -180,9 +179,11 @@ def check(what: str, found: Sequence[Any], expected: Sequence[Any]) -> None:
 
 def small_of(case: Case) -> Case:
     """A call of the same kind that is small enough for float64."""
-    packed = None if case.lengths is None else (5, 300, 129)
-    window = None if case.window is None else 100
-    return replace(case, seqlen=300, batch=3 if packed else 1, lengths=packed, window=window)
+    model, heads = case.name.split("/")[0], (case.heads_q, case.heads_kv, case.head_dim)
+    if case.lengths is not None:
+        return varlen(model, heads, (5, 300, 129), case.causal, case.head_dim_v)
+    window = None if case.left is None else 100
+    return dense(model, 300, case.causal, *heads, 1, head_dim_v=case.head_dim_v, window=window)
 
 
 def exact(case: Case, qkv: tuple[Any, Any, Any], dout: Any) -> tuple[Any, ...]:
@@ -191,7 +192,7 @@ def exact(case: Case, qkv: tuple[Any, Any, Any], dout: Any) -> tuple[Any, ...]:
 
     q, k, v = (x.detach().double().requires_grad_() for x in qkv)
     if case.lengths is None:
-        out, _ = reference.attention(q, k, v, case.causal, case.window)
+        out, _ = reference.attention(q, k, v, case.causal, case.left)
     else:
         out, _ = reference.packed(q, k, v, case)
     return torch.autograd.grad(out, (q, k, v), dout.double())

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from registry.contract import WINDOW_OPEN
+from tests.support.call import CAUSAL, OPEN, Call, Dims, packed
 
 # name -> (query heads, key/value heads, head_dim)
 MODELS = {
@@ -24,55 +26,44 @@ SPINE = ("llama3-8b", "llama2-7b", "qwen2.5-7b", "hd64", "hd64-gqa"), (1024, 204
 WORK = {"fwd": 1.0, "bwd": 2.5}  # an op's floating-point operations over the forward's: five products to two
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call. `name` is like 'llama3-8b/S2048/causal'.
+@dataclass(frozen=True, repr=False)
+class Case(Call):
+    """A call that is measured: every field of a `Call`, and the name that result files have for it."""
 
-    seqlen: of the queries; seqlen_k, head_dim_v: None where they are the same as those of the queries. window: keys
-    that a query sees to the left of the diagonal, itself apart, and none to its right. lengths: of the sequences of a
-    packed (varlen) self-attention, whose batch is their number and whose seqlen is the longest.
-    """
-
-    model: str
-    seqlen: int
-    causal: bool
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-    batch: int
-    seqlen_k: int | None = None
-    head_dim_v: int | None = None
-    window: int | None = None
-    lengths: tuple[int, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        keys = "" if self.seqlen_k is None else f"k{self.seqlen_k}"
-        packed = "" if self.lengths is None else f"v{len(self.lengths)}"
-        mask = "causal" if self.causal else "full" if self.window is None else f"window{self.window}"
-        return f"{self.model}/S{self.seqlen}{keys}{packed}/{mask}"
+    name: str = ""
 
     @property
     def op(self) -> str:
-        return "fwd"
+        return "fwd_paged" if self.cache else "fwd"
 
     @property
-    def keys(self) -> int:
-        return self.seqlen if self.seqlen_k is None else self.seqlen_k
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
+    def dims(self) -> Dims:
+        return self.head_dim, self.head_dim_v
 
     @property
     def group(self) -> int:
         return self.heads_q // self.heads_kv
 
     @property
+    def causal(self) -> bool:
+        return self.window == CAUSAL
+
+    @property
+    def left(self) -> int | None:
+        """Keys that a query sees to the left of the diagonal, itself apart; None: all."""
+        return self.window[0]
+
+    @property
     def bounds(self) -> tuple[int, int]:
         """window_left and window_right as the kernel takes them."""
-        right = 0 if self.causal or self.window is not None else WINDOW_OPEN
-        return WINDOW_OPEN if self.window is None else self.window, right
+        left, right = (WINDOW_OPEN if side is None else side for side in self.window)
+        return left, right
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Of the sequences of a packed self-attention."""
+        ends = self.cu_seqlens_q
+        return None if ends is None else tuple(b - a for a, b in pairwise(ends))
 
     @cached_property
     def flops(self) -> float:
@@ -80,25 +71,25 @@ class Case:
         return 2.0 * self.heads_q * sum(self.dims) * sum(self._pairs())
 
     def _pairs(self) -> Iterator[float]:
-        for length in self.lengths or (self.seqlen,) * self.batch:
-            keys = self.keys if self.lengths is None else length
-            if self.window is not None:
-                yield visible_pairs(length, keys, *self.bounds)
+        for (_, queries), (_, keys) in zip(self.queries.entries, self.keys.entries, strict=True):
+            seqlen_q, seqlen_k = queries.stop - queries.start, keys.stop - keys.start
+            if self.left is not None:
+                yield visible_pairs(seqlen_q, seqlen_k, *self.bounds)
             else:
-                yield length * keys / (2 if self.causal else 1)
+                yield seqlen_q * seqlen_k / (2 if self.causal else 1)
 
     def tflops(self, ms: float, op: str = "fwd") -> float:
         return WORK[op] * self.flops / ms / 1e9
 
     def facts(self, dtype: str = "bf16") -> dict[str, Any]:
         """The call as dispatch rows see it (docs/design.md)."""
-        total = self.batch * self.seqlen if self.lengths is None else sum(self.lengths)
+        (seqlen_q, seqlen_k), tokens = self.longest, self.queries
         return {
-            "dtype": dtype, "head_dim": self.dims[0], "head_dim_v": self.dims[1], "batch": self.batch,
+            "dtype": dtype, "head_dim": self.head_dim, "head_dim_v": self.head_dim_v, "batch": self.batch,
             "heads_q": self.heads_q, "heads_kv": self.heads_kv, "group": self.group,
-            "seqlen_q": self.seqlen, "seqlen_k": self.keys, "total_q": total, "packed_rows": self.seqlen * self.group,
-            "causal": int(self.bounds[1] == 0), "varlen": int(self.lengths is not None),
-            "window": int(self.window is not None),
+            "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "total_q": tokens.arrays * tokens.seqlen,
+            "packed_rows": seqlen_q * self.group, "causal": int(self.bounds[1] == 0), "varlen": int(tokens.is_packed),
+            "window": int(self.left is not None), **({"kv_dtype": self.cache.kv_dtype} if self.cache else {}),
         }  # fmt: skip
 
 
@@ -111,15 +102,41 @@ def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
     return sum(max(span, 0) for span in spans)
 
 
-def varlen(model: str, heads: tuple[int, int, int], lengths: tuple[int, ...], causal: bool) -> Case:
+def dense(
+    model: str, seqlen: int, causal: bool, heads_q: int, heads_kv: int, head_dim: int, batch: int,
+    seqlen_k: int | None = None, head_dim_v: int | None = None, window: int | None = None,
+) -> Case:  # fmt: skip
+    """A call that is named like 'llama3-8b/S2048/causal'.
+
+    seqlen: of the queries; seqlen_k, head_dim_v: None where they are the same as those of the queries. window: keys
+    that a query sees to the left of the diagonal, itself apart, and none to its right.
+    """
+    mask = "causal" if causal else "full" if window is None else f"window{window}"
+    keys = "" if seqlen_k is None else f"k{seqlen_k}"
+    return Case(
+        seqlen, seqlen if seqlen_k is None else seqlen_k, heads_q, heads_kv, batch, head_dim,
+        head_dim if head_dim_v is None else head_dim_v, name=f"{model}/S{seqlen}{keys}/{mask}",
+        window=CAUSAL if causal else OPEN if window is None else (window, 0),
+    )  # fmt: skip
+
+
+def varlen(
+    model: str, heads: tuple[int, int, int], lengths: tuple[int, ...], causal: bool, head_dim_v: int | None = None
+) -> Case:
     """Packed self-attention over sequences of these lengths; heads: as of MODELS."""
-    return Case(model, max(lengths), causal, *heads, batch=len(lengths), lengths=lengths)
+    heads_q, heads_kv, head_dim = heads
+    tokens, ends = packed(lengths)
+    name = f"{model}/S{max(lengths)}v{len(lengths)}/{'causal' if causal else 'full'}"
+    return Case(
+        tokens, tokens, heads_q, heads_kv, len(lengths), head_dim, head_dim_v or head_dim, cu_seqlens_q=ends,
+        cu_seqlens_k=ends, window=CAUSAL if causal else OPEN, name=name,
+    )  # fmt: skip
 
 
 def grid(models: dict[str, tuple[int, int, int]] = MODELS, seqlens: tuple[int, ...] = SEQLENS) -> list[Case]:
     """Every model at every length, full and causal, with batch max(1, 8192 / seqlen)."""
     return [
-        Case(model, seqlen, causal, *heads_and_dim, batch=max(1, TOKENS // seqlen))
+        dense(model, seqlen, causal, *heads_and_dim, batch=max(1, TOKENS // seqlen))
         for model, heads_and_dim in models.items()
         for seqlen in seqlens
         for causal in (False, True)

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, published
-from benchmarks.cases import Case
+from benchmarks.cases import dense
 from benchmarks.cubins import BenchmarkError
 from benchmarks.derived import private_copy, read_index
 
-CASE = Case("llama3-8b", 1024, True, 32, 8, 128, 2)
+CASE = dense("llama3-8b", 1024, True, 32, 8, 128, 2)
 MAX_BEYOND = 40.0  # ms of the first backward beyond autograd's start
 BACKWARD = ("autograd", "grad_forward", "backward", "second_backward")
 NO_SERVER = "http://127.0.0.1:9"  # the discard port: whoever asked it would fail at once

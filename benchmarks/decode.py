@@ -21,8 +21,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks import decode_raw, measure, published
+from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError, Kernel
-from benchmarks.decode_cases import ALONE, SIZES, Caches, DecodeCase, every
+from benchmarks.decode_cases import ALONE, SIZES, Caches, decode, every, kept, kv_bytes
 from benchmarks.ours import MODES, Ours
 from registry.contract import CubineryError, Variant
 
@@ -94,10 +95,11 @@ def read_bandwidth() -> float:
 
 
 def one_size(
-    ours: Ours, cases: Sequence[DecodeCase], repeats: int, bandwidth: float
+    ours: Ours, cases: Sequence[Case], repeats: int, bandwidth: float
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(a row for each case, why a peer could not run), all timed in turn. BenchmarkError for a wrong output."""
-    caches = Caches(*cases[0].size)
+    batch, context = cases[0].batch, cases[0].seqlen_k
+    caches = Caches(batch, context)
     steps = {case: _call(ours, case, caches) for case in cases}
     errors = {case: _checked(case, step, caches) for case, step in steps.items()}
     runs: dict[str, measure.Run] = {case.name: partial(measure.call, [step]) for case, step in steps.items()}
@@ -105,7 +107,7 @@ def one_size(
     for name, backend in PEERS.items():
         peer = partial(_sdpa, backend, caches)
         try:
-            if not (error := caches.error(DecodeCase(*cases[0].size), peer())) <= MAX_ERROR:
+            if not (error := caches.error(decode(batch, context), peer())) <= MAX_ERROR:
                 raise RuntimeError(f"its result is wrong by {error:.1e}")
             runs[name] = partial(measure.call, [peer])
         except RuntimeError as error:  # this torch or device may lack it
@@ -114,20 +116,20 @@ def one_size(
     return [_row(ours, case, ms, bandwidth, errors[case]) for case in cases], refused
 
 
-def _call(ours: Ours, case: DecodeCase, caches: Caches) -> Callable[[], Any]:
+def _call(ours: Ours, case: Case, caches: Caches) -> Callable[[], Any]:
     """A call of the public API. Its occupancy is asked for before anything is timed."""
     ours.choice(case)
     return partial(ours.runtime.flash_attn_with_kvcache, caches.q, *caches.stored(case), **caches.options(case))
 
 
-def _checked(case: DecodeCase, step: Callable[[], Any], caches: Caches) -> dict[str, float]:
+def _checked(case: Case, step: Callable[[], Any], caches: Caches) -> dict[str, float]:
     """Relative errors of an output from float64: over what the cache holds and, for e4m3, what that was made from."""
     out = step()
     error = caches.error(case, out)
     if not error <= MAX_ERROR:
         raise BenchmarkError(f"{case.name}: ours differs from float64 by {error:.2e}")
     found = {"error": float(f"{error:.2e}")}
-    if case.kv == "e4m3":
+    if kept(case).kv_dtype == "e4m3":
         found["error_from_bf16_cache"] = float(f"{caches.error(case, out, quantised=False):.2e}")
     return found
 
@@ -141,10 +143,8 @@ def _sdpa(backend: str, caches: Caches) -> Any:
         return measure.sdpa(caches.q, k, v, False).transpose(1, 2)
 
 
-def _row(
-    ours: Ours, case: DecodeCase, ms: Mapping[str, float], bandwidth: float, errors: dict[str, float]
-) -> dict[str, Any]:
-    chosen, mine = ours.choice(case), ms[case.name]
+def _row(ours: Ours, case: Case, ms: Mapping[str, float], bandwidth: float, errors: dict[str, float]) -> dict[str, Any]:
+    chosen, mine, (page, kv) = ours.choice(case), ms[case.name], (kept(case).page_size, kept(case).kv_dtype)
     row = {
         "case": case.name,
         "ours": round(mine, 5),
@@ -154,23 +154,21 @@ def _row(
         "pack": chosen.pack,
         "ptx_sha256": chosen.artifact.ptx_sha256,
         "num_splits": splits_of(ours, case),
-        "gb_s": round(case.kv_bytes / mine / 1e6, 1),
-        "share": round(case.kv_bytes / mine * 1e3 / bandwidth, 4),
+        "gb_s": round(kv_bytes(case) / mine / 1e6, 1),
+        "share": round(kv_bytes(case) / mine * 1e3 / bandwidth, 4),
         "cudnn": round(ms["cudnn"], 5) if "cudnn" in ms else None,
         "ratio_cudnn": round(ms["cudnn"] / mine, 4) if "cudnn" in ms else None,
         "tokens_s": round(case.batch / mine * 1e3),
     }
-    contiguous, bf16 = (
-        ms.get(DecodeCase(*case.size, page, kv).name) for page, kv in ((None, case.kv), (case.page, "bf16"))
-    )
-    if case.page and contiguous:
+    contiguous, bf16 = (ms.get(decode(case.batch, case.seqlen_k, *how).name) for how in ((None, kv), (page, "bf16")))
+    if page and contiguous:
         row["over_contiguous"] = round(mine / contiguous, 4)
-    if case.kv == "e4m3" and bf16:
+    if kv == "e4m3" and bf16:
         row["over_bf16"] = round(bf16 / mine, 4)
     return row | errors
 
 
-def splits_of(ours: Ours, case: DecodeCase) -> int:
+def splits_of(ours: Ours, case: Case) -> int:
     """What the runtime's heuristic takes for the case."""
     from runtime.call import splits
 
@@ -179,7 +177,7 @@ def splits_of(ours: Ours, case: DecodeCase) -> int:
     kernel = Kernel(candidate, smem=None if ours.mode == "free" else candidate.emulated_smem())
     facts, grid = case.facts(), chosen.artifact.grid
     variant = Variant.parse(chosen.artifact.variant)
-    key_blocks = -(-case.context // variant.size("n"))
+    key_blocks = -(-case.seqlen_k // variant.size("n"))
     blocks = grid.blocks(facts, case.group if chosen.pack else 1)
     resident = measure.multiprocessors(), kernel.occupancy
     return splits.num_splits(blocks, key_blocks, *resident, heavy=splits.is_heavy(variant))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from benchmarks import measure
+from benchmarks.cases import Case
+from tests.support.call import Cache
 
 HEADS_Q, HEADS_KV, HEAD_DIM = 32, 8, 128
 PAGES = (16, 64)
@@ -15,50 +16,29 @@ ALONE = (1, 131072)
 E4M3_MAX = 448.0
 
 
-@dataclass(frozen=True)
-class DecodeCase:
-    """page: None for a contiguous cache. kv: 'bf16' or 'e4m3', what the cache holds."""
-
-    batch: int
-    context: int
-    page: int | None = None
-    kv: str = "bf16"
-
-    op: ClassVar[str] = "fwd_paged"
-    group: ClassVar[int] = HEADS_Q // HEADS_KV
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.batch, self.context
-
-    @property
-    def name(self) -> str:
-        """Like '32x8192/page16/bf16'."""
-        return f"{self.batch}x{self.context}/{self.layout}/{self.kv}"
-
-    @property
-    def layout(self) -> str:
-        return f"page{self.page}" if self.page else "contiguous"
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of all keys and values, which a step has to read once."""
-        return 2 * self.batch * self.context * HEADS_KV * HEAD_DIM * (1 if self.kv == "e4m3" else 2)
-
-    def facts(self, dtype: str = "bf16") -> dict[str, Any]:
-        """The call as dispatch rows see it (docs/design.md)."""
-        return {
-            "dtype": dtype, "kv_dtype": self.kv, "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "batch": self.batch,
-            "heads_q": HEADS_Q, "heads_kv": HEADS_KV, "group": self.group, "seqlen_q": 1, "seqlen_k": self.context,
-            "total_q": self.batch, "packed_rows": self.group, "causal": 0, "varlen": 0, "window": 0,
-        }  # fmt: skip
+def decode(batch: int, context: int, page: int | None = None, kv: str = "bf16") -> Case:
+    """A step that is named like '32x8192/page16/bf16'. page: None for a contiguous cache. kv: 'bf16' or 'e4m3'."""
+    layout = f"page{page}" if page else "contiguous"
+    return Case(
+        1, context, HEADS_Q, HEADS_KV, batch, HEAD_DIM, HEAD_DIM, cache=Cache(page, kv_dtype=kv),
+        name=f"{batch}x{context}/{layout}/{kv}",
+    )  # fmt: skip
 
 
-def every(sizes: tuple[tuple[int, int], ...] = (*SIZES, ALONE)) -> list[DecodeCase]:
+def kept(case: Case) -> Cache:
+    """How the keys and values are kept."""
+    assert case.cache is not None
+    return case.cache
+
+
+def kv_bytes(case: Case) -> int:
+    """Of all keys and values, which a step has to read once."""
+    return 2 * case.batch * case.seqlen_k * HEADS_KV * HEAD_DIM * (1 if kept(case).kv_dtype == "e4m3" else 2)
+
+
+def every(sizes: tuple[tuple[int, int], ...] = (*SIZES, ALONE)) -> list[Case]:
     """Every size in every layout, bf16 and e4m3."""
-    return [
-        DecodeCase(*size, page, kv) for size in sizes for kv in ("bf16", "e4m3") for page in (None, *PAGES)
-    ]  # fmt: skip
+    return [decode(*size, page, kv) for size in sizes for kv in ("bf16", "e4m3") for page in (None, *PAGES)]
 
 
 class Caches:
@@ -92,44 +72,41 @@ class Caches:
         order = torch.randperm(pages, generator=self.generator, device=measure.DEVICE)
         return order.int().view(self.batch, self.context // page)
 
-    def stored(self, case: DecodeCase) -> tuple[Any, Any]:
+    def stored(self, case: Case) -> tuple[Any, Any]:
         """k and v as the case has them: (pages, page_size, heads, dim), or (batch, context, heads, dim)."""
-        k, v = self.kv[case.kv]
-        if case.page is None:
+        (k, v), page = self.kv[kept(case).kv_dtype], kept(case).page_size
+        if page is None:
             return k, v
-        return k.view(-1, case.page, HEADS_KV, HEAD_DIM), v.view(-1, case.page, HEADS_KV, HEAD_DIM)
+        return k.view(-1, page, HEADS_KV, HEAD_DIM), v.view(-1, page, HEADS_KV, HEAD_DIM)
 
-    def options(self, case: DecodeCase) -> dict[str, Any]:
+    def options(self, case: Case) -> dict[str, Any]:
         """Keywords of flash_attn_with_kvcache besides q and the cache."""
         found: dict[str, Any] = {"cache_seqlens": self.lengths}
-        if case.page is not None:
-            found["block_table"] = self.tables[case.page]
-        if case.kv == "e4m3":
+        if (page := kept(case).page_size) is not None:
+            found["block_table"] = self.tables[page]
+        if kept(case).kv_dtype == "e4m3":
             found["k_descale"], found["v_descale"] = self.descale
         return found
 
-    def exact(self, case: DecodeCase, entry: int, quantised: bool = True) -> Any:
+    def exact(self, case: Case, entry: int, quantised: bool = True) -> Any:
         """One entry's output in float64, (1, HEADS_Q, HEAD_DIM). quantised: of what the cache holds, else of what an
         e4m3 cache was made from."""
         import torch
 
-        tensors = []
-        for x, factor in zip(self.stored(case if quantised else self._whole(case)), self.descale, strict=True):
-            if case.page is None:
+        cache, tensors = kept(case), []
+        whole = case if quantised else decode(case.batch, case.seqlen_k, cache.page_size)
+        for x, factor in zip(self.stored(whole), self.descale, strict=True):
+            if cache.page_size is None:
                 rows = x[entry]
             else:  # as bytes: not every torch can index float8
-                rows = x.view(torch.uint8)[self.tables[case.page][entry].long()].view(x.dtype).flatten(0, 1)
+                rows = x.view(torch.uint8)[self.tables[cache.page_size][entry].long()].view(x.dtype).flatten(0, 1)
             rows = rows.to(self.q.dtype).double().transpose(0, 1)  # every e4m3 is a bf16
-            tensors.append(rows * factor.double()[:, None, None] if case.kv == "e4m3" and quantised else rows)
+            tensors.append(rows * factor.double()[:, None, None] if cache.kv_dtype == "e4m3" and quantised else rows)
         k, v = tensors
         scores = self.q[entry].double().view(HEADS_KV, case.group, HEAD_DIM) @ k.mT * HEAD_DIM**-0.5
         return (scores.softmax(-1) @ v).flatten(0, 1)[None]
 
-    @staticmethod
-    def _whole(case: DecodeCase) -> DecodeCase:
-        return DecodeCase(case.batch, case.context, case.page)
-
-    def error(self, case: DecodeCase, out: Any, quantised: bool = True) -> float:
+    def error(self, case: Case, out: Any, quantised: bool = True) -> float:
         """Relative error of the first and the last entry of an output (batch, 1, HEADS_Q, HEAD_DIM)."""
         entries = sorted({0, self.batch - 1})
         return max(measure.relative_error(out[b], self.exact(case, b, quantised)) for b in entries)

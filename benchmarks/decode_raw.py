@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.cases import Case
 from benchmarks.cubins import LOG2_E, OPEN, BenchmarkError, Candidate, Kernel, Launch, read
-from benchmarks.decode_cases import HEAD_DIM, HEADS_KV, HEADS_Q, Caches, DecodeCase, every
+from benchmarks.decode_cases import HEAD_DIM, HEADS_KV, HEADS_Q, Caches, every, kept, kv_bytes
 from registry.contract import Abi, fast_divmod
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -22,7 +23,7 @@ MODES = ("free", "sm120")
 class Step:
     """A decode step of one variant and number of splits: called, it enqueues its launches on torch's current stream."""
 
-    def __init__(self, kernel: Kernel, combine: Kernel, case: DecodeCase, caches: Caches, num_splits: int):
+    def __init__(self, kernel: Kernel, combine: Kernel, case: Case, caches: Caches, num_splits: int):
         import torch
 
         k, v = caches.stored(case)
@@ -34,16 +35,17 @@ class Step:
         values |= {name: x.data_ptr() for name, x in (("q", caches.q), ("k", k), ("v", v), ("o", o), ("lse", lse))}
         values |= {"o_stride_split": o.stride(0), "lse_stride_split": lse.stride(0)} if num_splits > 1 else {}
         values |= {"lse_stride_b": HEADS_Q, "lse_stride_h": 1, "seqused_k": caches.lengths.data_ptr()}
-        page = case.page or case.context
-        if case.page is not None:
+        cache = kept(case)
+        page = cache.page_size or case.seqlen_k
+        if cache.page_size is not None:
             table = caches.tables[page]
             values |= {"page_table": table.data_ptr(), "page_table_stride": table.stride(0)}
-        if case.kv == "e4m3":
+        if cache.kv_dtype == "e4m3":
             values |= {f"{x}_descale": caches.descale[i].data_ptr() for i, x in enumerate("kv")}
         values["page_size"], (values["page_magic"], values["page_shift"]) = page, fast_divmod(page)
         values["pack"], (values["pack_magic"], values["pack_shift"]) = group, fast_divmod(group)
         values |= {"batch": case.batch, "heads_q": HEADS_Q, "heads_kv": HEADS_KV, "seqlen_q": 1}
-        values |= {"seqlen_k": case.context, "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "num_splits": num_splits}
+        values |= {"seqlen_k": case.seqlen_k, "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "num_splits": num_splits}
         values["window_left"], values["window_right"] = OPEN
         values["scale_log2"] = HEAD_DIM**-0.5 * LOG2_E
         blocks = kernel.artifact.grid.blocks(case.facts(), group) * num_splits
@@ -121,15 +123,15 @@ def sweep(
     if not combines:
         raise BenchmarkError(f"{registry}: no fwd_combine-bf16-*, which more than one split needs")
     chosen = [case for case in every() if fnmatchcase(case.name, cases)]
-    for size in dict.fromkeys(case.size for case in chosen):
+    for size in dict.fromkeys((case.batch, case.seqlen_k) for case in chosen):
         caches = Caches(*size)
         for case in chosen:
-            if case.size != size:
+            if (case.batch, case.seqlen_k) != size:
                 continue
             for mode in modes:
                 combine = kernel_of(combines[0], mode)
                 for candidate in found:
-                    if kv_of(candidate) == case.kv:
+                    if kv_of(candidate) == kept(case).kv_dtype:
                         kernel = kernel_of(candidate, mode)
                         made = _variant(candidate.key, kernel, combine, case, caches, splits, repeats, bandwidth)
                         rows += [{"mode": mode, **row} for row in made]
@@ -138,7 +140,7 @@ def sweep(
 
 
 def _variant(
-    key: str, kernel: Kernel, combine: Kernel, case: DecodeCase, caches: Caches, splits: Sequence[int], repeats: int,
+    key: str, kernel: Kernel, combine: Kernel, case: Case, caches: Caches, splits: Sequence[int], repeats: int,
     bandwidth: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     steps = {n: Step(kernel, combine, case, caches, n) for n in splits}
@@ -151,14 +153,14 @@ def _variant(
         row = {"case": case.name, "variant": key, "num_splits": n, "blocks_per_sm": kernel.occupancy}
         row |= {
             "ms": round(ms, 5),
-            "share": round(case.kv_bytes / ms * 1e3 / bandwidth, 4),
+            "share": round(kv_bytes(case) / ms * 1e3 / bandwidth, 4),
             "error": float(f"{errors[n]:.2e}"),
         }
         rows.append(row | {"right": errors[n] <= MAX_ERROR})
     return rows
 
 
-def table_line(case: DecodeCase, mode: str, kernel: Kernel, key: str, rows: Sequence[dict[str, Any]]) -> str:
+def table_line(case: Case, mode: str, kernel: Kernel, key: str, rows: Sequence[dict[str, Any]]) -> str:
     """The shares of the bandwidth, in percent, by number of splits; the best one marked, wrong results named."""
     best = max((row["share"] for row in rows if row["right"]), default=None)
     cells = []

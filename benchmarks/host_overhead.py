@@ -17,13 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.cases import Case
+from benchmarks.cases import Case, dense
 from benchmarks.ours import Ours
 
 CASES = (
-    Case("llama3-8b", 1, False, 32, 8, 128, 1),
-    Case("llama3-8b", 128, True, 32, 8, 128, 1),
-    Case("hd64", 128, False, 16, 16, 64, 1),
+    dense("llama3-8b", 1, False, 32, 8, 128, 1),
+    dense("llama3-8b", 128, True, 32, 8, 128, 1),
+    dense("hd64", 128, False, 16, 16, 64, 1),
 )
 CALLS = 400  # in a series; the driver's queue holds 1,024 launches
 SERIES = 25

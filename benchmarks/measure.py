@@ -157,8 +157,8 @@ def make_inputs(case: Case, dtype: str, rotated: int = ROTATED_BYTES) -> list[tu
     import torch
 
     kind = getattr(torch, DTYPES[dtype])
-    lead_q = (case.batch, case.seqlen) if case.lengths is None else (sum(case.lengths),)
-    lead_k = (case.batch, case.keys) if case.lengths is None else lead_q
+    packed = case.lengths is not None
+    lead_q, lead_k = ((n,) if packed else (case.batch, n) for n in (case.seqlen_q, case.seqlen_k))
     head_dim, head_dim_v = case.dims
     shapes = (
         (*lead_q, case.heads_q, head_dim),

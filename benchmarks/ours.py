@@ -14,7 +14,6 @@ from typing import Any
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError, Candidate, Kernel, read
-from benchmarks.decode_cases import DecodeCase
 from benchmarks.derived import private_copy, read_index
 from registry.contract import Artifact
 
@@ -48,7 +47,7 @@ class Ours:
             raise BenchmarkError(f"{artifact.variant}: the index and the artifacts table of the registry disagree")
         return candidate
 
-    def choice(self, case: Case | DecodeCase, dtype: str = "bf16", op: str | None = None) -> Any:
+    def choice(self, case: Case, dtype: str = "bf16", op: str | None = None) -> Any:
         """What the dispatch rows choose for the case: `runtime.load.select.Choice`, with .artifact and .pack.
 
         op: by default the case's own.
@@ -75,7 +74,7 @@ class Ours:
     def calls(self, case: Case, inputs: list[tuple[Any, Any, Any]], **options: Any) -> list[Any]:
         """A call of the public API for each input set of the case. options: arguments beside those of the case."""
         if case.lengths is None:
-            window = None if case.window is None else (case.window, 0)
+            window = None if case.left is None else case.window
             attn = self.runtime.flash_attn
             return [partial(attn, *qkv, causal=case.causal, window=window, **options) for qkv in inputs]
         cu, longest = measure.cu_seqlens(case.lengths), max(case.lengths)

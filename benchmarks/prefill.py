@@ -14,37 +14,29 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from benchmarks import measure, published
+from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError
 from benchmarks.ours import MODES, Ours
+from tests.support.call import CAUSAL
 
 PAGES = (16, 64)
 MAX_ERROR = 1e-2  # relative, of norms: two of our kernels on the same numbers
 MAX_PAGED = 1.10
 
 
-@dataclass(frozen=True)
-class PrefillCase:
-    batch: int
-    chunk: int
-    context: int
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.batch}x{self.chunk}of{self.context}/d{self.head_dim}"
+def prefill(batch: int, chunk: int, context: int, heads_q: int, heads_kv: int, head_dim: int) -> Case:
+    name = f"{batch}x{chunk}of{context}/d{head_dim}"
+    return Case(chunk, context, heads_q, heads_kv, batch, head_dim, head_dim, window=CAUSAL, name=name)
 
 
 CASES = (
-    *(PrefillCase(2, 4096, 4096, 32, 8, 128), PrefillCase(8, 1024, 1024, 32, 8, 128)),
-    *(PrefillCase(8, 512, 8192, 32, 8, 128), PrefillCase(4, 4096, 4096, 16, 4, 64)),
-    PrefillCase(2, 4096, 4096, 16, 4, 256),
+    *(prefill(2, 4096, 4096, 32, 8, 128), prefill(8, 1024, 1024, 32, 8, 128)),
+    *(prefill(8, 512, 8192, 32, 8, 128), prefill(4, 4096, 4096, 16, 4, 64)),
+    prefill(2, 4096, 4096, 16, 4, 256),
 )
 
 
@@ -71,7 +63,7 @@ def worst(rows: Sequence[dict[str, Any]]) -> float:
     return max(row["over_contiguous"] for row in rows)
 
 
-def one_case(ours: Ours, case: PrefillCase, repeats: int) -> list[dict[str, Any]]:
+def one_case(ours: Ours, case: Case, repeats: int) -> list[dict[str, Any]]:
     """A row for each page size. BenchmarkError where pages change the result."""
     steps, peer = _calls(ours, case)
     right = steps["contiguous"]()
@@ -80,7 +72,7 @@ def one_case(ours: Ours, case: PrefillCase, repeats: int) -> list[dict[str, Any]
         if not error <= MAX_ERROR:
             raise BenchmarkError(f"{case.name}/{name}: differs from contiguous keys by {error:.2e}")
     runs: dict[str, measure.Run] = {name: partial(measure.call, [step]) for name, step in steps.items()}
-    if case.chunk == case.context:
+    if case.seqlen_q == case.seqlen_k:
         runs["sdpa"] = partial(measure.call, [peer])
     ms = {name: statistics.median(found) for name, found in measure.interleaved(runs, 1, repeats).items()}
     return [
@@ -96,18 +88,18 @@ def one_case(ours: Ours, case: PrefillCase, repeats: int) -> list[dict[str, Any]
     ]
 
 
-def _calls(ours: Ours, case: PrefillCase) -> tuple[dict[str, Callable[[], Any]], Callable[[], Any]]:
+def _calls(ours: Ours, case: Case) -> tuple[dict[str, Callable[[], Any]], Callable[[], Any]]:
     """(ours by layout, SDPA's), on the same numbers."""
     import torch
 
     made = torch.Generator(device=measure.DEVICE).manual_seed(0)
     new = partial(torch.randn, generator=made, device=measure.DEVICE, dtype=torch.bfloat16)
-    q = new(case.batch, case.chunk, case.heads_q, case.head_dim)
-    k, v = (new(case.batch, case.context, case.heads_kv, case.head_dim) for _ in "kv")
+    q = new(case.batch, case.seqlen_q, case.heads_q, case.head_dim)
+    k, v = (new(case.batch, case.seqlen_k, case.heads_kv, case.head_dim) for _ in "kv")
     steps: dict[str, Callable[[], Any]] = {"contiguous": partial(ours.runtime.flash_attn, q, k, v, causal=True)}
-    lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device=measure.DEVICE)
+    lengths = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=measure.DEVICE)
     for page in PAGES:
-        pages = case.batch * case.context // page
+        pages = case.batch * case.seqlen_k // page
         order = torch.randperm(pages, generator=made, device=measure.DEVICE)
         k_pages, v_pages = (torch.empty_like(x).view(pages, page, *x.shape[2:]) for x in (k, v))
         k_pages[order], v_pages[order] = k.view(k_pages.shape), v.view(v_pages.shape)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.cases import Case
+from benchmarks.cases import Case, dense, varlen
 
 MAX_ERROR = {"bf16": 1e-2, "fp16": 2e-3}  # relative, of a norm: P rounded to the dtype costs about a third of it
 MAX_LSE_ERROR = 1e-4
@@ -42,7 +42,7 @@ def packed(q: Any, k: Any, v: Any, case: Case) -> tuple[Any, Any]:
     outs, sums, start = [], [], 0
     for length in case.lengths:
         part_q, part_k, part_v = (x[None, start : start + length] for x in (q, k, v))
-        out, lse = attention(part_q, part_k, part_v, case.causal, case.window)
+        out, lse = attention(part_q, part_k, part_v, case.causal, case.left)
         outs.append(out[0])
         sums.append(lse[0])
         start += length
@@ -53,13 +53,13 @@ def checks(dims: tuple[int, int]) -> tuple[Case, ...]:
     """Ragged on both sides, grouped, longer and shorter queries, a window, packed sequences and an empty one."""
     d, dv = dims
     return (
-        Case("check", 200, False, 4, 2, d, 2, 333, dv),
-        Case("check", 200, True, 4, 2, d, 2, 333, dv),
-        Case("check", 385, True, 7, 1, d, 1, 129, dv),
-        Case("check", 1, True, 4, 2, d, 2, 1000, dv),
-        Case("check", 1024, True, 4, 1, d, 1, None, dv),
-        Case("check", 700, False, 4, 2, d, 1, None, dv, window=150),
-        Case("check", 300, True, 4, 1, d, 4, None, dv, lengths=(5, 0, 300, 129)),
+        dense("check", 200, False, 4, 2, d, 2, 333, dv),
+        dense("check", 200, True, 4, 2, d, 2, 333, dv),
+        dense("check", 385, True, 7, 1, d, 1, 129, dv),
+        dense("check", 1, True, 4, 2, d, 2, 1000, dv),
+        dense("check", 1024, True, 4, 1, d, 1, None, dv),
+        dense("check", 700, False, 4, 2, d, 1, None, dv, window=150),
+        varlen("check", (4, 1, d), (5, 0, 300, 129), True, dv),
     )
 
 
@@ -80,7 +80,7 @@ def error(run: Run, case: Case, dtype: str) -> tuple[float, float]:
     run(q, k, v, o, lse, case, cu)
     measure.synchronize()
     expected, expected_lse = (
-        attention(q, k, v, case.causal, case.window) if case.lengths is None else packed(q, k, v, case)
+        attention(q, k, v, case.causal, case.left) if case.lengths is None else packed(q, k, v, case)
     )
     rows = torch.isfinite(expected_lse)
     empty_differ = not torch.equal(torch.isneginf(lse), ~rows)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import forward, measure, published, reference
-from benchmarks.cases import Case, varlen, visible_pairs
+from benchmarks.cases import Case, dense, varlen, visible_pairs
 from benchmarks.cubins import BenchmarkError, Kernel, bind_fwd
 from benchmarks.ours import MODES, Ours
 from benchmarks.workloads import lengths
@@ -89,11 +89,11 @@ def window(ours: Ours, repeats: int) -> dict[str, Any]:
     rows, bars = [], []
     for model, head_dim in (("llama3-8b", 128), ("hd64", 64)):
         heads = (32, 8) if head_dim == 128 else (16, 16)
-        full = Case(model, WINDOW_TOKENS, False, *heads, head_dim, 1)
-        part = Case(model, WINDOW_TOKENS, False, *heads, head_dim, 1, window=WINDOW)
+        full = dense(model, WINDOW_TOKENS, False, *heads, head_dim, 1)
+        part = dense(model, WINDOW_TOKENS, False, *heads, head_dim, 1, window=WINDOW)
         check_tail(ours, part)
         full_ms, part_ms = timed(ours, (full, part), repeats)
-        share = visible_pairs(full.seqlen, full.seqlen, *part.bounds) / full.seqlen**2
+        share = visible_pairs(full.seqlen_q, full.seqlen_k, *part.bounds) / full.seqlen_q**2
         factor = round(part_ms / (full_ms * share), 4)
         rows.append(
             {**ours.facts(part, part_ms), "full": round(full_ms, 5), "share": round(share, 5), "factor": factor}
@@ -106,10 +106,10 @@ def check_tail(ours: Ours, case: Case) -> None:
     """Check the last rows of a long windowed case against float64 over the keys that they see."""
     q, k, v = measure.make_inputs(case, "bf16", rotated=1)[0]
     (call,) = ours.calls(case, [(q, k, v)])
-    rows = min(CHECKED_ROWS, case.seqlen)
-    assert case.window is not None
-    keys = min(rows + case.window, case.seqlen)
-    expected, _ = reference.attention(q[:, -rows:], k[:, -keys:], v[:, -keys:], False, case.window)
+    rows = min(CHECKED_ROWS, case.seqlen_q)
+    assert case.left is not None
+    keys = min(rows + case.left, case.seqlen_k)
+    expected, _ = reference.attention(q[:, -rows:], k[:, -keys:], v[:, -keys:], False, case.left)
     _close(case, call()[:, -rows:], expected)
 
 
@@ -126,12 +126,12 @@ def varlen_part(ours: Ours, repeats: int) -> dict[str, Any]:
     heads, rows, bars = (32, 8, 128), [], []
     even, uneven = lengths(256), (*lengths(255), 8192)
     for causal in (False, True):
-        dense = Case("dense", DENSE_TOKENS, causal, *heads, batch=sum(even) // DENSE_TOKENS)
+        even_ones = dense("dense", DENSE_TOKENS, causal, *heads, batch=sum(even) // DENSE_TOKENS)
         short, mix = varlen("short", heads, even, causal), varlen("mix", heads, uneven, causal)
-        padded = Case("padded", max(even), causal, *heads, batch=len(even))
+        padded = dense("padded", max(even), causal, *heads, batch=len(even))
         check_packed(ours, short)
-        dense_ms, short_ms, mix_ms, padded_ms = timed(ours, (dense, short, mix, padded), repeats)
-        per_pair = dense_ms / tile_pairs((DENSE_TOKENS,) * dense.batch, causal)
+        dense_ms, short_ms, mix_ms, padded_ms = timed(ours, (even_ones, short, mix, padded), repeats)
+        per_pair = dense_ms / tile_pairs((DENSE_TOKENS,) * even_ones.batch, causal)
         factor = round(short_ms / (per_pair * tile_pairs(even, causal)), 4)
         rows.append({**ours.facts(short, short_ms), "factor": factor, "dense_256": round(dense_ms, 5),
                      "padded": round(padded_ms, 5)})  # fmt: skip
@@ -161,8 +161,8 @@ def asymmetric(ours: Ours, repeats: int) -> dict[str, Any]:
     rows = []
     for head_dim, head_dim_v in ((128, 64), (192, 128), (256, 128)):
         for causal in (False, True):
-            case = Case(f"d{head_dim}-dv{head_dim_v}", 4096, causal, 32, 8, head_dim, 2, head_dim_v=head_dim_v)
-            small = Case("check", 300, causal, 4, 1, head_dim, 2, head_dim_v=head_dim_v)
+            case = dense(f"d{head_dim}-dv{head_dim_v}", 4096, causal, 32, 8, head_dim, 2, head_dim_v=head_dim_v)
+            small = dense("check", 300, causal, 4, 1, head_dim, 2, head_dim_v=head_dim_v)
             q, k, v = measure.make_inputs(small, "bf16", rotated=1)[0]
             _close(small, ours.calls(small, [(q, k, v)])[0](), reference.attention(q, k, v, causal)[0])
             rows.append(_beside_sdpa(ours, case, repeats))
@@ -193,7 +193,7 @@ def pack(ours: Ours, repeats: int) -> dict[str, Any]:
         ((32, 8), 4096, None, 2, False),
         ((28, 4), 4096, None, 2, True),
     ):
-        case = Case(f"{heads[0]}h{heads[1]}", seqlen, causal, *heads, 128, batch, keys)
+        case = dense(f"{heads[0]}h{heads[1]}", seqlen, causal, *heads, 128, batch, keys)
         chosen = ours.choice(case)
         candidate = ours.candidate(chosen.artifact)
         kernel = Kernel(candidate, smem=None if ours.mode == "free" else candidate.emulated_smem())

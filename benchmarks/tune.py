@@ -354,7 +354,7 @@ def check(candidate: Candidate, packs: Sequence[bool]) -> None:
     for pack in packs:
 
         def run(q: Any, k: Any, v: Any, o: Any, lse: Any, case: Case, cu: Any, pack: bool = pack) -> None:
-            bind_fwd(kernel, q, k, v, o, lse, causal=case.causal, window=case.window, pack=pack, cu_seqlens=cu)()
+            bind_fwd(kernel, q, k, v, o, lse, causal=case.causal, window=case.left, pack=pack, cu_seqlens=cu)()
 
         errors = reference.errors(run, dims_of(variant), variant.dtype)
         if not reference.good(errors, variant.dtype):
@@ -387,7 +387,7 @@ def time_case(
             at = f"{name} {mode}"
             kernel = kernels[at] = _kernel(found[choice.key], mode)
             bound = [
-                bind_fwd(kernel, *qkv, *out, causal=case.causal, window=case.window, pack=choice.pack, cu_seqlens=cu)
+                bind_fwd(kernel, *qkv, *out, causal=case.causal, window=case.left, pack=choice.pack, cu_seqlens=cu)
                 for qkv, out in zip(inputs, outs, strict=True)
             ]
             runs[at] = partial(measure.call, bound)

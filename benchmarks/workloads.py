@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from benchmarks.cases import Case, varlen
+from benchmarks.cases import Case, dense, varlen
 from kernels.tables import Tiles, groups
 
 
@@ -29,11 +29,11 @@ def workloads(head_dim: int, head_dim_v: int) -> dict[str, Workload]:
     def case(heads_q: int, heads_kv: int, seqlen: int, batch: int, mask: str | int, keys: int | None = None) -> Case:
         window = mask if isinstance(mask, int) else None
         model, causal = f"{heads_q}h{heads_kv}", mask == "causal"
-        return Case(model, seqlen, causal, heads_q, heads_kv, head_dim, batch, keys, head_dim_v, window)
+        return dense(model, seqlen, causal, heads_q, heads_kv, head_dim, batch, keys, head_dim_v, window)
 
     def short_sequences(heads_q: int, heads_kv: int, causal: bool) -> Case:
-        made = varlen(f"{heads_q}h{heads_kv}", (heads_q, heads_kv, head_dim), lengths(48), causal)
-        return Case(**{**vars(made), "head_dim_v": head_dim_v})
+        heads = heads_q, heads_kv, head_dim
+        return varlen(f"{heads_q}h{heads_kv}", heads, lengths(48), causal, head_dim_v)
 
     return {
         "packed_decode": Workload(

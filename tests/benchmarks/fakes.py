@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.cases import varlen
 from benchmarks.reference import attention, packed
 from registry.contract import Artifact, Condition, DispatchRow, Grid, Index, Variant, sha256_hex
 from registry.store import Store, compress
@@ -95,5 +95,4 @@ def attend(q: Any, k: Any, v: Any, causal: bool, window: int | None, cu_seqlens:
         return attention(q, k, v, causal, window)
     starts = cu_seqlens[0].tolist()
     lengths = tuple(end - start for start, end in pairwise(starts))
-    case = Case("fake", max(lengths), causal, q.shape[1], k.shape[1], q.shape[2], len(lengths), lengths=lengths)
-    return packed(q, k, v, case)
+    return packed(q, k, v, varlen("fake", (q.shape[1], k.shape[1], q.shape[2]), lengths, causal))

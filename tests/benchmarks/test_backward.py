@@ -13,7 +13,7 @@ import torch
 
 import runtime
 from benchmarks import backward, cases, derived, measure, ours, published
-from benchmarks.cases import Case, varlen
+from benchmarks.cases import dense, varlen
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Variant
 from runtime.load import kernel
@@ -24,9 +24,9 @@ KEY = "bwd-bf16-d64-dv64-m64-n64-w4-s1"
 AROUND = [*(f"bwd_{part}process-bf16-d256-dv256-m128" for part in ("pre", "post")), "bwd_sum-bf16-d256-dv256-m8"]
 TINY = cases.grid({"tiny": (4, 2, 64)}, (64,))
 SMALL = (
-    Case("tiny", 80, False, 4, 2, 64, 1, window=9),
+    dense("tiny", 80, False, 4, 2, 64, 1, window=9),
     varlen("tiny", (4, 2, 64), (30, 50), True),
-    Case("d64-dv32", 64, True, 4, 2, 64, 1, head_dim_v=32),
+    dense("d64-dv32", 64, True, 4, 2, 64, 1, head_dim_v=32),
 )
 
 
@@ -117,7 +117,7 @@ def test_a_wrong_gradient_fails_its_case(registry, plain, monkeypatch, case, of)
         return plain.flash_attn(**x, **more)
 
     monkeypatch.setattr(runtime, "flash_attn", flash_attn)
-    one = backward.against_sdpa if case.window is None else backward.alone
+    one = backward.against_sdpa if case.left is None else backward.alone
     with pytest.raises(BenchmarkError, match=f"d{of} differs by"):
         one(ours.Ours(registry, "free"), case, "bf16", 1)
 
@@ -151,7 +151,7 @@ def test_the_forward_is_not_in_the_time(registry, plain, monkeypatch):
 def test_every_extra_case_has_a_small_one_of_its_kind():
     for case in (*backward.EXTRA, *SMALL):
         small = backward.small_of(case)
-        assert (small.window is None, small.lengths is None) == (case.window is None, case.lengths is None)
+        assert (small.left is None, small.lengths is None) == (case.left is None, case.lengths is None)
         assert (small.dims, small.group, small.causal) == (case.dims, case.group, case.causal)
         assert small.flops < 5e9 and (small.lengths is None or small.batch == len(small.lengths))
 

@@ -8,10 +8,11 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.gpu import bwd_cases, bwd_yardstick, checks, ledger, yardstick
+from tests.gpu import bwd_yardstick, calls, checks, ledger, yardstick
 from tests.gpu.bwd_stand_in import BwdStand
-from tests.gpu.inputs import FAMILIES, Shape, values
+from tests.gpu.inputs import values
 from tests.gpu.sanitize import TOOLS
+from tests.support.call import FAMILIES, Call
 from tests.support.threads import graphs, one_thread
 
 __all__ = ["graphs", "one_thread"]  # fixtures
@@ -109,7 +110,7 @@ OPS = ("bwd_preprocess", "bwd", "bwd_sum", "bwd_postprocess")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Head dims of the ops that serve all, where a check does not choose its own."""
-    monkeypatch.setattr(bwd_cases, "ALL_DIMS", ((32, 32), (64, 24), (24, 40)))
+    monkeypatch.setattr(calls, "ALL_DIMS", ((32, 32), (64, 24), (24, 40)))
 
 
 def run(name, stand, key):
@@ -144,12 +145,13 @@ def test_every_trap_has_a_fault_that_is_caught():
 # ---- the yardstick ----
 
 
-def inputs(dtype="bf16", family="normal", shape=(2, 4, 2, 40, 53, 32, 24)):
+def inputs(dtype="bf16", family="normal", sizes=(40, 53, 4, 2, 2, 32, 24)):
     """(q, k, v, dout, dlse) of a family."""
-    tensors = values(Shape(*shape, dtype), family, "cpu", 3)
+    call = Call(*sizes, dtype, family=family, seed=3)
+    tensors = values(call, "cpu")
     generator = torch.Generator().manual_seed(4)
-    dout = torch.randn(Shape(*shape, dtype).sizes()["o"], generator=generator).to(tensors["q"].dtype)
-    return (*tensors.values(), dout, torch.randn((*dout.shape[:1], shape[1], shape[3]), generator=generator))
+    dout = torch.randn(call.sizes["o"], generator=generator).to(tensors["q"].dtype)
+    return (*tensors.values(), dout, torch.randn((call.batch, call.heads_q, call.seqlen_q), generator=generator))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,7 +181,7 @@ def test_the_reference_is_that_of_autograd(family):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_what_is_allowed_is_what_pytorch_achieves(dtype):
     """Its own backward, in the low precision, passes as to the largest error, and nothing a third further off."""
-    q, k, v, dout, _ = inputs(dtype, shape=(4, 4, 4, 64, 96, 64, 64))
+    q, k, v, dout, _ = inputs(dtype, sizes=(64, 96, 4, 4, 4, 64, 64))
     right = bwd_yardstick.expected(q, k, v, dout, yardstick.Rule(0.125))
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     scores = (leaves[0].transpose(1, 2) * 0.125) @ leaves[1].transpose(1, 2).mT
@@ -192,7 +194,7 @@ def test_what_is_allowed_is_what_pytorch_achieves(dtype):
 
 
 def test_rms_sees_what_the_maximum_lets_pass():
-    q, k, v, dout, _ = inputs(shape=(4, 4, 4, 64, 96, 64, 64))
+    q, k, v, dout, _ = inputs(sizes=(64, 96, 4, 4, 4, 64, 64))
     right = bwd_yardstick.expected(q, k, v, dout, yardstick.Rule(0.125))
     for name, gradient in right.items():
         ((text,),) = [bwd_yardstick.problems(name, (gradient.ref * 1.01).to(q.dtype), gradient)]
@@ -216,7 +218,7 @@ def test_rows_that_see_two_columns_are_telling(window, sink):
 
 def test_a_gradient_of_few_telling_rows_is_not_judged_by_its_rms():
     """Of 150 rows, the last alone sees a key."""
-    q, k, v, dout, _ = inputs(shape=(1, 6, 1, 150, 1, 256, 256))
+    q, k, v, dout, _ = inputs(sizes=(150, 1, 6, 1, 1, 256, 256))
     causal = (None, 0)
     for sink, judged in ((None, True), (torch.zeros(6), False)):
         right = bwd_yardstick.expected(q, k, v, dout, yardstick.Rule(0.0625, causal, sink=sink))

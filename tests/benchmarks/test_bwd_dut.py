@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from tests.gpu import bwd_cases, bwd_small_calls, checks, small_calls
+from tests.gpu import bwd_small_calls, calls, checks, small_calls
 from tests.gpu.dut import Gpu
 from tests.runtime.backward_kernels import write_backward_registry
 from tests.support.dut import backend
@@ -31,7 +31,7 @@ CASES += [(KEYS[3], name) for name in ("splits", "varlen", "determinism", "large
 @pytest.fixture
 def dut(tmp_path, monkeypatch, backend):
     monkeypatch.setenv("CUBINERY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bwd_cases, "ALL_DIMS", ((64, 64), (128, 128)))
+    monkeypatch.setattr(calls, "ALL_DIMS", ((64, 64), (128, 128)))
     write_backward_registry(tmp_path / "registry.db", "sm_90")
     (tmp_path / "scratch").mkdir(mode=0o700)
     return Gpu(tmp_path / "registry.db", tmp_path / "scratch", "sm_90", device="cpu")

@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 import torch
 
 from tests.gpu import bwd_small_calls, dut, plant_race, sanitize, small_calls
-from tests.gpu.bwd_cases import BwdCall
 from tests.gpu.bwd_stand_in import BwdStand
+from tests.gpu.harness import made
 from tests.gpu.sanitize import Run, judge
 from tests.support.sanitize import PTX, scripted
 from tests.support.threads import one_thread
@@ -59,9 +59,9 @@ def test_the_small_calls_take_every_path(key):
 def test_the_small_calls_are_served_rightly():
     stand = BwdStand()
     stand.force(KEY)
-    for case in bwd_small_calls.cases(KEY):
-        call = BwdCall(case, "cpu")
-        assert call.problems(*call(stand)) == []
+    for call in bwd_small_calls.calls(KEY):
+        run = made(call, "cpu")
+        assert run.problems(*run(stand)) == []
 
 
 FORWARD, BACKWARD = "cubinery_planted0_fwd_a_0", "cubinery_planted0_bwd_a_0"

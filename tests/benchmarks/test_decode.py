@@ -13,7 +13,8 @@ import torch
 
 import runtime
 from benchmarks import cubins, decode, decode_cases, decode_raw, measure, ours
-from benchmarks.decode_cases import Caches, DecodeCase
+from benchmarks.decode_cases import Caches, kv_bytes
+from benchmarks.decode_cases import decode as step_of
 from registry.contract import PARAM_FORMATS
 from runtime.load import kernel, session
 from tests.runtime.cache_kernels import KERNELS, write_cache_registry
@@ -77,7 +78,7 @@ def test_raw_launches_compute_the_step(registry, page, kv):
     suffix = "-e4m3kv" if kv == "e4m3" else ""
     (candidate,) = decode_raw.candidates(registry, PAGED + suffix)
     (combine,) = cubins.read(registry, "sm_90", "fwd_combine", COMBINE)
-    caches, case = Caches(2, 64), DecodeCase(2, 64, page, kv)
+    caches, case = Caches(2, 64), step_of(2, 64, page, kv)
     for mode in decode_raw.MODES:
         kernels = [decode_raw.kernel_of(x, mode) for x in (candidate, combine)]
         for count in (1, 3):
@@ -90,11 +91,11 @@ def test_raw_launches_compute_the_step(registry, page, kv):
 def test_a_reference_is_of_what_the_cache_holds():
     """e4m3 is a coarser cache: far from exact over bf16, exact over itself; a foreign order of pages is seen."""
     caches = Caches(2, 64)
-    low, paged = DecodeCase(2, 64, 16, "e4m3"), DecodeCase(2, 64, 16)
+    low, paged = step_of(2, 64, 16, "e4m3"), step_of(2, 64, 16)
     out = torch.stack([caches.exact(low, b) for b in range(2)])
     assert caches.error(low, out) == 0 and 1e-2 < caches.error(low, out, quantised=False) < 0.1
     assert caches.error(paged, out) == caches.error(low, out, quantised=False)
-    assert caches.error(DecodeCase(2, 64, 64), out) > 0.5
+    assert caches.error(step_of(2, 64, 64), out) > 0.5
 
 
 def test_decode_writes_a_file_per_mode(registry, tmp_path, capsys):
@@ -166,7 +167,7 @@ def test_bars_are_judged_by_the_worst_case(monkeypatch):
 def test_the_cases_are_those_of_the_issue():
     names = [case.name for case in decode_cases.every()]
     assert len(names) == 30 and "256x4096/page64/e4m3" in names and "1x131072/contiguous/bf16" in names
-    assert DecodeCase(32, 32768).kv_bytes == 4 << 30 and DecodeCase(32, 32768, 16, "e4m3").kv_bytes == 2 << 30
+    assert kv_bytes(step_of(32, 32768)) == 4 << 30 and kv_bytes(step_of(32, 32768, 16, "e4m3")) == 2 << 30
 
 
 def test_a_sweep_prints_every_variant_and_marks_what_is_wrong(registry, monkeypatch, capsys):

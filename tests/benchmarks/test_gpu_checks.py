@@ -11,8 +11,9 @@ pytest.importorskip("torch")
 import torch
 
 from tests.gpu import checks, ledger, test_fwd, yardstick
-from tests.gpu.inputs import FAMILIES, Shape, padded, place, untouched, values
+from tests.gpu.inputs import padded, place, untouched, values
 from tests.gpu.stand_in import Stand
+from tests.support.call import FAMILIES, Call
 from tests.support.threads import graphs, one_thread
 
 __all__ = ["graphs", "one_thread"]  # fixtures
@@ -150,10 +151,13 @@ def test_every_name_of_the_conformance_list_has_a_check():
     assert [*test_fwd.NAMES, "memcheck", "racecheck"] == names
 
 
+def call(seqlen_q, seqlen_k, heads_q, heads_kv, batch, head_dim, head_dim_v, dtype="bf16", **more):
+    return Call(seqlen_q, seqlen_k, heads_q, heads_kv, batch, head_dim, head_dim_v, dtype, **more)
+
+
 def test_rms_sees_what_the_maximum_lets_pass():
     """A scale that is 0.5 % off at 1,024 keys stays within the max-norm's allowance: the RMS must tell."""
-    shape = Shape(1, 1, 1, 256, 1024, 64, 64, "bf16")
-    tensors = values(shape, "normal", "cpu", 0)
+    tensors = values(call(256, 1024, 1, 1, 1, 64, 64), "cpu")
     rule = yardstick.Rule(0.125)
     right = yardstick.expected(**tensors, rule=rule)
     wrong = yardstick.expected(**{**tensors, "v": tensors["v"] * 1.01}, rule=rule)
@@ -162,8 +166,7 @@ def test_rms_sees_what_the_maximum_lets_pass():
 
 
 def test_the_reference_is_that_of_pytorch():
-    shape = Shape(2, 4, 2, 33, 33, 64, 64, "bf16")
-    tensors = values(shape, "normal", "cpu", 1)
+    tensors = values(call(33, 33, 4, 2, 2, 64, 64, seed=1), "cpu")
     right = yardstick.expected(**tensors, rule=yardstick.Rule(0.125, (None, 0)))
     q, k, v = (x.transpose(1, 2).double() for x in (tensors["q"], tensors["k"], tensors["v"]))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)
@@ -173,7 +176,7 @@ def test_the_reference_is_that_of_pytorch():
 def test_softcap_slopes_and_sink_are_those_of_pytorch():
     """Against SDPA: a bias for ALiBi, and for the sink one more key, whose value is 0."""
     batch, seqlen_q, seqlen_k, heads = 2, 9, 14, 3
-    tensors = values(Shape(batch, heads, heads, seqlen_q, seqlen_k, 16, 8, "fp16"), "normal", "cpu", 1)
+    tensors = values(call(seqlen_q, seqlen_k, heads, heads, batch, 16, 8, "fp16", seed=1), "cpu")
     sink, slopes = torch.randn(heads).double(), torch.rand(batch, heads).double()
     right = yardstick.expected(**tensors, rule=yardstick.Rule(0.25, (None, 3), 2.0, sink, slopes))
     q, k, v = (tensors[name].transpose(1, 2).double() for name in "qkv")
@@ -191,7 +194,7 @@ def test_softcap_slopes_and_sink_are_those_of_pytorch():
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (4, 2)])
 def test_the_reference_of_an_entry_is_that_of_its_rows_alone(window):
-    tensors = values(Shape(3, 4, 2, 20, 30, 32, 16, "bf16"), "normal", "cpu", 3)
+    tensors = values(call(20, 30, 4, 2, 3, 32, 16, seed=3), "cpu")
     slopes, lengths_q, lengths_k = torch.rand(3, 4), torch.tensor([20, 0, 7]), torch.tensor([11, 30, 0])
     lengths = {"lengths_q": lengths_q, "lengths_k": lengths_k}
     whole = yardstick.expected(**tensors, rule=yardstick.Rule(0.2, window, slopes=slopes, **lengths))
@@ -205,7 +208,7 @@ def test_the_reference_of_an_entry_is_that_of_its_rows_alone(window):
 
 def test_an_entry_is_judged_by_itself():
     """Many keys average out: what is right for an entry of one key is far too much for one of a thousand."""
-    tensors = values(Shape(2, 4, 4, 100, 1000, 64, 64, "bf16"), "normal", "cpu", 4)
+    tensors = values(call(100, 1000, 4, 4, 2, 64, 64, seed=4), "cpu")
     rule = yardstick.Rule(0.125, lengths_k=torch.tensor([1, 1000]), lengths_q=torch.tensor([100, 100]))
     right = yardstick.expected(**tensors, rule=rule)
     out = right.out.clone()
@@ -225,7 +228,7 @@ def test_pools_have_enough_rows():
 
 
 def test_the_reference_is_the_same_in_chunks(monkeypatch):
-    tensors = values(Shape(2, 6, 2, 20, 30, 64, 40, "fp16"), "times4", "cpu", 2)
+    tensors = values(call(20, 30, 6, 2, 2, 64, 40, "fp16", family="times4", seed=2), "cpu")
     rule = yardstick.Rule(0.1, (5, 2), 20.0, torch.rand(6), torch.rand(2, 6))
     whole = yardstick.expected(**tensors, rule=rule)
     monkeypatch.setattr(yardstick, "CHUNK", 6 * 20 * 30 // 2)
@@ -244,7 +247,7 @@ def test_ulp(dtype, value, step):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
-    tensors = values(Shape(1, 2, 1, 50, 60, 128, 128, "bf16"), family, "cpu", 3)
+    tensors = values(call(50, 60, 2, 1, 1, 128, 128, family=family, seed=3), "cpu")
     logits = torch.einsum("bqhd,bkd->bhqk", tensors["q"].float(), tensors["k"][:, :, 0].float()) * 128**-0.5
     if family == "far_below":
         assert logits.max() < -30
@@ -252,7 +255,7 @@ def test_families(family):
         assert logits.std() == pytest.approx(16 if family == "times4" else 1, rel=0.1)
     assert untouched(place(tensors["q"]))
     with pytest.raises(ValueError, match="family"):
-        values(Shape(1, 1, 1, 1, 1, 64, 64, "bf16"), "odd", "cpu", 0)
+        values(call(1, 1, 1, 1, 1, 64, 64, family="odd"), "cpu")
 
 
 def test_surroundings_are_watched():

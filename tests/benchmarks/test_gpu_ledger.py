@@ -20,7 +20,7 @@ from kernels import dispatch
 from runtime.load.select import select
 from tests.benchmarks.fakes import write_registry
 from tests.gpu import conftest, every_variant, ledger
-from tests.gpu.covering import covering
+from tests.support.covering import covering
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ledger.CONFORMANCE["suite"]

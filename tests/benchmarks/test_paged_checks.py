@@ -9,10 +9,11 @@ pytest.importorskip("torch")
 import torch
 
 from tests.gpu import checks, ledger
-from tests.gpu.append_cases import misrounded, rotated
-from tests.gpu.paged_inputs import E4M3, Cache, Pages
+from tests.gpu.paged_inputs import E4M3, Pages
 from tests.gpu.paged_stand_in import PagedStand
+from tests.gpu.rotary import misrounded, rotated
 from tests.gpu.sanitize import TOOLS
+from tests.support.call import Cache
 from tests.support.threads import graphs, one_thread
 
 __all__ = ["graphs", "one_thread"]  # fixtures

@@ -12,10 +12,10 @@ pytest.importorskip("torch")
 
 from benchmarks import measure, prefill
 from benchmarks.cubins import BenchmarkError
-from benchmarks.prefill import PrefillCase
+from benchmarks.prefill import prefill as call_of
 from benchmarks.reference import attention
 
-CASES = (PrefillCase(2, 64, 64, 4, 2, 64), PrefillCase(1, 16, 128, 2, 1, 64))
+CASES = (call_of(2, 64, 64, 4, 2, 64), call_of(1, 16, 128, 2, 1, 64))
 
 
 class PlainRuntime:

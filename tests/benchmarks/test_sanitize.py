@@ -141,14 +141,14 @@ def test_the_small_calls_take_every_path(key):
 
 def test_the_small_calls_are_served_rightly():
     """But for the last, whose lengths lie."""
-    from tests.gpu.cases import Call
+    from tests.gpu.harness import made
     from tests.gpu.stand_in import Stand
 
     key, stand = "fwd-bf16-d64-dv64-m64-n64-w4-s1", Stand()
     stand.force(key, pack=True)
-    for case in small_calls.cases(key):
-        call = Call(case, "cpu")
-        assert call.problems(*call(stand)) == []
+    for call in small_calls.calls(key):
+        run = made(call, "cpu")
+        assert run.problems(*run(stand)) == []
 
 
 PAGED, PAGED_LOW = "fwd_paged-bf16-d64-dv64-m16-n32-w1-s2-q4", "fwd_paged-fp16-d64-dv32-m64-n64-w4-s2-q4-e4m3kv"
@@ -179,13 +179,14 @@ def test_the_small_calls_over_caches_take_every_path(key):
 @pytest.mark.parametrize("key", [PAGED, "kv_append-fp16-d256-dv256-m4-e4m3kv"])
 def test_the_small_calls_over_caches_are_served_rightly(key):
     from tests.gpu import paged_small_calls
+    from tests.gpu.harness import made
     from tests.gpu.paged_stand_in import PagedStand
 
     stand = PagedStand()
     stand.force(key, pack=True)
-    for case in paged_small_calls.cases(key):
-        call = case.on("cpu")
-        assert call.problems(*call(stand)) == []
+    for call in paged_small_calls.calls(key):
+        run = made(call, "cpu")
+        assert run.problems(*run(stand)) == []
 
 
 def test_the_small_sums_of_partials_take_every_layout():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from registry.contract import Index
 from runtime.load import kernel
 from runtime.sources.cache import DiskCache
 from tests.benchmarks.fakes import FakeKernel, attend, fake_bind, tables_read, write_registry
+from tests.support.call import packed
 
 KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
 OF_8B = "fwd-bf16-d128-dv128-m64-n64-w4-s1"
@@ -48,13 +50,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(runtime, "flash_attn_varlen", packed_attention, raising=False)
     monkeypatch.setattr(kernel, "SMEM_PADDING", None)
     tiny = cases.grid({"tiny": (4, 2, 64)}, (64,))
-    monkeypatch.setattr(cases, "grid", lambda: [cases.Case(**{**fields(c), "batch": 1}) for c in tiny])
+    monkeypatch.setattr(cases, "grid", lambda: [c.but(batch=1) for c in tiny])
     yield
     runtime.configure()
-
-
-def fields(case):
-    return {name: getattr(case, name) for name in cases.Case.__dataclass_fields__}
 
 
 def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
@@ -123,9 +121,13 @@ def test_shapes_measures_every_part_in_both_modes(tmp_path, on_cpu, monkeypatch,
 
     def small(self, *values, **named):
         real(self, *values, **named)
-        for name in ("seqlen", "seqlen_k"):
-            object.__setattr__(self, name, getattr(self, name) and min(getattr(self, name), 96))
-        object.__setattr__(self, "lengths", self.lengths and tuple(min(n, 96) for n in self.lengths))
+        for side in "qk":
+            seqlen, ends = (getattr(self, f"{name}_{side}") for name in ("seqlen", "cu_seqlens"))
+            seqlen = min(seqlen, 96)
+            if ends is not None:
+                seqlen, ends = packed([min(b - a, 96) for a, b in pairwise(ends)])
+            object.__setattr__(self, f"seqlen_{side}", seqlen)
+            object.__setattr__(self, f"cu_seqlens_{side}", ends)
 
     monkeypatch.setattr(cases.Case, "__init__", small)
     assert shapes.main(["--registry", str(path), "--out", str(tmp_path), "--repeats", "1"]) == 0
@@ -163,7 +165,7 @@ def test_no_registry_is_told(monkeypatch):
 
 def test_host_overhead_measures_three_forms_of_the_call(tmp_path, on_cpu, monkeypatch):
     path = write_registry(tmp_path / "r.db", [KEY])
-    monkeypatch.setattr(host_overhead, "CASES", (cases.Case("tiny", 8, True, 4, 2, 64, 1),))
+    monkeypatch.setattr(host_overhead, "CASES", (cases.dense("tiny", 8, True, 4, 2, 64, 1),))
     options = ["--registry", str(path), "--out", str(tmp_path), "--series", "2", "--calls", "3"]
     assert host_overhead.main(options) == 0
     value = json.loads((tmp_path / "host_overhead.free.json").read_text())

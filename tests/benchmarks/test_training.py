@@ -30,7 +30,7 @@ def on_cpu(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(measure, "DEVICE", "cpu")
     monkeypatch.setattr(transformer, "Sizes", lambda: TINY)
-    monkeypatch.setattr(training, "LONG", training.Case("tiny", 16, True, 4, 2, 8, 1))
+    monkeypatch.setattr(training, "LONG", training.dense("tiny", 16, True, 4, 2, 8, 1))
     yield
     torch.set_num_threads(threads)
 

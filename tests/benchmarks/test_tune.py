@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks import cases, cubins, measure, reference, tune, workloads
-from benchmarks.cases import Case
+from benchmarks.cases import Case, dense
 from benchmarks.workloads import Workload
 from builder import accept
 from kernels.fwd.table import TILES
@@ -32,7 +32,7 @@ DEADLY = "fwd-bf16-d64-dv64-m16-n64-w1-s1"
 
 def tiny(head_dim: int, head_dim_v: int) -> dict[str, Workload]:
     def case(seqlen: int, group: int) -> Case:
-        return Case("tiny", seqlen, True, 4, 4 // group, head_dim, 1, head_dim_v=head_dim_v)
+        return dense("tiny", seqlen, True, 4, 4 // group, head_dim, 1, head_dim_v=head_dim_v)
 
     return {
         "packed_decode": Workload((case(2, 4),), (16, 64)),
@@ -241,14 +241,14 @@ def test_facts_are_those_that_dispatch_rows_ask_for():
         "dtype": "fp16", "head_dim": 64, "head_dim_v": 64, "batch": 3, "heads_q": 8, "heads_kv": 2, "group": 4,
         "seqlen_q": 300, "seqlen_k": 300, "total_q": 305, "packed_rows": 1200, "causal": 1, "varlen": 1, "window": 0,
     }  # fmt: skip
-    windowed = Case("x", 10, False, 2, 2, 64, 3, window=4).facts()
+    windowed = dense("x", 10, False, 2, 2, 64, 3, window=4).facts()
     assert (windowed["causal"], windowed["window"], windowed["total_q"]) == (1, 1, 30)
 
 
 def test_flops_count_what_is_visible():
-    assert Case("x", 8, False, 3, 1, 64, 2, 16, 32).flops == 2 * 3 * (64 + 32) * 2 * 8 * 16
-    assert Case("x", 8, True, 3, 1, 64, 2).flops == 2 * 3 * 128 * 2 * 8 * 8 / 2
-    assert Case("x", 8, False, 1, 1, 64, 1, window=2).flops == 2 * 128 * (1 + 2 + 6 * 3)
+    assert dense("x", 8, False, 3, 1, 64, 2, 16, 32).flops == 2 * 3 * (64 + 32) * 2 * 8 * 16
+    assert dense("x", 8, True, 3, 1, 64, 2).flops == 2 * 3 * 128 * 2 * 8 * 8 / 2
+    assert dense("x", 8, False, 1, 1, 64, 1, window=2).flops == 2 * 128 * (1 + 2 + 6 * 3)
     assert cases.varlen("x", (1, 1, 64), (3, 4), False).flops == 2 * 128 * (9 + 16)
     brute = sum(0 <= j < 9 and i + 4 - 3 <= j <= i + 4 + 2 for i in range(5) for j in range(9))
     assert cases.visible_pairs(5, 9, 3, 2) == brute

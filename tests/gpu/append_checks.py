@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import torch
 
 from registry.contract import Variant
-from tests.gpu.append_cases import append
+from tests.gpu.calls import append, dense
 from tests.gpu.dut import Dut
-from tests.gpu.inputs import FAMILIES, Shape, values
-from tests.gpu.paged_checks import DESCALES, FAR_PAGE, LAYOUTS, append_cases, around_pages
-from tests.gpu.paged_inputs import E4M3, Cache, cache_dtype, canaries, quantised, raw
+from tests.gpu.harness import hold_all, made
+from tests.gpu.inputs import values
+from tests.gpu.paged_checks import DESCALES, FAR_PAGE, LAYOUTS, appending, around_pages
+from tests.gpu.paged_inputs import E4M3, cache_dtype, canaries, quantised, raw
 from tests.gpu.paged_launch_checks import repeated_append
 from tests.gpu.report import Report, Scale
+from tests.support.call import CAUSAL, FAMILIES, OPEN, Append, Cache
 
 DIMS = ((128, 128), (64, 64), (192, 128), (256, 256), (48, 32))
 
 
 def append_rows(dut: Dut, key: str, scale: Scale) -> None:
     """Page sizes × lengths × orders × layouts × rotary × head dims: new rows right, no other byte touched."""
-    report = Report()
-    for case in append_cases(key, scale, _dims(key, scale)):
-        report.call(dut, case)
-    report.done()
+    hold_all(dut, list(appending(key, scale, _dims(key, scale))))
 
 
 def rotary(dut: Dut, key: str, scale: Scale) -> None:
     """Every rotary dim, interleaved and not, and tables that end before the positions do."""
-    report = Report()
+    calls, before = [], around_pages(16, scale)["edges"]
     for seed, dims in enumerate(_dims(key, scale)):
         for turn, rotary_dim in enumerate(range(16, dims[0] + 1, 48 if scale.thin else 16)):
-            how, rows = ("halves", "interleaved")[turn % 2], (None, 20)[turn // 2 % 2]
-            asked: dict[str, Any] = {"rotary": how, "rotary_dim": rotary_dim, "rows": rows, "seed": seed, "dims": dims}
-            asked["window"] = ((None, None), (None, 0))[turn // 4 % 2]
-            before = around_pages(16, scale)["edges"]
-            report.call(dut, append(key, (4, 2), 3, before, 3, Cache(16), family=FAMILIES[turn % 3], **asked))
-    report.done()
+            new = Append(3, ("halves", "interleaved")[turn % 2], rotary_dim, (None, 20)[turn // 2 % 2])
+            asked = {"family": FAMILIES[turn % 3], "seed": seed, "window": (OPEN, CAUSAL)[turn // 4 % 2]}
+            calls.append(append(key, (4, 2), 3, before, new, Cache(16), dims=dims, **asked))
+    hold_all(dut, calls)
 
 
 def lost_pages(dut: Dut, key: str, scale: Scale) -> None:
@@ -45,18 +41,17 @@ def lost_pages(dut: Dut, key: str, scale: Scale) -> None:
     report = Report()
     pages = (1, 3, 16, 64)
     for seed, (page, whole, rotary) in enumerate(product(pages, (False, True), ("", "halves", "interleaved"))):
-        before, tokens = around_pages(page, scale)["edges"], (1, 3, 17)[seed % 3]
-        more: dict[str, Any] = {"rotary": rotary, "rotary_dim": 16 if rotary else 0, "window": (None, 0), "seed": seed}
+        before, new = around_pages(page, scale)["edges"], Append((1, 3, 17)[seed % 3], rotary, 16 if rotary else 0)
         cache = Cache(page, descale=DESCALES[seed % 3], **tuple(LAYOUTS.values())[seed % 3])
         dims = _dims(key, scale)[seed % len(_dims(key, scale))]
-        call = append(key, (4, 2), 3, before, tokens, cache, dims=dims, **more).on(dut.device)
+        run = made(append(key, (4, 2), 3, before, new, cache, dims=dims, window=CAUSAL, seed=seed), dut.device)
         # Of every other entry the last of its pages or, as graphs are padded, all of them.
-        last = (call.k.ends - 1)[:, None] // page
-        column = torch.arange(call.pages.table.shape[1], device=dut.device)
+        last = (run.k.ends - 1)[:, None] // page
+        column = torch.arange(run.pages.table.shape[1], device=dut.device)
         odd = torch.arange(len(before), device=dut.device)[:, None] % 2 == seed // 2 % 2
-        call.lose(odd & ((column == last) | whole))
-        call(dut)
-        report.note(f"{call.appended}, page {page}, whole entries {whole}", call.cache_problems())
+        run.lose(odd & ((column == last) | whole))
+        run(dut)
+        report.note(f"{run.call}, whole entries {whole}", run.cache_problems())
     report.done()
 
 
@@ -64,8 +59,8 @@ def beyond_2g(dut: Dut, key: str, scale: Scale) -> None:
     """New rows in pages beyond 2³¹ elements: addresses need 64 bits."""
     report = Report()
     dims, tokens, heads = _dims(key, scale)[0], 20, 2
-    shape = Shape(2, 2 * heads, heads, tokens, tokens, *dims, Variant.parse(key).dtype)
-    fresh, low = values(shape, "normal", dut.device, 3), cache_dtype(key)
+    call = dense(key, 2, (2 * heads, heads), (tokens, tokens), dims, seed=3)
+    fresh, low = values(call, dut.device), cache_dtype(key)
     row = 2 * heads * max(dims)
     pages = scale.beyond * 9 // 8 // (FAR_PAGE * row) + 4
     rows = canaries((pages, FAR_PAGE, row), low, dut.device)

@@ -9,13 +9,15 @@ import torch
 from registry.contract import Variant
 from registry.ops.workspaces import ROWS
 from tests.gpu import bwd_yardstick
-from tests.gpu.bwd_cases import BwdCall, dense, dims_of
-from tests.gpu.cases import CAUSAL
+from tests.gpu.calls import dense, dims_of
 from tests.gpu.dut import Dut
+from tests.gpu.gradient_run import gradients
+from tests.gpu.harness import hold, made
 from tests.gpu.inputs import DTYPES
 from tests.gpu.large_checks import HEAD_DIM, PLACE, release, repeats
 from tests.gpu.report import Report, Scale
 from tests.gpu.yardstick import Rule
+from tests.support.call import CAUSAL
 
 SMALL = (HEAD_DIM, HEAD_DIM)
 NEAR = 40  # keys that a query sees before its own
@@ -45,7 +47,7 @@ def _most_heads(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     for seed, heads in enumerate(((n, n), (n, 1), (n // 3 * 3, n // 3))):
         dims = tuple(min(16, dim) for dim in dims_of(key, 0))
         asked = more if seed % 2 == 0 else {"deterministic": True}
-        report.call(dut, dense(key, 1, heads, (20, 20), (dims[0], dims[1]), seed=seed, window=CAUSAL, **asked))
+        hold(report, dut, dense(key, 1, heads, (20, 20), (dims[0], dims[1]), seed=seed, window=CAUSAL, **asked))
 
 
 def _most_tokens(report: Report, dut: Dut, key: str, scale: Scale) -> None:
@@ -60,7 +62,7 @@ def _most_tokens(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     for place in places:
         dout[:, place].normal_(generator=generator)
     dut.poison()
-    found = dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), dout), strict=True))
+    found = gradients(out, leaves, dout)
     del out
     for place in places:
         keys = slice(max(place.start - NEAR, 0), place.stop)
@@ -79,12 +81,12 @@ def _most_entries(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     """The same sixteen entries over and over."""
     count = 16
     batch = max(_rows(key, scale) // ROWS // count, 2) * count
-    one = BwdCall(dense(key, count, (1, 1), (5, 9), SMALL, seed=6, window=CAUSAL), dut.device)
+    one = made(dense(key, count, (1, 1), (5, 9), SMALL, seed=6, window=CAUSAL), dut.device)
     leaves = {name: x.repeat(batch // count, 1, 1, 1).requires_grad_() for name, x in one.inputs.items()}
     out = dut.attn(**leaves, causal=True)
     dut.poison()
     dout = one.dout.repeat(batch // count, 1, 1, 1)
-    found = dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), dout), strict=True))
+    found = gradients(out, leaves, dout)
     report.note(f"of {batch} entries, the first", one.problems({name: x[:count] for name, x in found.items()}))
     for name, x in found.items():
         report.expect(repeats(x, count), f"d{name}: not the same again and again in {batch} entries")
@@ -93,15 +95,15 @@ def _most_entries(report: Report, dut: Dut, key: str, scale: Scale) -> None:
 def _far_heads(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     """Heads beyond 2³¹ elements apart, of q, k, v and dout."""
     rows, dims = 64, dims_of(key, 2)
-    call = BwdCall(dense(key, 1, (3, 3), (rows, rows), dims, seed=6, window=CAUSAL), dut.device)
-    parts = {**call.inputs, "dout": call.dout}
+    run = made(dense(key, 1, (3, 3), (rows, rows), dims, seed=6, window=CAUSAL), dut.device)
+    parts = {**run.inputs, "dout": run.dout}
     dim = max(dims)
     step = max(scale.beyond // 2 + 64, 4 * dim * rows)
-    buffer = torch.full((3 * step,), float("nan"), dtype=call.dout.dtype, device=dut.device)
+    buffer = torch.full((3 * step,), float("nan"), dtype=run.dout.dtype, device=dut.device)
     views = {
         name: buffer.as_strided(x.shape, (3 * step, 4 * dim, step, 1), i * dim).copy_(x)
         for i, (name, x) in enumerate(parts.items())
     }
-    call.dout = views.pop("dout")
-    call.inputs = views
-    report.note("heads beyond 2^31 elements apart", call.problems(call(dut)[0]))
+    run.dout = views.pop("dout")
+    run.inputs = views
+    report.note("heads beyond 2^31 elements apart", run.problems(*run(dut)))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from registry.contract import CubineryError
-from tests.gpu.bwd_cases import BwdCall, BwdCase, Gradients, dense, dims_of, reseeded, same, varlen
-from tests.gpu.cases import CAUSAL, OPEN, Lengths, Side
+from tests.gpu.calls import dense, dims_of, of_one_size, varlen
 from tests.gpu.dut import Dut, poisoned_allocations
-from tests.gpu.inputs import DTYPES
-from tests.gpu.launch_checks import in_threads, inputs_of, of_one_size
+from tests.gpu.gradient_run import GradientRun, Gradients, gradients, same_bits
+from tests.gpu.harness import cold_capture, in_threads, made, replays
+from tests.gpu.inputs import DTYPES, integers
 from tests.gpu.report import Report, Scale
+from tests.support.call import CAUSAL, OPEN, lengths
 
 
 def determinism(dut: Dut, key: str, scale: Scale) -> None:
@@ -26,9 +24,9 @@ def determinism(dut: Dut, key: str, scale: Scale) -> None:
     So does PyTorch's own switch.
     """
     report = Report()
-    several = varlen(key, (8, 2), Lengths(scale.entries_q, scale.entries_k), dims_of(key, 0), seed=8, alibi="batch",
+    several = varlen(key, (8, 2), lengths(scale.entries_q, scale.entries_k), dims_of(key, 0), seed=8, alibi="batch",
                      sink="fp32", dlse=True, deterministic=True)  # fmt: skip
-    cases = {
+    calls = {
         dense(key, 2, (4, 2), scale.near, dims_of(key, 1), seed=8, window=CAUSAL, deterministic=True): scale.bwd_runs,
         dense(
             key, 1, (8, 2), (scale.bwd_seqlens[-1],) * 2, dims_of(key, 2), seed=8, deterministic=True
@@ -36,21 +34,21 @@ def determinism(dut: Dut, key: str, scale: Scale) -> None:
         dense(key, 1, (8, 1), scale.bwd_ragged, dims_of(key, 3), seed=8, deterministic=True): scale.bwd_runs // 10 + 3,
         several: scale.bwd_runs // 10 + 3,
     }
-    for case, runs in cases.items():
-        call, other = BwdCall(case, dut.device), BwdCall(reseeded(case, 9), dut.device)
-        leaves = call.leaves()
-        outputs = call.forward(dut, leaves)
-        first = call.backward(outputs, leaves, retain_graph=True)
-        report.note(f"{case}", call.problems(first))
+    for call, times in calls.items():
+        run, other = made(call, dut.device), made(call.but(seed=9), dut.device)
+        leaves = run.leaves()
+        outputs = run.forward(dut, leaves)
+        first = run.backward(outputs, leaves, retain_graph=True)
+        report.note(f"{call}", run.problems(first))
         alike = torch.ones((), dtype=torch.bool, device=dut.device)
-        for run in range(1, runs):
-            if run % 100 == 1:
+        for i in range(1, times):
+            if i % 100 == 1:
                 other(dut)  # and leaves NaN in free memory
-            alike &= same(first, call.backward(outputs, leaves, retain_graph=True))
-        report.expect(bool(alike), f"{case}: not the same bits in {runs} runs")
+            alike &= same_bits(first, run.backward(outputs, leaves, retain_graph=True))
+        report.expect(bool(alike), f"{call}: not the same bits in {times} runs")
         with poisoned_allocations():  # which is that switch
-            (switched,) = BwdCall(replace(case, deterministic=False), dut.device)(dut)
-        report.expect(bool(same(first, switched)), f"{case}: other bits under use_deterministic_algorithms")
+            (switched,) = made(call.but(deterministic=False), dut.device)(dut)
+        report.expect(bool(same_bits(first, switched)), f"{call}: other bits under use_deterministic_algorithms")
     report.done()
 
 
@@ -68,12 +66,12 @@ def _many_alike(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     """The same two heads over and over: judged where they come first, and everywhere else for the same bits."""
     (seqlen, heads), dims = scale.bwd_long, dims_of(key, 2)
     batch = scale.beyond // (seqlen * heads * dims[0]) + 1
-    one = BwdCall(dense(key, 1, (2, 2), (seqlen, seqlen), dims, seed=5, window=CAUSAL), dut.device)
+    one = made(dense(key, 1, (2, 2), (seqlen, seqlen), dims, seed=5, window=CAUSAL), dut.device)
     leaves = {name: x.repeat(batch, 1, heads // 2, 1).requires_grad_() for name, x in one.inputs.items()}
     out = dut.attn(**leaves, causal=True, deterministic=True)
     dout = one.dout.repeat(batch, 1, heads // 2, 1)
     dut.poison()
-    found = dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), dout), strict=True))
+    found = gradients(out, leaves, dout)
     del out, dout, leaves
     report.note("of many alike, the first", one.problems({name: x[:1, :, :2] for name, x in found.items()}))
     for name, x in found.items():
@@ -92,28 +90,26 @@ def _far_apart(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     buffer = torch.full((elements,), float("nan"), dtype=DTYPES[key.split("-")[1]], device=dut.device)
     for name, (step_b, step_s) in steps.items():
         batch, packed = 2 if step_b else 1, name == "packed tokens"
-        case = dense(key, batch, (2, 1), (rows, rows), dims, seed=6, window=CAUSAL)
-        call = BwdCall(case, dut.device)
-        parts = {**call.inputs, "dout": call.dout}
+        run = made(dense(key, batch, (2, 1), (rows, rows), dims, seed=6, window=CAUSAL), dut.device)
+        parts = {**run.inputs, "dout": run.dout}
         views = {}
         # They share the rows of one buffer: heads 0-1 of q, 2 of k, 3 of v, 4-5 of dout.
         for (part, x), offset in zip(parts.items(), (0, 2, 3, 4), strict=True):
             stride = (step_b, step_s or row, row // 6, 1)
             views[part] = buffer.as_strided(x.shape, stride, offset * row // 6).copy_(x)
-        call.dout = views.pop("dout")
-        call.inputs = views
-        got = _one_packed_entry(dut, call) if packed else call(dut)[0]
-        report.note(f"strides beyond 2^31 along {name}", call.problems(got))
+        run.dout = views.pop("dout")
+        run.inputs = views
+        got = _one_packed_entry(dut, run) if packed else run(dut)[0]
+        report.note(f"strides beyond 2^31 along {name}", run.problems(got))
 
 
-def _one_packed_entry(dut: Dut, call: BwdCall) -> Gradients:
+def _one_packed_entry(dut: Dut, run: GradientRun) -> Gradients:
     """A batch of one as a packed array; its gradients as those of a batch."""
-    leaves = {name: x[0].detach().requires_grad_() for name, x in call.inputs.items()}
-    side = Side((leaves["q"].shape[0],), None, True, 0, leaves["q"].shape[0], dut.device)
-    out = dut.varlen(**leaves, cu_seqlens_q=side.cu_seqlens, cu_seqlens_k=side.cu_seqlens, causal=True)
+    leaves = {name: x[0].detach().requires_grad_() for name, x in run.inputs.items()}
+    cu = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), integers((0, len(leaves["q"])), dut.device))
+    out = dut.varlen(**leaves, **cu, causal=True)
     dut.poison()
-    found = torch.autograd.grad(out, tuple(leaves.values()), call.dout[0])
-    return {name: x[None] for name, x in zip(leaves, found, strict=True)}
+    return {name: x[None] for name, x in gradients(out, leaves, run.dout[0]).items()}
 
 
 def graph_capture(dut: Dut, key: str, scale: Scale) -> None:
@@ -121,87 +117,31 @@ def graph_capture(dut: Dut, key: str, scale: Scale) -> None:
     report = Report()
     modified = {"sink": "fp32", "alibi": "batch", "dlse": True, "window": CAUSAL}
     one = dense(key, 2, (4, 2), scale.bwd_ragged, dims_of(key, 1), seed=9, **modified)
-    cold = BwdCall(one, dut.device)
+    cold = made(one, dut.device)
     dut.force(key)  # forgets what was loaded
     with torch.no_grad():
         cold.forward(dut, cold.inputs)  # the forward's kernel is warm
-    reason = "nothing was raised"
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            cold(dut)
-    except CubineryError as error:
-        reason = error.reason
-    report.expect(reason == "capture", f"a cold backward during capture: reason {reason!r} instead of 'capture'")
+    cold_capture(report, dut, cold)
     ragged = [
-        varlen(key, (4, 2), lengths, dims_of(key, 3), seed=seed, dlse=True, alibi="batch", sink="fp32")
-        for seed, lengths in enumerate(of_one_size(scale))
+        varlen(key, (4, 2), entries, dims_of(key, 3), seed=seed, dlse=True, alibi="batch", sink="fp32")
+        for seed, entries in enumerate(of_one_size(scale.entries_q, scale.entries_k))
     ]
-    for deterministic, several in product((False, True), ([one, reseeded(one, 10)], ragged)):
-        _replays(report, dut, [replace(case, deterministic=deterministic) for case in several])
+    for deterministic, several in product((False, True), ([one, one.but(seed=10)], ragged)):
+        replays(report, dut, [call.but(deterministic=deterministic) for call in several])
     report.done()
-
-
-def _replays(report: Report, dut: Dut, cases: list[BwdCase]) -> None:
-    """Capture the first case; then put each case's inputs and lengths into its arrays, replay, and judge."""
-    static = BwdCall(cases[0], dut.device)
-    static(dut)
-    if dut.device == "cuda":
-        torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (found,) = static(dut)
-    for case in [*cases[1:], cases[0]]:
-        call = BwdCall(case, dut.device)
-        with torch.no_grad():
-            for target, source in zip(_read(static), _read(call), strict=True):
-                target.copy_(source)
-            for x in found.values():
-                x.fill_(float("nan"))
-            graph.replay()
-        report.note(f"a replay with {case}", call.problems(found))
-
-
-def _read(call: BwdCall) -> list[torch.Tensor]:
-    """All that a call and its backward read, each array with what surrounds it."""
-    outer = [x._base for x in (call.dout, call.dlse) if x is not None]
-    return [*inputs_of(call.call), *outer]
 
 
 def streams(dut: Dut, key: str, scale: Scale) -> None:
     """Threads with a stream each, many backwards in flight: each gives what it gives alone, to the bit."""
-    report = Report()
     short, long = scale.bwd_ragged
+    sizes = of_one_size(scale.entries_q, scale.entries_k)[:2]
     work = []
     for i in range(scale.threads):
-        cases = [dense(key, 1, (4, 2), (short - i, long - 9 * i - j), dims_of(key, j), seed=20 + i, window=CAUSAL,
+        calls = [dense(key, 1, (4, 2), (short - i, long - 9 * i - j), dims_of(key, j), seed=20 + i, window=CAUSAL,
                        deterministic=True, dlse=True) for j in range(2)]  # fmt: skip
-        cases += [
-            varlen(key, (4, 2), lengths, dims_of(key, 2), seed=20 + i, sink="fp32", deterministic=True)
-            for lengths in of_one_size(scale)[:2]
-        ]
-        calls = [BwdCall(case, dut.device) for case in cases]
-        right = [call(dut)[0] for call in calls]
-        for call, gradients in zip(calls, right, strict=True):
-            report.note(f"alone, {call.case}", call.problems(gradients))
-        work.append((calls, right))
-    in_threads(dut, _hammer, work, scale.calls, report)
-
-
-def _hammer(dut: Dut, calls: list[BwdCall], right: list[Gradients], times: int, faults: list[str]) -> None:
-    """Many calls and backwards on a stream of this thread's own, in turn: forwards first, then all backwards."""
-    try:
-        with torch.cuda.stream(torch.cuda.Stream()) if dut.device == "cuda" else contextlib.nullcontext():
-            begun = []
-            for i in range(times):
-                leaves = calls[i % len(calls)].leaves()
-                begun.append((leaves, calls[i % len(calls)].forward(dut, leaves)))
-            got = [calls[i % len(calls)].backward(out, leaves) for i, (leaves, out) in enumerate(begun)]
-            # On this stream too: elsewhere a result could be read before it is written.
-            wrong = sum(not bool(same(x, right[i % len(right)])) for i, x in enumerate(got))
-        if wrong:
-            faults.append(f"{wrong} of {times} gradients differ from a lone call's")
-    except Exception as error:  # a thread's error must reach the report
-        faults.append(repr(error))
+        more = {"seed": 20 + i, "sink": "fp32", "deterministic": True}
+        work.append(calls + [varlen(key, (4, 2), entries, dims_of(key, 2), **more) for entries in sizes])
+    in_threads(dut, work, scale.calls)
 
 
 def autograd(dut: Dut, key: str, scale: Scale) -> None:
@@ -210,48 +150,48 @@ def autograd(dut: Dut, key: str, scale: Scale) -> None:
     report = Report()
     modified: dict[str, Any] = {"sink": "fp32", "alibi": "heads", "deterministic": True}
     for window, dlse in ((OPEN, False), (CAUSAL, True)):
-        case = dense(key, 2, (4, 2), scale.bwd_ragged, dims_of(key, 1), seed=3, window=window, dlse=dlse, **modified)
-        call, other = BwdCall(case, dut.device), BwdCall(reseeded(case, 4), dut.device)
-        plain = _both(dut, call, other, lambda function, *given: function(*given))
+        call = dense(key, 2, (4, 2), scale.bwd_ragged, dims_of(key, 1), seed=3, window=window, dlse=dlse, **modified)
+        run, other = made(call, dut.device), made(call.but(seed=4), dut.device)
+        plain = _both(dut, run, other, lambda function, *given: function(*given))
         for reentrant in (False, True):
-            kept = _both(dut, call, other, lambda f, *given, r=reentrant: checkpoint(f, *given, use_reentrant=r))
-            report.expect(bool(same(plain, kept)), f"{case}: differs when checkpointed, reentrant {reentrant}")
-        (alone,) = call(dut)
-        report.note(f"{case}", call.problems(alone))
+            kept = _both(dut, run, other, lambda f, *given, r=reentrant: checkpoint(f, *given, use_reentrant=r))
+            report.expect(bool(same_bits(plain, kept)), f"{call}: differs when checkpointed, reentrant {reentrant}")
+        (alone,) = run(dut)
+        report.note(f"{call}", run.problems(alone))
         for names in (("q",), ("k", "v"), ("sink",), ("slopes", "v")):
-            some = {name: x.requires_grad_(name in names) for name, x in call.leaves().items()}
-            outputs = call.forward(dut, some)
-            found = call.backward(outputs, {name: some[name] for name in names})
-            alike = bool(same(found, {name: alone[name] for name in names}))
-            report.expect(alike, f"{case}: gradients of {', '.join(names)} alone differ")
-    _each_output(report, dut, call)
+            some = {name: x.requires_grad_(name in names) for name, x in run.leaves().items()}
+            outputs = run.forward(dut, some)
+            found = run.backward(outputs, {name: some[name] for name in names})
+            alike = bool(same_bits(found, {name: alone[name] for name in names}))
+            report.expect(alike, f"{call}: gradients of {', '.join(names)} alone differ")
+    _each_output(report, dut, run)
     report.done()
 
 
-def _each_output(report: Report, dut: Dut, call: BwdCall) -> None:
+def _each_output(report: Report, dut: Dut, run: GradientRun) -> None:
     """The output's gradient without the LSE's is that of a call that returns no LSE; the other way it is as with 0."""
-    leaves = call.leaves()
-    outputs = call.forward(dut, leaves)
-    for i, given in enumerate((call.dout, call.dlse)):
-        found = torch.autograd.grad(outputs[i], tuple(leaves.values()), given, retain_graph=True)
-        right = BwdCall(replace(call.case, dlse=bool(i)), dut.device)
+    leaves = run.leaves()
+    outputs = run.forward(dut, leaves)
+    for i, given in enumerate((run.dout, run.dlse)):
+        found = gradients(outputs[i], leaves, given, retain_graph=True)
+        right = made(run.call.but(dlse=bool(i)), dut.device)
         if i:
             right.dout = torch.zeros_like(right.dout)
-        alike = bool(same(dict(zip(leaves, found, strict=True)), right(dut)[0]))
-        report.expect(alike, f"{call.case}: gradients of {('out', 'lse')[i]} alone differ")
+        alike = bool(same_bits(found, right(dut)[0]))
+        report.expect(alike, f"{run.call}: gradients of {('out', 'lse')[i]} alone differ")
 
 
-def _both(dut: Dut, call: BwdCall, other: BwdCall, through: Callable[..., Any]) -> Gradients:
+def _both(dut: Dut, run: GradientRun, other: GradientRun, through: Callable[..., Any]) -> Gradients:
     """The gradients of two calls that share k and v and differ in q, each made by `through`."""
-    leaves = call.leaves()
+    leaves = run.leaves()
     second = {**leaves, "q": other.leaves()["q"]}
 
     def attend(*given: torch.Tensor) -> Any:
-        return call.forward(dut, dict(zip(leaves, given, strict=True)))
+        return run.forward(dut, dict(zip(leaves, given, strict=True)))
 
     outputs = [x for given in (leaves, second) for x in through(attend, *given.values())]
-    wanted = [x for x in (call.dout, call.dlse) if x is not None]
+    wanted = [x for x in (run.dout, run.dlse) if x is not None]
     dut.poison()
     torch.autograd.backward(outputs, [*wanted, *wanted])
-    made = {**leaves, "other q": second["q"]}
-    return {name: x.grad for name, x in made.items()}
+    every = {**leaves, "other q": second["q"]}
+    return {name: x.grad for name, x in every.items()}

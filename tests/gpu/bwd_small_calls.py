@@ -7,20 +7,21 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.bwd_cases import BwdCall, BwdCase, dense, dims_of, varlen
-from tests.gpu.cases import CAUSAL, Lengths
+from tests.gpu.calls import dense, dims_of, varlen
 from tests.gpu.dut import Dut
+from tests.gpu.harness import made
 from tests.gpu.inputs import DTYPES, astray
 from tests.gpu.paged_small_calls import tight
+from tests.support.call import CAUSAL, Call, lengths
 
 
-def cases(key: str) -> list[BwdCase]:
+def calls(key: str) -> list[Call]:
     """Several ragged tiles each way, so that every buffer is used again; in order and not; groups in one block and,
     with few keys, in several."""
     modified: dict[str, Any] = {"softcap": 15.0, "alibi": "batch", "dlse": True}
-    ragged = Lengths((70, 0, 1, 140), (150, 40, 200, 9), (66, 0, 1, 140), (150, 17, 131, 0), spare=5)
-    dense_q = Lengths((19, 19), (200, 33), (19, 3), packed_q=False)
-    padded = Lengths((70, 1, 9), (200, 40, 9), None, (170, 40, 7), leftpad=(75, -3, 9))
+    ragged = lengths((70, 0, 1, 140), (150, 40, 200, 9), (66, 0, 1, 140), (150, 17, 131, 0), spare=5)
+    dense_q = lengths((19, 19), (200, 33), (19, 3), packed_q=False)
+    padded = lengths((70, 1, 9), (200, 40, 9), None, (170, 40, 7), leftpad_k=(75, -3, 9))
     full = [dims_of(key, turn) for turn in range(5)]
     smaller = [(dim - 8, dim_v - 8) for dim, dim_v in full]
     return [
@@ -36,14 +37,13 @@ def cases(key: str) -> list[BwdCase]:
 
 def launch(dut: Dut, key: str, device: str = "cuda") -> None:
     """Every small call, and those whose lengths point far outside their arrays: they only must end."""
-    for case in cases(key):
-        call = BwdCall(case, "cpu")
-        call.inputs = {name: tight(x, device) for name, x in call.inputs.items()}
-        call.dout = tight(call.dout, device)
-        call.dlse = None if call.dlse is None else tight(call.dlse, device)
-        options = call.call.options
-        options.update({name: tight(x, device) for name, x in options.items() if torch.is_tensor(x)})
-        call(dut)
+    for call in calls(key):
+        run = made(call, "cpu")
+        run.inputs = {name: tight(x, device) for name, x in run.inputs.items()}
+        run.dout = tight(run.dout, device)
+        run.dlse = None if run.dlse is None else tight(run.dlse, device)
+        run.options.update({name: tight(x, device) for name, x in run.options.items() if torch.is_tensor(x)})
+        run(dut)
     for deterministic in (False, True):
         given = astray(dims_of(key, 2), DTYPES[Variant.parse(key).dtype], device)
         leaves = {name: given.pop(name).requires_grad_() for name in "qkv"}

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.append_cases import misrounded
-from tests.gpu.covering import covering
 from tests.gpu.dut import Dut
 from tests.gpu.inputs import DTYPES
-from tests.gpu.launch_checks import same
 from tests.gpu.report import Report, Scale
+from tests.gpu.rotary import misrounded
+from tests.gpu.run import same
 from tests.gpu.yardstick import LSE_TOLERANCE
+from tests.support.covering import covering
 
 OUT_DTYPES = {**DTYPES, "fp32": torch.float32}
 ERROR = 2.0**-16  # of an output, relative to the weighted sizes of what is summed

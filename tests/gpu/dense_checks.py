@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.cases import CAUSAL, OPEN, Case, Side, default_scale, shape_of
-from tests.gpu.covering import covering
+from tests.gpu.calls import dense
 from tests.gpu.dut import Dut
-from tests.gpu.inputs import DTYPES, FAMILIES, values
+from tests.gpu.harness import hold, hold_all
+from tests.gpu.inputs import DTYPES, integers, values
 from tests.gpu.report import Report, Scale
-from tests.gpu.yardstick import Rule, Window, expected, problems
+from tests.gpu.yardstick import Rule, expected, problems
+from tests.support.call import CAUSAL, FAMILIES, OPEN, Window
+from tests.support.covering import covering
 
 
 def yardstick(dut: Dut, key: str, scale: Scale) -> None:
@@ -31,22 +33,21 @@ def yardstick(dut: Dut, key: str, scale: Scale) -> None:
         cases = [dict(zip(factors, combination, strict=True)) for combination in product(*factors.values())]
         # The innermost factors have 4 · 2 values and the families are 3: each meets every mask, ratio and length.
         cases = [{**case, "family": FAMILIES[i % 3]} for i, case in enumerate(cases)]
-    report = Report()
+    calls = []
     for seed, case in enumerate(cases):
-        shape = shape_of(key, None, scale.groups[case["group"]], case["seqlen_q"], case["seqlen_k"])
-        report.call(dut, Case(shape, case["family"], seed, case["window"]))
-    report.call(dut, Case(shape_of(key, scale.grid_batch, (64, 1), 1, 17), "normal", 1))
-    report.done()
+        heads, seqlens = scale.groups[case.pop("group")], (case.pop("seqlen_q"), case.pop("seqlen_k"))
+        calls.append(dense(key, None, heads, seqlens, seed=seed, **case))
+    hold_all(dut, [*calls, dense(key, scale.grid_batch, (64, 1), (1, 17), seed=1)])
 
 
 def lse(dut: Dut, key: str, scale: Scale) -> None:
     """Scales other than the default, and that asking for the LSE changes nothing in the output."""
     report = Report()
-    shape = shape_of(key, 2, (4, 2), *scale.ragged)
     for seed, softmax_scale in enumerate((None, 0.3, 0.02, 1.0)):
+        more = {"family": FAMILIES[seed % 3], "seed": seed, "softmax_scale": softmax_scale}
         for window in (OPEN, CAUSAL):
-            report.call(dut, Case(shape, FAMILIES[seed % 3], seed, window, softmax_scale))
-    tensors = values(shape, "normal", dut.device, 7)
+            hold(report, dut, dense(key, 2, (4, 2), scale.ragged, window=window, **more))
+    tensors = values(dense(key, 2, (4, 2), scale.ragged, seed=7), dut.device)
     both = dut.attn(**tensors, causal=True, return_lse=True)
     alone = dut.attn(**tensors, causal=True)
     report.expect(isinstance(alone, torch.Tensor) and torch.equal(both[0], alone), "return_lse changes the output")
@@ -56,16 +57,16 @@ def lse(dut: Dut, key: str, scale: Scale) -> None:
 def strided(dut: Dut, key: str, scale: Scale) -> None:
     """Packed qkv, (batch, heads, seqlen, head_dim) storage, expanded keys, strided outputs: each bit-equal to dense."""
     report = Report()
-    dense = values(shape_of(key, 2, (6, 2), *scale.ragged), "normal", dut.device, 3)
-    square = values(shape_of(key, 2, (6, 2), scale.ragged[1], scale.ragged[1]), "normal", dut.device, 4)
+    plain = values(dense(key, 2, (6, 2), scale.ragged, seed=3), dut.device)
+    square = values(dense(key, 2, (6, 2), (scale.ragged[1],) * 2, seed=4), dut.device)
     layouts = {
         "packed qkv": _packed(square),
-        "heads before seqlen": {name: _heads_first(x) for name, x in dense.items()},
+        "heads before seqlen": {name: _heads_first(x) for name, x in plain.items()},
         "k and v expanded over the batch": {
-            "q": dense["q"], **{name: dense[name][:1].expand_as(dense[name]) for name in "kv"}
+            "q": plain["q"], **{name: plain[name][:1].expand_as(plain[name]) for name in "kv"}
         },
         "k and v expanded over the heads": {
-            "q": dense["q"], **{name: dense[name][:, :, :1].expand_as(dense[name]) for name in "kv"}
+            "q": plain["q"], **{name: plain[name][:, :, :1].expand_as(plain[name]) for name in "kv"}
         },
     }  # fmt: skip
     for name, tensors in layouts.items():
@@ -76,7 +77,7 @@ def strided(dut: Dut, key: str, scale: Scale) -> None:
             got, got_lse = dut.attn(**tensors, causal=causal, return_lse=True, out=out)
             report.expect(got is out, f"{name}: `out` is not returned")
             report.expect(torch.equal(got, right) and torch.equal(got_lse, right_lse), f"{name}: differs from dense")
-            wanted = expected(**copies, rule=Rule(default_scale(copies), CAUSAL if causal else OPEN))
+            wanted = expected(**copies, rule=Rule(copies["q"].shape[-1] ** -0.5, CAUSAL if causal else OPEN))
             report.note(f"{name}, causal {causal}", problems(got, got_lse, wanted))
     report.done()
 
@@ -89,9 +90,10 @@ def windows(dut: Dut, key: str, scale: Scale) -> None:
     sides: tuple[Window, ...] = (
         (0, 0), (16, 0), (64, 64), (None, 5), (5, None), (200, 3), (0, None), (None, 1000), (1, 300)
     )  # fmt: skip
-    for seed, ((seqlen_q, seqlen_k), window) in enumerate(product(lengths, sides)):
-        report.call(dut, Case(shape_of(key, None, (4, 2), seqlen_q, seqlen_k), FAMILIES[seed % 3], seed, window))
-    tensors = values(shape_of(key, 1, (2, 1), short, long), "normal", dut.device, 5)
+    for seed, (seqlens, window) in enumerate(product(lengths, sides)):
+        more = {"family": FAMILIES[seed % 3], "seed": seed, "window": window}
+        hold(report, dut, dense(key, None, (4, 2), seqlens, **more))
+    tensors = values(dense(key, 1, (2, 1), (short, long), seed=5), dut.device)
     one = dut.attn(**tensors, causal=True, window=(33, 9))
     other = dut.attn(**tensors, window=(33, 0))
     report.expect(torch.equal(one, other), "causal=True does not close the right side of a window")
@@ -100,14 +102,14 @@ def windows(dut: Dut, key: str, scale: Scale) -> None:
 
 def empty(dut: Dut, key: str, scale: Scale) -> None:
     """No keys, no queries, no batch, and rows that a mask empties: 0 and −inf (or the sink), nowhere else."""
-    report = Report()
-    for batch, seqlen_q, seqlen_k in ((2, 65, 0), (2, 0, 65), (0, 65, 65), (0, 0, 0)):
+    calls = []
+    for batch, *seqlens in ((2, 65, 0), (2, 0, 65), (0, 65, 65), (0, 0, 0)):
         for window, sink in product((OPEN, CAUSAL), ("", "fp32")):
-            report.call(dut, Case(shape_of(key, batch, (4, 2), seqlen_q, seqlen_k), seed=1, window=window, sink=sink))
+            calls.append(dense(key, batch, (4, 2), tuple(seqlens), seed=1, window=window, sink=sink))
     for window, sink in product((CAUSAL, (3, 0), (0, 2)), ("", "fp32")):
-        shape = shape_of(key, 2, (4, 2), scale.ragged[1], 5)
-        report.call(dut, Case(shape, "far_below", 2, window, sink=sink))
-    report.done()
+        more = {"family": "far_below", "seed": 2, "window": window, "sink": sink}
+        calls.append(dense(key, 2, (4, 2), (scale.ragged[1], 5), **more))
+    hold_all(dut, calls)
 
 
 def beyond_2g(dut: Dut, key: str, scale: Scale) -> None:
@@ -120,10 +122,10 @@ def beyond_2g(dut: Dut, key: str, scale: Scale) -> None:
     nan = (torch.full((elements,), float("nan"), dtype=dtype, device=dut.device) for _ in range(2))
     inputs_buffer, output_buffer = nan
     for name, (step_b, step_s) in steps.items():
-        shape = shape_of(key, 2 if step_b else 1, (2, 1), rows, rows)
-        tensors = values(shape, "normal", dut.device, 6)
+        call = dense(key, 2 if step_b else 1, (2, 1), (rows, rows), seed=6)
+        tensors = values(call, dut.device)
         # q, k and v share the rows of one buffer: heads 0-1, 2 and 3 of each.
-        dim = max(shape.head_dim, shape.head_dim_v)
+        dim = max(call.head_dim, call.head_dim_v)
         stride = (step_b, step_s or 4 * dim, dim, 1)
         views = {
             part: inputs_buffer.as_strided(tensors[part].shape, stride, offset * dim)
@@ -131,21 +133,20 @@ def beyond_2g(dut: Dut, key: str, scale: Scale) -> None:
         }
         for part, view in views.items():
             view.copy_(tensors[part])
-        out = output_buffer.as_strided(shape.sizes()["o"], stride, 0)
+        out = output_buffer.as_strided(call.sizes["o"], stride, 0)
         out.fill_(float("nan"))
         if name == "packed tokens":
             statistics = _one_packed_entry(dut, views, out)
         else:
             _, statistics = dut.attn(**views, causal=True, return_lse=True, out=out)
-        wanted = expected(**tensors, rule=Rule(default_scale(tensors), CAUSAL))
+        wanted = expected(**tensors, rule=Rule(call.head_dim**-0.5, CAUSAL))
         report.note(f"offsets beyond 2^31 along {name}", problems(out.clone(), statistics, wanted))
     report.done()
 
 
 def _one_packed_entry(dut: Dut, views: Mapping[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor:
     """A batch of one as a packed array; its LSE as that of a batch."""
-    side = Side((out.shape[1],), None, True, 0, out.shape[1], dut.device)
-    cu = {"cu_seqlens_q": side.cu_seqlens, "cu_seqlens_k": side.cu_seqlens}
+    cu = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), integers((0, out.shape[1]), dut.device))
     packed = {name: view[0] for name, view in views.items()}
     _, statistics = dut.varlen(**packed, **cu, causal=True, return_lse=True, out=out[0])
     return statistics[None]

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
-from registry.contract import CubineryError, Variant
-from tests.gpu.cases import CAUSAL, OPEN, Case, Lengths, shape_of, varlen
-from tests.gpu.covering import covering
+from registry.contract import Variant
+from tests.gpu.calls import MODIFIERS, dense, modified, varlen
 from tests.gpu.dut import Dut
-from tests.gpu.inputs import DTYPES, FAMILIES
+from tests.gpu.harness import both_ways, forced, hold, hold_all, refused
+from tests.gpu.inputs import DTYPES
 from tests.gpu.report import MASKS, Report, Scale
-
-MODIFIERS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "softcap": {"softcap": 15.0},
-    "sink": {"sink": "fp32"},
-    "low sink": {"sink": "low"},
-    "slopes": {"alibi": "heads"},
-    "slopes by entry": {"alibi": "batch"},
-    "all": {"softcap": 50.0, "sink": "fp32", "alibi": "batch"},
-}
+from tests.support.call import CAUSAL, FAMILIES, OPEN, Call, Dims, lengths
+from tests.support.covering import covering
 
 
 def head_dims(dut: Dut, key: str, scale: Scale) -> None:
@@ -31,27 +24,26 @@ def head_dims(dut: Dut, key: str, scale: Scale) -> None:
     report = Report()
     variant = Variant.parse(key)
     full, full_v = variant.head_dim, variant.head_dim_v
-    sides, sides_v = list(range(8, full + 1, 8)), list(range(8, full_v + 1, 8))
-    steps = range(0, max(len(sides), len(sides_v)), 3 if scale.thin else 1)
-    pairs = [(sides[i % len(sides)], sides_v[(5 * i + 2) % len(sides_v)]) for i in steps]  # 5 meets every residue
-    pairs += [(8, full_v), (full, 8), (8, 8), (full - 8, full_v), (full, full_v - 8), (full - 8, full_v - 8)]
+    pairs = [*smaller_dims(key, scale), (8, 8), (full - 8, full_v), (full, full_v - 8), (full - 8, full_v - 8)]
     for seed, dims in enumerate(pairs):
-        lengths = scale.near if seed % 2 else scale.ragged
-        shape = shape_of(key, None, (4, 2), *lengths, dims)
-        report.call(dut, Case(shape, FAMILIES[seed % 3], seed, MASKS[seed % len(MASKS)]))
+        more = {"family": FAMILIES[seed % 3], "seed": seed, "window": MASKS[seed % len(MASKS)]}
+        hold(report, dut, dense(key, None, (4, 2), scale.near if seed % 2 else scale.ragged, dims, **more))
     wide = torch.zeros(1, 16, 2, max(full, full_v), dtype=DTYPES[variant.dtype], device=dut.device)
     for name, dims in {"head_dim": (full - 4, full_v), "head_dim_v": (full, full_v - 4)}.items():
         narrow, narrow_v = (wide[..., :dim] for dim in dims)
-        report.expect(_refused(dut, narrow, narrow, narrow_v), f"{name} {dims}: no multiple of 8, but accepted")
+        served = not refused(partial(dut.attn, narrow, narrow, narrow_v))
+        report.expect(not served, f"{name} {dims}: no multiple of 8, but accepted")
     report.done()
 
 
-def _refused(dut: Dut, *tensors: torch.Tensor) -> bool:
-    try:
-        dut.attn(*tensors)
-    except CubineryError:
-        return True
-    return False
+def smaller_dims(key: str, scale: Scale, step: int = 8) -> list[Dims]:
+    """Every smaller multiple of a step of head_dim and of head_dim_v, and each at its smallest beside the other."""
+    variant = Variant.parse(key)
+    full, full_v = variant.head_dim, variant.head_dim_v
+    sides, sides_v = list(range(step, full + 1, step)), list(range(step, full_v + 1, step))
+    steps = range(0, max(len(sides), len(sides_v)), 3 if scale.thin else 1)
+    pairs = [(sides[i % len(sides)], sides_v[(5 * i + 2) % len(sides_v)]) for i in steps]  # 5 meets every residue
+    return [*pairs, (step, full_v), (full, step)]
 
 
 def score_mods(dut: Dut, key: str, scale: Scale) -> None:
@@ -65,51 +57,39 @@ def score_mods(dut: Dut, key: str, scale: Scale) -> None:
     }
     cases = [dict(zip(factors, combination, strict=True)) for combination in product(*factors.values())]
     cases = covering({**factors, "longer": (False, True)}) if scale.thin else cases
-    report = Report()
+    calls = []
     for seed, case in enumerate(cases):
-        longer = case.pop("longer", seed % 5 == 0)
+        seqlens = scale.ragged if case.pop("longer", seed % 5 == 0) else scale.near
         case["softcap"] *= 1 if seed % 2 else 50 / 15
-        shape = shape_of(key, None, scale.groups[case.pop("group")], *(scale.ragged if longer else scale.near))
-        report.call(dut, Case(shape, FAMILIES[seed // 3 % 3], seed, **case))
-    report.done()
+        more = {"family": FAMILIES[seed // 3 % 3], "seed": seed, **case}
+        calls.append(dense(key, None, scale.groups[more.pop("group")], seqlens, **more))
+    hold_all(dut, calls)
 
 
 def pack_gqa(dut: Dut, key: str, scale: Scale) -> None:
     """Packed heads: every ratio, also those that do not divide a tile, with every mask and modifier; varlen too."""
     factors = {"ratio": scale.ratios, "modifier": tuple(MODIFIERS), "lengths": scale.decode, "window": MASKS}
-    report = Report()
-    dut.force(key, pack=True)
-    try:
-        for seed, case in enumerate(covering({**factors, "family": FAMILIES})):
-            shape = shape_of(key, None, case["ratio"], *case["lengths"])
-            more = MODIFIERS[case["modifier"]]
-            report.call(dut, Case(shape, case["family"], seed, case["window"], **more))
-        lengths = Lengths(scale.entries_q, scale.entries_k, used_k=tuple(n // 2 for n in scale.entries_k), spare=19)
-        for seed, (ratio, window) in enumerate(product(scale.ratios, (OPEN, CAUSAL))):
-            more = tuple(MODIFIERS.values())[seed % len(MODIFIERS)]
-            report.call(dut, varlen(key, ratio, lengths, family=FAMILIES[seed % 3], seed=seed, window=window, **more))
-    finally:
-        dut.force(key)
-    report.done()
+    calls = []
+    for seed, case in enumerate(covering({**factors, "family": FAMILIES})):
+        more = {"family": case["family"], "seed": seed, "window": case["window"], **MODIFIERS[case["modifier"]]}
+        calls.append(dense(key, None, case["ratio"], case["lengths"], **more))
+    entries = lengths(scale.entries_q, scale.entries_k, used_k=tuple(n // 2 for n in scale.entries_k), spare=19)
+    for seed, (ratio, window) in enumerate(product(scale.ratios, (OPEN, CAUSAL))):
+        more = {"family": FAMILIES[seed % 3], "seed": seed, "window": window, **modified(seed)}
+        calls.append(varlen(key, ratio, entries, **more))
+    with forced(dut, key):
+        dut.force(key, pack=True)
+        hold_all(dut, calls)
 
 
 def drawn(dut: Dut, key: str, scale: Scale) -> None:
-    """Everything at once, drawn at random: the same draws for a variant each time; a failure prints its case."""
-    report = Report()
+    """Everything at once, drawn at random: the same draws for a variant each time; a failure prints its call."""
     numbers = random.Random(key)
-    cases = [draw(numbers, key, scale) for _ in range(scale.draws)]
-    try:
-        for pack in (False, True):
-            dut.force(key, pack)
-            for case in cases[pack::2]:
-                report.call(dut, case, "heads packed, " * pack)
-    finally:
-        dut.force(key)
-    report.done()
+    both_ways(dut, key, [draw(numbers, key, scale) for _ in range(scale.draws)])
 
 
-def draw(numbers: random.Random, key: str, scale: Scale) -> Case:
-    """A case with anything in it that the forward takes."""
+def draw(numbers: random.Random, key: str, scale: Scale) -> Call:
+    """A call with anything in it that the forward takes."""
     variant, pick = Variant.parse(key), numbers.choice
     heads_kv, group = numbers.randint(1, 3), pick((1, 2, 3, 4, 5, 6, 7, 8, 16))
     dims = tuple(pick((dim, 8 * numbers.randint(1, dim // 8))) for dim in (variant.head_dim, variant.head_dim_v))
@@ -124,11 +104,11 @@ def draw(numbers: random.Random, key: str, scale: Scale) -> Case:
     heads = (heads_kv * group, heads_kv)
     if numbers.random() < 0.4:
         longest = (_length(numbers, scale), _length(numbers, scale))
-        return Case(shape_of(key, pick((None, 1, 3)), heads, *longest, dims), **more)
+        return dense(key, pick((None, 1, 3)), heads, longest, dims, **more)
     return varlen(key, heads, _lengths(numbers, scale), dims, **more)
 
 
-def _lengths(numbers: random.Random, scale: Scale) -> Lengths:
+def _lengths(numbers: random.Random, scale: Scale) -> dict[str, Any]:
     batch, packed, used = numbers.randint(1, 6), [True, True], [False, False]
     while any(packed) and numbers.random() < 0.4:
         packed[numbers.randrange(2)] = False
@@ -141,7 +121,8 @@ def _lengths(numbers: random.Random, scale: Scale) -> Lengths:
         rooms = rooms if packed[i] else (max(rooms),) * batch
         sides.append((rooms, tuple(numbers.randint(0, room) for room in rooms) if used[i] else None))
     (q, used_q), (k, used_k) = sides
-    return Lengths(q, k, used_q, used_k, *packed, numbers.choice((0, 0, 1, 200)), numbers.random() < 0.5)
+    spare, told = numbers.choice((0, 0, 1, 200)), numbers.random() < 0.5
+    return lengths(q, k, used_q, used_k, *packed, spare, max_seqlen=told)
 
 
 def _length(numbers: random.Random, scale: Scale) -> int:

@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-FAMILIES = ("normal", "times4", "far_below")
+from tests.support.call import FAMILIES, Call
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FAR = 60  # below 0 lie the logits of far_below
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one call; of a varlen call, the lengths are those of its longest entries."""
-
-    batch: int
-    heads_q: int
-    heads_kv: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    dtype: str
-
-    def sizes(self) -> dict[str, tuple[int, int, int, int]]:
-        """The shape of each tensor."""
-        query, key = (self.batch, self.seqlen_q, self.heads_q), (self.batch, self.seqlen_k, self.heads_kv)
-        d, dv = self.head_dim, self.head_dim_v
-        return {"q": (*query, d), "k": (*key, d), "v": (*key, dv), "o": (*query, dv)}
-
-
-def values(shape: Shape, family: str, device: Any, seed: int) -> dict[str, torch.Tensor]:
-    """q, k and v of a family, in the shape's dtype.
+def values(call: Call, device: Any) -> dict[str, torch.Tensor]:
+    """q, k and v of a call, in its dtype, each entry in an array of its own.
 
     normal: standard normal. times4: four times that, so that few keys take all the weight. far_below: every logit is
     near −60, so that a key read from beyond the end, whose logit is 0, would take over.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    drawn = {
-        name: torch.randn(size, generator=generator, device=device)
-        for name, size in shape.sizes().items()
-        if name != "o"
-    }
-    if family == "times4":
+    generator = torch.Generator(device).manual_seed(call.seed)
+    drawn = {name: torch.randn(call.sizes[name], generator=generator, device=device) for name in "qkv"}
+    if call.family == "times4":
         drawn = {name: 4 * x for name, x in drawn.items()}
-    elif family == "far_below":
-        shift = math.sqrt(FAR / math.sqrt(shape.head_dim))
+    elif call.family == "far_below":
+        shift = math.sqrt(FAR / math.sqrt(call.head_dim))
         drawn["q"] += shift
         drawn["k"] -= shift
-    elif family != "normal":
-        raise ValueError(f"family: {family!r} is none of {', '.join(FAMILIES)}")
-    return {name: x.to(DTYPES[shape.dtype]) for name, x in drawn.items()}
+    elif call.family != "normal":
+        raise ValueError(f"family: {call.family!r} is none of {', '.join(FAMILIES)}")
+    return {name: x.to(DTYPES[call.dtype]) for name, x in drawn.items()}
 
 
 def sinks(heads_q: int, center: float, dtype: torch.dtype, device: Any, seed: int) -> torch.Tensor:

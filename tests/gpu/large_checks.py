@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.cases import CAUSAL, OPEN, Case, Dims, shape_of
+from tests.gpu.calls import dense
 from tests.gpu.dut import Dut
-from tests.gpu.inputs import DTYPES, Shape, slopes, values
+from tests.gpu.harness import forced, hold
+from tests.gpu.inputs import DTYPES, slopes, values
 from tests.gpu.report import Report, Scale
-from tests.gpu.yardstick import Rule, Window, expected, problems
+from tests.gpu.yardstick import Rule, expected, problems
+from tests.support.call import CAUSAL, OPEN, Dims, Window
 
 HEAD_DIM = 8  # the smallest
 CHUNK = 1 << 26  # elements that are compared at a time
@@ -28,12 +30,10 @@ def largest(dut: Dut, key: str, scale: Scale) -> None:
     """The most heads; rows beyond 2³¹; sequences near 2³⁰ tokens; heads beyond 2³¹ elements apart."""
     report = Report()
     release(dut)
-    try:
+    with forced(dut, key):
         for check in (_most_heads, _most_rows, _most_tokens, _far_heads):
             check(report, dut, key, scale)
             release(dut)
-    finally:
-        dut.force(key)
     report.done()
 
 
@@ -53,17 +53,16 @@ def _most_heads(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     n = scale.most_heads
     for seed, (heads, pack) in enumerate((((n, n), False), ((n, 1), False), ((n, 1), True), ((2 * n, n), True))):
         dut.force(key, pack)
-        shape = shape_of(key, 1, heads, 20, 20, small_dims(key))
         more: dict[str, Any] = {"sink": "fp32", "alibi": "heads"} if seed % 2 else {}
-        report.call(dut, Case(shape, seed=seed, window=CAUSAL, **more), "heads packed, " * pack)
+        call = dense(key, 1, heads, (20, 20), small_dims(key), seed=seed, window=CAUSAL, **more)
+        hold(report, dut, call, "heads packed, " * pack)
 
 
 def _most_rows(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     """Entries × heads beyond 2³¹, which packed heads allow: 64 of one query and one to seven keys, over and over."""
     heads, turns = 64, 7
     batch = (scale.beyond // heads // turns + 1) * turns
-    shape = Shape(turns, heads, 1, 1, turns, HEAD_DIM, HEAD_DIM, Variant.parse(key).dtype)
-    tensors = values(shape, "normal", dut.device, 3)
+    tensors = values(dense(key, turns, (heads, 1), (1, turns), (HEAD_DIM, HEAD_DIM), seed=3), dut.device)
     lengths = torch.arange(turns, device=dut.device) + 1
     clean = {name: x[:1].expand_as(x) for name, x in tensors.items()}
     given = {name: x[:1].expand(batch, *x.shape[1:]) for name, x in tensors.items()}
@@ -136,9 +135,9 @@ def _in_places(
 def _far_heads(report: Report, dut: Dut, key: str, scale: Scale) -> None:
     """Heads beyond 2³¹ elements apart, of q, k, v and the output, and rows of slopes as far as they may be."""
     rows, step = 64, scale.beyond // 2 + 64
-    shape = shape_of(key, 2, (3, 3), rows, rows)
-    tensors = values(shape, "normal", dut.device, 6)
-    dim = max(shape.head_dim, shape.head_dim_v)
+    call = dense(key, 2, (3, 3), (rows, rows), seed=6)
+    tensors = values(call, dut.device)
+    dim = max(call.head_dim, call.head_dim_v)
     stride = (rows * 4 * dim, 4 * dim, max(step, 2 * rows * 4 * dim), 1)
     nan = (
         torch.full((2 * stride[2] + 2 * stride[0],), float("nan"), dtype=tensors["q"].dtype, device=dut.device)
@@ -149,13 +148,13 @@ def _far_heads(report: Report, dut: Dut, key: str, scale: Scale) -> None:
         part: inputs_buffer.as_strided(x.shape, stride, offset * dim).copy_(x)
         for offset, (part, x) in enumerate(tensors.items())
     }
-    out = output_buffer.as_strided(shape.sizes()["o"], stride, 0)
+    out = output_buffer.as_strided(call.sizes["o"], stride, 0)
     slope = slopes((2, 3), dut.device, 6)
     far = torch.empty(scale.beyond, device=dut.device).as_strided((2, 3), (scale.beyond // 2 - 8, 1)).copy_(slope)
     _, statistics = dut.attn(**views, causal=True, alibi_slopes=far, return_lse=True, out=out)
-    wanted = expected(**tensors, rule=Rule(shape.head_dim**-0.5, CAUSAL, slopes=slope))
+    wanted = expected(**tensors, rule=Rule(call.head_dim**-0.5, CAUSAL, slopes=slope))
     report.note("heads beyond 2^31 elements apart", problems(out.clone(), statistics, wanted))
     sink = torch.zeros(3, device=dut.device)
     plain = dut.attn(**views, window=OPEN, sink=sink)
-    wanted = expected(**tensors, rule=Rule(shape.head_dim**-0.5, OPEN, sink=sink))
+    wanted = expected(**tensors, rule=Rule(call.head_dim**-0.5, OPEN, sink=sink))
     report.note("heads beyond 2^31 elements apart, into a new output", problems(plain, None, wanted))

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
-from registry.contract import CubineryError, Variant
-from tests.gpu.append_cases import AppendCase, append
-from tests.gpu.cases import CAUSAL, OPEN
-from tests.gpu.covering import covering
+from registry.contract import Variant
+from tests.gpu.cached_run import CachedRun
+from tests.gpu.calls import MODIFIERS, append, enough, modified, paged
 from tests.gpu.dut import Dut
-from tests.gpu.feature_checks import MODIFIERS
-from tests.gpu.inputs import FAMILIES
-from tests.gpu.launch_checks import same
-from tests.gpu.paged_cases import PagedCall, PagedCase, enough, paged
-from tests.gpu.paged_inputs import Cache, canaries, is_low, raw
+from tests.gpu.feature_checks import smaller_dims
+from tests.gpu.harness import both_ways, hold_all, made, refused
+from tests.gpu.paged_inputs import canaries, is_low, raw
 from tests.gpu.report import MASKS, Report, Scale
+from tests.gpu.run import same
 from tests.gpu.varlen_checks import padded_entries, tile_of_keys
 from tests.gpu.yardstick import problems
+from tests.support.call import CAUSAL, FAMILIES, OPEN, Append, Cache, Call, Dims
+from tests.support.covering import covering
 
 DESCALES = ("", "heads", "batch")
 FAR_PAGE = 16
@@ -82,16 +83,15 @@ def varlen(dut: Dut, key: str, scale: Scale) -> None:
     rows, keys = scale.mixed_q, scale.mixed_k
     for seed, (page, count, window) in enumerate(product((1, 16, 48, 256), (0, 1, 3), MASKS)):
         cache = Cache(page, ("permuted", "shared")[seed % 2], descale=DESCALES[seed % 3])
-        more = tuple(MODIFIERS.values())[seed % len(MODIFIERS)]
         used = tuple(max(n - seed % 3, 0) for n in rows) if count < 2 and seed % 2 else None
         heads = tuple(scale.groups.values())[seed % len(scale.groups)]
         # Where the keys are split, rows of nobody are written too.
         spare = 19 if seed % 2 and (used or count == 1) else 0
         asked = {"used_q": used, "spare": spare, "num_splits": count, "seed": seed, "window": window}
-        cases.append(paged(key, heads, rows, keys, cache, family=FAMILIES[seed % 3], **asked, **more))
+        cases.append(paged(key, heads, rows, keys, cache, family=FAMILIES[seed % 3], **asked, **modified(seed)))
     report = both_ways(dut, key, cases, done=False)
-    refused = paged(key, (4, 2), rows, keys, Cache(16), used_q=rows, num_splits=2)
-    report.expect(_refused(dut, refused), "num_splits = 2 with seqused_q was accepted")
+    call = paged(key, (4, 2), rows, keys, Cache(16), used_q=rows, num_splits=2)
+    report.expect(_refused(dut, call), "num_splits = 2 with seqused_q was accepted")
     report.done()
 
 
@@ -121,8 +121,8 @@ def pack_gqa(dut: Dut, key: str, scale: Scale) -> None:
     for seed, (ratio, seqlen_q) in enumerate(product(scale.ratios, scale.few_queries)):
         lengths = enough((scale.entries_k[2], 40, 1), ratio[0], seqlen_q)
         asked = {"num_splits": seed % 3, "window": MASKS[seed % len(MASKS)], "seed": seed}
-        more = tuple(MODIFIERS.values())[seed % len(MODIFIERS)]
-        cases.append(paged(key, ratio, seqlen_q, lengths, Cache(16), family=FAMILIES[seed % 3], **asked, **more))
+        asked |= {"family": FAMILIES[seed % 3], **modified(seed)}
+        cases.append(paged(key, ratio, seqlen_q, lengths, Cache(16), **asked))
     both_ways(dut, key, [case for case in cases for _ in range(2)])
 
 
@@ -130,10 +130,7 @@ def head_dims(dut: Dut, key: str, scale: Scale) -> None:
     """Smaller head dims than the variant's, either the larger; NaN beside the columns."""
     variant, step = Variant.parse(key), 16 if is_low(key) else 8
     full, full_v = variant.head_dim, variant.head_dim_v
-    sides, sides_v = list(range(step, full + 1, step)), list(range(step, full_v + 1, step))
-    steps = range(0, max(len(sides), len(sides_v)), 3 if scale.thin else 1)
-    pairs = [(sides[i % len(sides)], sides_v[(5 * i + 2) % len(sides_v)]) for i in steps]
-    pairs += [(step, full_v), (full, step), (full - step, full_v), (full, full_v - step)]
+    pairs = [*smaller_dims(key, scale, step), (full - step, full_v), (full, full_v - step)]
     cases = []
     for seed, dims in enumerate(pairs):
         lengths = enough((scale.entries_k[2], 17, 1), 8, 1)
@@ -156,72 +153,72 @@ def strided(dut: Dut, key: str, scale: Scale) -> None:
             right: list[torch.Tensor] | None = None
             for order, layout in product(("in order", "permuted"), LAYOUTS.values()):
                 case = paged(key, (6, 2), seqlen_q, scale.entries_k, Cache(page, order, **layout), **asked)
-                call = case.on(dut.device)
-                got = [x.clone() for x in call(dut)]
+                got = [x.clone() for x in made(case, dut.device)(dut)]
                 right = right or got
                 report.expect(all(map(same, got, right)), f"{case}: differs from pages in order")
-    call = paged(key, (6, 2), 2, scale.entries_k, Cache(16), seed=4).on(dut.device)
-    out = torch.full_like(call.tensors["out"].transpose(1, 2).contiguous(), float("nan")).transpose(1, 2)
-    got, _ = call(dut, out=out)
+    run = made(paged(key, (6, 2), 2, scale.entries_k, Cache(16), seed=4), dut.device)
+    out = torch.full_like(run.tensors["out"].transpose(1, 2).contiguous(), float("nan")).transpose(1, 2)
+    got, _ = run(dut, out=out)
     report.expect(got is out, "`out` is not returned")
-    report.expect(same(out, call(dut)[0]), "an output with its heads first differs")
+    report.expect(same(out, run(dut)[0]), "an output with its heads first differs")
     report.done()
 
 
 def empty(dut: Dut, key: str, scale: Scale) -> None:
     """No keys, no queries, no entries, and rows that a mask empties: 0 and −∞ (or the sink), nowhere else."""
-    report = Report()
+    calls = []
     for seqlen_q, keys in ((2, (0, 0, 0)), (0, (5, 9)), (3, ()), (40, (5, 0, 17))):
         for window, sink, count in product((OPEN, CAUSAL, (0, 2)), ("", "fp32"), (0, 1, 4)):
             asked = {"window": window, "sink": sink, "num_splits": count, "family": "far_below"}
-            report.call(dut, paged(key, (4, 2), seqlen_q, keys, Cache(16), **asked))
-    report.done()
+            calls.append(paged(key, (4, 2), seqlen_q, keys, Cache(16), **asked))
+    hold_all(dut, calls)
 
 
 def beyond_2g(dut: Dut, key: str, scale: Scale) -> None:
     """Pages, and rows of a contiguous cache, beyond 2³¹ elements: addresses need 64 bits."""
     report = Report()
-    call = paged(key, (4, 2), 2, (scale.near[1],) * 2, Cache(FAR_PAGE), seed=6, window=CAUSAL).on(dut.device)
-    row = 2 * call.shape.heads_kv * max(call.shape.head_dim, call.shape.head_dim_v)  # of k and v side by side
+    call = paged(key, (4, 2), 2, (scale.near[1],) * 2, Cache(FAR_PAGE), seed=6, window=CAUSAL)
+    run = made(call, dut.device)
+    row = 2 * call.heads_kv * max(call.head_dim, call.head_dim_v)  # of k and v side by side
     tokens = scale.near[1]
     step = max(row, (scale.beyond // (2 * tokens - 1) // 16 + 1) * 16)  # from row to row of a contiguous cache
     pages = scale.beyond * 9 // 8 // (FAR_PAGE * row) + 2
-    buffer = canaries((max(pages * FAR_PAGE * row, (2 * tokens + 1) * step),), call.paged.dtype, dut.device)
+    buffer = canaries((max(pages * FAR_PAGE * row, (2 * tokens + 1) * step),), run.low, dut.device)
     token = torch.arange(tokens, device=dut.device)
     columns = -(-tokens // FAR_PAGE)
     table = (pages - 1 - torch.arange(2 * columns, device=dut.device) * (pages // (2 * columns))).view(2, columns)
     entry = torch.arange(2, device=dut.device)[:, None].expand(2, tokens)
     paged_rows = buffer[: pages * FAR_PAGE * row].view(pages, FAR_PAGE, row)
     place = table[:, token // FAR_PAGE], token % FAR_PAGE
-    _call_far(report, dut, call, paged_rows, place, {"block_table": table.int()})
-    raw(buffer).copy_(raw(canaries((1,), call.paged.dtype, dut.device)))
+    _call_far(report, dut, run, paged_rows, place, {"block_table": table.int()})
+    raw(buffer).copy_(raw(canaries((1,), run.low, dut.device)))
     rows = buffer.as_strided((2, tokens, row), (tokens * step, step, 1))
-    _call_far(report, dut, call, rows, (entry, token), {})
+    _call_far(report, dut, run, rows, (entry, token), {})
     report.done()
 
 
-def _call_far(report: Report, dut: Dut, call: PagedCall, rows: torch.Tensor, place: Any, table: dict[str, Any]) -> None:
+def _call_far(report: Report, dut: Dut, run: CachedRun, rows: torch.Tensor, place: Any, table: dict[str, Any]) -> None:
     """One call whose keys and values lie at `place` of rows (pages, page_size, row)."""
-    heads, dim = call.shape.heads_kv, rows.shape[2] // (2 * call.shape.heads_kv)
-    given = call.given()
+    heads, dim = run.call.heads_kv, rows.shape[2] // (2 * run.call.heads_kv)
+    given = run.given()
     del given["block_table"]
     for i, name in enumerate("kv"):
-        stored = call.stored(name, call.clean[name])
+        stored = run.stored(name, run.clean[name])
         view = rows[..., i * heads * dim : (i + 1) * heads * dim].unflatten(-1, (heads, dim))[..., : stored.shape[-1]]
         raw(view)[place] = raw(stored)
         given[f"{name}_cache"] = view
     out, lse = dut.kvcache(**given, **table)
-    found = problems(call.q.gather(out), lse, call.expected)
+    found = problems(run.q.gather(out), lse, run.expected)
     report.note(f"cache {tuple(rows.shape)} with strides {rows.stride()}", found)
 
 
 def append_and_attend(dut: Dut, key: str, scale: Scale) -> None:
     """New keys and values, rotated and not, written where the table says; then attention over old and new."""
-    both_ways(dut, key, list(append_cases(key, scale)))
+    both_ways(dut, key, list(appending(key, scale)))
 
 
-def append_cases(key: str, scale: Scale, dims: tuple[tuple[int, int] | None, ...] = (None,)) -> Iterable[AppendCase]:
-    """Cases of appending; dims: of the heads, None for the variant's own."""
+def appending(key: str, scale: Scale, dims: tuple[Dims | None, ...] = (None,)) -> Iterable[Call]:
+    """Calls that append; dims: of the heads, None for the variant's own."""
     factors: dict[str, tuple[Any, ...]] = {
         "page": (*scale.pages, None),
         "tokens": scale.new_tokens,
@@ -245,12 +242,10 @@ def append_cases(key: str, scale: Scale, dims: tuple[tuple[int, int] | None, ...
         cache = Cache(page, case["order"], descale=case["descale"], **LAYOUTS[case["layout"]])
         head_dim = (case["dims"] or (Variant.parse(key).head_dim,))[0]
         rotary_dim = min(head_dim // 16 * 16, (16, 32, 256)[seed % 3]) if rotary else 0
-        asked = {name: case[name] for name in ("dims", "rows")} | {"num_splits": case["splits"], "window": window}
-        yield append(
-            key, scale.groups[case["group"]], tokens, before, tokens, cache, capacity=capacity,
-            rotary=rotary if rotary_dim else "", rotary_dim=rotary_dim, family=FAMILIES[seed % 3], seed=seed,
-            **asked,
-        )  # fmt: skip
+        new = Append(tokens, rotary if rotary_dim else "", rotary_dim, case["rows"])
+        asked = {"family": FAMILIES[seed % 3], "seed": seed, "num_splits": case["splits"], "window": window}
+        asked |= {"dims": case["dims"], "capacity": capacity}
+        yield append(key, scale.groups[case["group"]], tokens, before, new, cache, **asked)
 
 
 def leftpad(dut: Dut, key: str, scale: Scale) -> None:
@@ -277,8 +272,9 @@ def leftpad(dut: Dut, key: str, scale: Scale) -> None:
         more = {"leftpad": (longest * 4 // 5, longest // 3 - 2, longest), "num_splits": count, "seed": seed}
         cases.append(paged(key, (16, 2), 2, k, Cache(16), window=window, sink=("", "fp32", "low")[seed % 3], **more))
     for seed, (rotary, window) in enumerate(product(("", "halves", "interleaved"), (OPEN, CAUSAL))):
-        asked = {"rotary": rotary, "rotary_dim": 16 if rotary else 0, "window": window, "num_splits": seed % 3}
-        cases.append(append(key, (4, 2), 2, keys, 2, Cache((16, None)[seed % 2]), leftpad=padding, seed=seed, **asked))
+        new, cache = Append(2, rotary, 16 if rotary else 0), Cache((16, None)[seed % 2])
+        asked = {"window": window, "num_splits": seed % 3, "leftpad": padding, "seed": seed}
+        cases.append(append(key, (4, 2), 2, keys, new, cache, **asked))
     both_ways(dut, key, cases)
 
 
@@ -288,8 +284,8 @@ def drawn(dut: Dut, key: str, scale: Scale) -> None:
     both_ways(dut, key, [draw(numbers, key, scale) for _ in range(scale.draws // 2)])
 
 
-def draw(numbers: random.Random, key: str, scale: Scale) -> PagedCase:
-    """A case with anything in it that a call over a cache takes."""
+def draw(numbers: random.Random, key: str, scale: Scale) -> Call:
+    """A call with anything in it that a call over a cache takes."""
     pick, variant, step = numbers.choice, Variant.parse(key), 16 if is_low(key) else 8
     heads_kv, group, batch = numbers.randint(1, 3), pick((1, 2, 3, 4, 5, 7, 8, 16)), numbers.randint(1, 6)
     dims = tuple(pick((dim, step * numbers.randint(1, dim // step))) for dim in (variant.head_dim, variant.head_dim_v))
@@ -301,7 +297,7 @@ def draw(numbers: random.Random, key: str, scale: Scale) -> PagedCase:
     door = "varlen" if packed else pick(("kvcache", "varlen"))
     cache = Cache(
         page if door == "kvcache" else page or 32, pick(("in order", "permuted", "shared")), pick((False, True)),
-        pick((False, True)), pick(DESCALES), numbers.randint(0, 3),
+        pick((False, True)), descale=pick(DESCALES), spare=numbers.randint(0, 3), door=door,
     )  # fmt: skip
     queries: Any = tuple(length() % 60 for _ in range(batch)) if packed else pick((1, 1, 2, 3, 9, 40))
     more: dict[str, Any] = {"family": pick(FAMILIES), "seed": numbers.randrange(2**20)}
@@ -309,27 +305,8 @@ def draw(numbers: random.Random, key: str, scale: Scale) -> PagedCase:
     more["window"] = pick((OPEN, CAUSAL, (pick((None, 0, length())), pick((None, 0, length())))))
     count = pick((0, 0, 1, 2, numbers.randint(1, 20)))
     keys, heads = [length() for _ in range(batch)], (heads_kv * group, heads_kv)
-    return paged(key, heads, queries, keys, cache, num_splits=count, door=door, dims=dims, **more)
+    return paged(key, heads, queries, keys, cache, num_splits=count, dims=dims, **more)
 
 
-def both_ways(dut: Dut, key: str, cases: list[Any], done: bool = True) -> Report:
-    """Hold each case to the yardstick, every other one with packed heads."""
-    report = Report()
-    try:
-        for pack in (False, True):
-            dut.force(key, pack)
-            for case in cases[pack::2]:
-                report.call(dut, case, "heads packed, " * pack)
-    finally:
-        dut.force(key)
-    if done:
-        report.done()
-    return report
-
-
-def _refused(dut: Dut, case: PagedCase) -> bool:
-    try:
-        case.on(dut.device)(dut)
-    except CubineryError:
-        return True
-    return False
+def _refused(dut: Dut, call: Call) -> bool:
+    return bool(refused(partial(made(call, dut.device), dut)))

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from registry.contract import Variant
 from tests.gpu.inputs import DTYPES, around
+from tests.support.call import Cache
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 NAN_BYTE = 0x7F  # of e4m3
 GARBAGE = (-1, 2**31 - 1, -(2**31), 2**30)  # in a table where nothing is to be looked up
 CANARIES = 3  # pages at least that nobody owns
-
-
-@dataclass(frozen=True)
-class Cache:
-    """How the keys and values of a call are kept. k and v are always views of larger arrays.
-
-    page_size: None for a contiguous cache, (entries, capacity, heads_kv, dim). order: of the pages (of the entries,
-    if contiguous) in memory, 'in order', 'permuted' or, with entries that begin alike in the same pages, 'shared'.
-    halves: k and v are halves of one array (pages, 2, page_size, …). heads_first: stored (pages, heads_kv, page_size,
-    …).
-    descale: of an e4m3 cache, '' for none, 'heads' or 'batch'. spare: columns of the table (rows of a contiguous cache)
-    that no entry needs.
-    """
-
-    page_size: int | None = 16
-    order: str = "permuted"
-    halves: bool = False
-    heads_first: bool = False
-    descale: str = ""
-    spare: int = 2
 
 
 def is_low(key: str) -> bool:

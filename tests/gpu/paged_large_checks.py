@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.append_cases import append, misrounded
-from tests.gpu.cases import CAUSAL, OPEN
+from tests.gpu.calls import append, paged
 from tests.gpu.combine_checks import ERROR, OUT_DTYPES, combined
 from tests.gpu.dut import Dut
+from tests.gpu.harness import both_ways, hold, made
 from tests.gpu.inputs import DTYPES
 from tests.gpu.large_checks import HEAD_DIM, PLACE, SPARE, release, repeats
-from tests.gpu.paged_cases import paged
-from tests.gpu.paged_checks import both_ways
-from tests.gpu.paged_inputs import E4M3, Cache, cache_dtype, quantised, raw, take
+from tests.gpu.paged_inputs import E4M3, cache_dtype, quantised, raw, take
 from tests.gpu.report import Report, Scale
-from tests.gpu.yardstick import LSE_TOLERANCE, Rule, Window, expected, problems
+from tests.gpu.rotary import misrounded
+from tests.gpu.yardstick import LSE_TOLERANCE, Rule, expected, problems
+from tests.support.call import CAUSAL, OPEN, Append, Cache, Window
 
 ROW = 16  # bytes: the smallest stride, and so the smallest row
 DIMS = (16, 16)
@@ -139,13 +139,14 @@ def _far_rows(far: _Far, scale: Scale) -> None:
 
 def _far_tables(report: Report, dut: Dut, key: str, memory: torch.Tensor, scale: Scale) -> None:
     """Rows of the page table and of descales as far apart as they may be."""
-    call = paged(key, (4, 2), 2, (20, 9, 30), Cache(16, descale="batch"), seed=7, window=CAUSAL).on(dut.device)
-    given, names = call.given(), ("block_table", "k_descale", "v_descale")
+    call = paged(key, (4, 2), 2, (20, 9, 30), Cache(16, descale="batch"), seed=7, window=CAUSAL)
+    run = made(call, dut.device)
+    given, names = run.given(), ("block_table", "k_descale", "v_descale")
     for i, name in enumerate(name for name in names if name in given):
         x = given[name]
         given[name] = memory.view(x.dtype).as_strided(x.shape, (scale.beyond - 1, 1), 8 * i).copy_(x)
     for count in (1, 3):
-        found = call.problems(*dut.kvcache(**{**given, "num_splits": count}))
+        found = run.problems(*dut.kvcache(**{**given, "num_splits": count}))
         report.note(f"{', '.join(names)} with rows 2^31 elements apart, num_splits {count}", found)
 
 
@@ -157,8 +158,8 @@ def largest_append(dut: Dut, key: str, scale: Scale) -> None:
     report = Report()
     n = scale.most_heads
     for seed, rotary in enumerate(("halves", "interleaved")):
-        more: dict[str, Any] = {"rotary": rotary, "rotary_dim": 16, "dims": DIMS, "seed": seed, "window": CAUSAL}
-        report.call(dut, append(key, (n, n), 3, (5, 40), 3, Cache(16, descale="batch"), **more))
+        new, cache = Append(3, rotary, 16), Cache(16, descale="batch")
+        hold(report, dut, append(key, (n, n), 3, (5, 40), new, cache, dims=DIMS, seed=seed, window=CAUSAL))
     memory = _memory(dut, scale)
     few = 2 ** ((scale.beyond.bit_length() - 2) // 3)
     many = scale.beyond // 2 // few - 1

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
 import torch
 
-from registry.contract import CubineryError, Variant
-from tests.gpu.append_cases import append, rotated, tables
-from tests.gpu.cases import CAUSAL, Dims
+from registry.contract import Variant
+from tests.gpu.calls import append, dense, paged
 from tests.gpu.dut import Dut
-from tests.gpu.inputs import DTYPES, Shape, integers, padded, place, values
-from tests.gpu.launch_checks import hammer, in_threads, same
-from tests.gpu.paged_cases import PagedCall, PagedCase, paged
-from tests.gpu.paged_inputs import E4M3, Cache, Pages, cache_dtype, quantised, raw, take
+from tests.gpu.harness import captured, cold_capture, forced, in_threads, made, repeated, replays
+from tests.gpu.inputs import DTYPES, integers, padded, place, values
+from tests.gpu.paged_inputs import E4M3, Pages, cache_dtype, quantised, raw, take
 from tests.gpu.report import Report, Scale
+from tests.gpu.rotary import rotated, tables
+from tests.gpu.run import same
 from tests.gpu.yardstick import Rule, expected, problems
+from tests.support.call import CAUSAL, Append, Cache, Call, Dims
 
 HEADS = (8, 2)  # of the captured decode step
 GROWTH = (0, 1, 1, 29, 1)  # of the lengths, from replay to replay
@@ -26,86 +23,43 @@ GROWTH = (0, 1, 1, 29, 1)  # of the lengths, from replay to replay
 def determinism(dut: Dut, key: str, scale: Scale) -> None:
     """The same call gives the same bits, with other work in between: any splits, packed queries, appending."""
     report = Report()
-    keys = scale.entries_k
-    cases: list[Any] = [paged(key, (8, 2), 1, keys, Cache(16), num_splits=n, seed=8) for n in (0, 1, 3)]
-    cases.append(paged(key, (8, 2), scale.mixed_q, scale.mixed_k, Cache(64), seed=8, sink="fp32", window=CAUSAL))
-    try:
+    calls = [paged(key, (8, 2), 1, scale.entries_k, Cache(16), num_splits=n, seed=8) for n in (0, 1, 3)]
+    calls.append(paged(key, (8, 2), scale.mixed_q, scale.mixed_k, Cache(64), seed=8, sink="fp32", window=CAUSAL))
+    with forced(dut, key):
         for pack in (False, True):
             dut.force(key, pack)
-            for case in cases:
-                other = replace(case, attention=replace(case.attention, seed=9)).on(dut.device)
-                call = case.on(dut.device)
-                first = [x.clone() for x in call(dut)]
-                for _ in range(4):
-                    other(dut)
-                    report.expect(all(map(same, first, call(dut))), f"{case}, heads packed {pack}: two calls differ")
-    finally:
-        dut.force(key)
+            for call in calls:
+                repeated(report, dut, call, call.but(seed=9), f", heads packed {pack}")
     report.note("appending", repeated_append(dut, key, scale))
     report.done()
 
 
 def repeated_append(dut: Dut, key: str, scale: Scale, dims: Dims | None = None) -> list[str]:
     """What differs when the same tokens are appended again to the same cache."""
-    asked = {"seed": 8, "rotary": "halves", "rotary_dim": 16, "dims": dims}
-    call = append(key, (8, 2), 2, scale.entries_k, 2, Cache(16), **asked).on(dut.device)
-    runs = []
+    call = append(key, (8, 2), 2, scale.entries_k, Append(2, "halves", 16), Cache(16), dims=dims, seed=8)
+    run, results = made(call, dut.device), []
     for _ in range(4):
-        call.restore()
-        runs.append([x.clone() for x in (*call(dut), *(raw(call.tensors[name]) for name in "kv"))])
-    return ["two calls differ" for run in runs[1:] if not all(map(same, runs[0], run))]
+        run.restore()
+        results.append([x.clone() for x in (*run(dut), *(raw(run.tensors[name]) for name in "kv"))])
+    return ["two calls differ" for other in results[1:] if not all(map(same, results[0], other))]
 
 
 def graph_capture(dut: Dut, key: str, scale: Scale) -> None:
     """A cold call during capture is refused; a captured decode step of many layers is exact while its lengths grow."""
     report = Report()
-    cold = paged(key, (4, 2), 1, scale.entries_k, Cache(16), num_splits=2).on(dut.device)
+    cold = made(paged(key, (4, 2), 1, scale.entries_k, Cache(16), num_splits=2), dut.device)
     dut.force(key)  # forgets what was loaded
-    reason = "nothing was raised"
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            cold(dut)
-    except CubineryError as error:
-        reason = error.reason
-    report.expect(reason == "capture", f"a cold call during capture: reason {reason!r} instead of 'capture'")
-    _replays(report, dut, [_of_one_size(key, scale, seed).on(dut.device) for seed in range(3)])
+    cold_capture(report, dut, cold)
+    replays(report, dut, [_of_one_size(key, scale, seed) for seed in range(3)])
     for num_splits, layers in ((0, scale.layers), (3, 2)):
         _grow(report, Decoder(dut, key, scale, layers, num_splits))
     report.done()
 
 
-def _of_one_size(key: str, scale: Scale, seed: int) -> PagedCase:
+def _of_one_size(key: str, scale: Scale, seed: int) -> Call:
     """A call that fits the arrays of the others: its lengths have changed places, and so has every page."""
     keys = scale.entries_k[seed:] + scale.entries_k[:seed]
-    return paged(key, (4, 2), 2, keys, Cache(16), seed=seed, window=CAUSAL, sink="fp32", door="varlen")
-
-
-def _replays(report: Report, dut: Dut, calls: list[PagedCall]) -> None:
-    """Capture the first call; then put each one's inputs and lengths into its arrays, replay, and judge."""
-    static = calls[0]
-    inputs = [[x._base.clone() for x in call.inputs()] for call in calls]
-    static(dut)
-    graph, (out, lse) = _captured(dut, lambda: static(dut))
-    for call, given in list(zip(calls, inputs, strict=True))[::-1]:
-        for target, source in zip(static.inputs(), given, strict=True):
-            target._base.copy_(source)
-        out._base.fill_(float("nan"))
-        lse.fill_(float("nan"))
-        graph.replay()
-        found = call.problems(out, lse) if call is not static else []
-        report.note(f"a replay with {call.paged}", found)
-        if call is not static:
-            report.expect(all(map(same, (out, lse), call(dut))), f"a replay differs from a call: {call.paged}")
-
-
-def _captured(dut: Dut, work: Callable[[], Any]) -> tuple[Any, Any]:
-    """A graph of the work, and what the work returned."""
-    if dut.device == "cuda":
-        torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = work()
-    return graph, made
+    return paged(key, (4, 2), 2, keys, Cache(16, door="varlen"), seed=seed, window=CAUSAL, sink="fp32")
 
 
 class Decoder:
@@ -116,7 +70,7 @@ class Decoder:
         variant, device = Variant.parse(key), dut.device
         self.dut, self.num_splits, self.dtype = dut, num_splits, cache_dtype(key)
         dims, batch, (heads_q, heads_kv) = (variant.head_dim, variant.head_dim_v), len(scale.entries_k), HEADS
-        self.shape = Shape(batch, heads_q, heads_kv, 1, 1, *dims, variant.dtype)
+        self.call = dense(key, batch, HEADS, (1, 1))
         self.lengths = integers(scale.entries_k, device)
         held = self.lengths.long()
         rooms = held + sum(GROWTH) + 1
@@ -129,7 +83,7 @@ class Decoder:
         self.fill(torch.zeros_like(held), held)
 
     def _drawn(self, seed: int) -> dict[str, torch.Tensor]:
-        return values(self.shape, "normal", self.dut.device, seed)
+        return values(self.call.but(seed=seed), self.dut.device)
 
     def renew(self, seed: int) -> None:
         """Other queries, and other keys and values to append."""
@@ -178,7 +132,7 @@ class Decoder:
 def _grow(report: Report, decoder: Decoder) -> None:
     """Capture a step, then replay it while the lengths grow: within the yardstick, and the bits that a call gives."""
     decoder.step()
-    graph, results = _captured(decoder.dut, decoder.step)
+    graph, results = captured(decoder.dut, decoder.step)
     for n, more in enumerate(GROWTH):
         held = decoder.lengths.long()
         decoder.fill(held + 1, held + more)
@@ -200,15 +154,10 @@ def _grow(report: Report, decoder: Decoder) -> None:
 
 def streams(dut: Dut, key: str, scale: Scale) -> None:
     """Threads with a stream each, many calls in flight: each result is that of a lone call, splits and all."""
-    report = Report()
     work = []
     for i in range(scale.threads):
-        cases = [_of_one_size(key, scale, i + j) for j in range(2)]
+        calls = [_of_one_size(key, scale, i + j) for j in range(2)]
         cache = Cache(16 * (i + 1))
-        cases += [paged(key, (8, 2), 1, scale.entries_k, cache, num_splits=n, seed=20 + i) for n in (0, 3)]
-        calls = [case.on(dut.device) for case in cases]
-        right = [[x.clone() for x in call(dut)] for call in calls]
-        for call, results in zip(calls, right, strict=True):
-            report.note(f"alone, {call.paged}", call.problems(*results))
-        work.append((calls, right))
-    in_threads(dut, hammer, work, scale.calls, report)
+        calls += [paged(key, (8, 2), 1, scale.entries_k, cache, num_splits=n, seed=20 + i) for n in (0, 3)]
+        work.append(calls)
+    in_threads(dut, work, scale.calls)

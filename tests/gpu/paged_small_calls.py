@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from registry.contract import Variant
-from tests.gpu.append_cases import AppendCase, append
-from tests.gpu.cases import CAUSAL
+from tests.gpu.calls import append, paged
 from tests.gpu.combine_checks import OUT_DTYPES, Partials
 from tests.gpu.dut import Dut
+from tests.gpu.harness import made
 from tests.gpu.inputs import DTYPES
-from tests.gpu.paged_cases import PagedCase, paged
-from tests.gpu.paged_inputs import Cache, cache_dtype, is_low
+from tests.gpu.paged_inputs import cache_dtype, is_low
+from tests.support.call import CAUSAL, Append, Cache, Call, Dims
 
 MODIFIED: dict[str, Any] = {"softcap": 15.0, "alibi": "batch"}
 
 
-def cases(key: str) -> list[PagedCase | AppendCase]:
+def calls(key: str) -> list[Call]:
     """Several key blocks and pages, splits and none, groups that come packed; columns of tables that nobody owns."""
     variant, step = Variant.parse(key), 16 if is_low(key) else 8
     if variant.op == "kv_append":
@@ -36,13 +36,13 @@ def cases(key: str) -> list[PagedCase | AppendCase]:
     ]
 
 
-def _appending(key: str, dims: tuple[int, int]) -> list[PagedCase | AppendCase]:
+def _appending(key: str, dims: Dims) -> list[Call]:
     """Into pages and into a contiguous cache with too little room; rotary both ways and none."""
     tight, before = Cache(16, spare=0, descale="batch"), (15, 0, 31)
     return [
-        append(key, (4, 2), 3, before, 3, tight, rotary="halves", rotary_dim=16, dims=dims, window=CAUSAL),
-        append(key, (2, 2), 3, before, 3, Cache(None), capacity=40, rotary="interleaved", rotary_dim=32, dims=dims),
-        append(key, (2, 1), 1, before, 1, Cache(3, descale="heads"), dims=dims, rows=None),
+        append(key, (4, 2), 3, before, Append(3, "halves", 16), tight, dims=dims, window=CAUSAL),
+        append(key, (2, 2), 3, before, Append(3, "interleaved", 32), Cache(None), capacity=40, dims=dims),
+        append(key, (2, 1), 1, before, Append(1), Cache(3, descale="heads"), dims=dims),
     ]
 
 
@@ -58,9 +58,9 @@ def launch(dut: Dut, key: str, device: str = "cuda") -> None:
             dut.combine(out, lse, out_dtype=OUT_DTYPES[variant.dtype])
             dut.combine(out, lse, out_dtype=OUT_DTYPES[variant.dtype], return_lse=False)
         return
-    for case in cases(key):
-        call = case.on("cpu")
-        call(dut, **{name: tight(x, device) for name, x in call.given().items() if torch.is_tensor(x)})
+    for call in calls(key):
+        run = made(call, "cpu")
+        run(dut, **{name: tight(x, device) for name, x in run.given().items() if torch.is_tensor(x)})
     dims = (64, 64) if variant.op == "kv_append" else (variant.head_dim, variant.head_dim_v)
     for given in astray(key, dims, device):
         dut.kvcache(**given)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from runtime.errors import ArgumentError
-from tests.gpu.append_cases import rotated
 from tests.gpu.paged_inputs import E4M3, E4M3_MAX, quantised, raw
+from tests.gpu.rotary import rotated
 from tests.gpu.stand_in import Options, Stand
 
 BLOCK = 16  # keys

@@ -78,11 +78,6 @@ class Report:
         if not holds:
             self.failures.append(otherwise)
 
-    def call(self, dut: Any, case: Any, how: str = "") -> None:
-        """One call on NaN-surrounded inputs into a NaN-poisoned output, held to the yardstick. case: of any kind."""
-        call = case.on(dut.device)
-        self.note(f"{how}{case}", call.problems(*call(dut)))
-
     def done(self, shown: int = 8) -> None:
         """AssertionError that lists what was found, if anything was."""
         more = f"\n… and {len(self.failures) - shown} more" if len(self.failures) > shown else ""

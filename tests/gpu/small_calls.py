@@ -8,23 +8,25 @@ import torch
 
 from registry.contract import Variant
 from tests.gpu import bwd_small_calls, paged_small_calls
-from tests.gpu.cases import CAUSAL, Call, Case, Lengths, shape_of, varlen
+from tests.gpu.calls import dense, varlen
 from tests.gpu.dut import Dut
+from tests.gpu.harness import made
 from tests.gpu.inputs import DTYPES, astray
 from tests.gpu.paged_small_calls import tight
+from tests.support.call import CAUSAL, Call, lengths
 
 
-def cases(key: str) -> list[Case]:
+def calls(key: str) -> list[Call]:
     """Several ragged tiles each way, so that every buffer is used again; groups of more than one head come packed."""
     variant = Variant.parse(key)
     smaller = (variant.head_dim - 8, variant.head_dim_v - 8)
     modified: dict[str, Any] = {"softcap": 15.0, "alibi": "batch"}
-    ragged = Lengths((70, 0, 1, 40), (150, 40, 200, 9), (66, 0, 1, 40), (150, 17, 131, 0), spare=5)
-    dense_q = Lengths((19, 19), (200, 33), (19, 3), packed_q=False)
-    padded = Lengths((70, 1, 9), (333, 40, 9), None, (300, 40, 7), leftpad=(140, -3, 9))
+    ragged = lengths((70, 0, 1, 40), (150, 40, 200, 9), (66, 0, 1, 40), (150, 17, 131, 0), spare=5)
+    dense_q = lengths((19, 19), (200, 33), (19, 3), packed_q=False)
+    padded = lengths((70, 1, 9), (333, 40, 9), None, (300, 40, 7), leftpad_k=(140, -3, 9))
     return [
-        Case(shape_of(key, 1, (2, 2), 150, 333)),
-        Case(shape_of(key, 1, (2, 1), 70, 200, smaller), window=CAUSAL, sink="fp32", **modified),
+        dense(key, 1, (2, 2), (150, 333)),
+        dense(key, 1, (2, 1), (70, 200), smaller, window=CAUSAL, sink="fp32", **modified),
         varlen(key, (3, 1), ragged, smaller, window=(33, 7), sink="low", **modified),
         varlen(key, (1, 1), dense_q, window=CAUSAL),
         varlen(key, (2, 1), padded, window=CAUSAL, alibi="heads"),
@@ -48,10 +50,9 @@ def launch(dut: Dut, key: str, device: str = "cuda") -> None:
 
 
 def _forward(dut: Dut, key: str, device: str) -> None:
-    for case in cases(key):
-        call = Call(case, "cpu")
-        given = {**call.tensors, **call.options}
-        call(dut, **{name: tight(x, device) for name, x in given.items() if torch.is_tensor(x)})
+    for call in calls(key):
+        run = made(call, "cpu")
+        run(dut, **{name: tight(x, device) for name, x in run.given().items() if torch.is_tensor(x)})
     variant = Variant.parse(key)
     given = astray((variant.head_dim, variant.head_dim_v), DTYPES[variant.dtype], device)
     dut.varlen(**given, causal=True, return_lse=True)

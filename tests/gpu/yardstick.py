@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from tests.support.call import Window
+
 CHUNK = 1 << 28  # scores computed at a time: 2 GB of float64
 LSE_TOLERANCE = 2e-5
 MIN_ROWS = 256  # of a softmax: with few, one row whose P rounds badly exceeds twice the model's RMS by chance
-
-Window = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)

@@ -13,29 +13,21 @@ import numpy as np
 from registry.contract import Abi, Variant
 from registry.ops.workspaces import ROWS
 from tests.kernels import launch
-from tests.kernels.arrays import Strided
-from tests.kernels.launch import Case, Compiled, Tensor, Tokens, changed_bytes
+from tests.kernels.arrays import Strided, Tensor, changed_bytes, parts
+from tests.kernels.launch import Compiled, dims, placed, sink_values
 from tests.ptx.interpreter import Device, Kernel
 from tests.reference import Array, Scores, decode, encode, visible, yardstick
 from tests.reference_backward import BackwardReference, backward_reference, join_backward
 from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
+from tests.support.call import Call, Grad, Tokens
 
 STRIP, UNIT_COLUMNS = 16, 8  # rows and columns of a unit of dq_accum
 ERROR = 5e-6  # of dsink and dalibi, relative to the sums of their terms without signs
 
 
-@dataclass(frozen=True)
-class Backward(Case):
-    """One call; what is the forward's alone (lse, pack) is left.
-
-    dlse: the LSE has a gradient. ordered: additions to dq_accum in the order of semaphores. splits: blocks that share
-    the query heads of a key/value head; with several, dK and dV are partial. dalibi: the slopes have a gradient.
-    """
-
-    dlse: bool = False
-    ordered: bool = False
-    splits: int = 1
-    dalibi: bool = False
+def grad(case: Call) -> Grad:
+    assert case.grad is not None
+    return case.grad
 
 
 @dataclass(frozen=True)
@@ -74,16 +66,16 @@ class Outcome:
 
 
 # ---- workspaces ------------------------------------------------------------------------------------------------------
-def first_rows(case: Case) -> list[int]:
+def first_rows(case: Call) -> list[int]:
     """Where each entry begins in the workspaces, and behind them how many rows they have."""
-    if not case.cu_seqlens_q:
+    if case.cu_seqlens_q is None:
         of_entry = -(-case.seqlen_q // ROWS) * ROWS
         return [b * of_entry for b in range(case.batch + 1)]
     starts = [(part.start // ROWS + b) * ROWS for b, (_, part) in enumerate(case.queries.entries)]
     return [*starts, (case.seqlen_q // ROWS + case.batch) * ROWS]
 
 
-def existing_rows(case: Case) -> Array:
+def existing_rows(case: Call) -> Array:
     """Which rows of the workspaces are queries, (rows,)."""
     places = first_rows(case)
     exists = np.zeros(places[-1], bool)
@@ -118,16 +110,16 @@ def matrix(units_of: Array, columns: int) -> Array:
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
-def gradients_in(case: Backward, variant: Variant) -> tuple[Array, Array | None]:
+def gradients_in(case: Call, variant: Variant) -> tuple[Array, Array | None]:
     """dout as uint16 bits (arrays, seqlen_q, heads_q, head_dim_v), and dlse (arrays, heads_q, seqlen_q) or None."""
     random, arrays = np.random.default_rng(3), case.queries.arrays
-    dout = random.standard_normal((arrays, case.seqlen_q, case.heads_q, case.dims(variant)[1]))
+    dout = random.standard_normal((arrays, case.seqlen_q, case.heads_q, dims(case, variant)[1]))
     dlse = random.standard_normal((arrays, case.heads_q, case.seqlen_q)).astype(np.float32)
-    return encode(dout, variant.dtype), dlse if case.dlse else None
+    return encode(dout, variant.dtype), dlse if grad(case).dlse else None
 
 
 @lru_cache(maxsize=64)
-def expected(case: Backward, variant: Variant) -> BackwardReference:
+def expected(case: Call, variant: Variant) -> BackwardReference:
     """Every entry by itself, then end to end, as in `Outcome`."""
     q, k, v = (decode(x, variant.dtype) for x in launch.inputs(case, variant))
     bits, dlse = gradients_in(case, variant)
@@ -142,12 +134,6 @@ def expected(case: Backward, variant: Variant) -> BackwardReference:
     return join_backward(entries)
 
 
-def sink_values(case: Case, variant: Variant) -> Array | None:
-    """(heads_q,) in fp32."""
-    values = launch.sink(case, variant)
-    return decode(values, variant.dtype) if values is not None and case.sink == "low" else values
-
-
 def by_array(joined: Array, tokens: Tokens) -> tuple[Array, Array]:
     """(…, tokens of all entries end to end) back to (arrays, …, seqlen), and where there are any, (arrays, seqlen)."""
     placed = np.zeros((tokens.arrays, *joined.shape[:-1], tokens.seqlen), joined.dtype)
@@ -159,24 +145,25 @@ def by_array(joined: Array, tokens: Tokens) -> tuple[Array, Array]:
     return placed, there
 
 
-class Call:
+class Memory:
     """A call's memory: inputs of all its kernels, poisoned workspaces and outputs, and the parameters by name."""
 
-    def __init__(self, case: Backward, variant: Variant):
+    def __init__(self, case: Call, variant: Variant):
         self.case, self.variant, self.device = case, variant, Device()
-        self.dim, self.dim_v = case.dims(variant)
+        self.grad = grad(case)
+        self.dim, self.dim_v = dims(case, variant)
         self.rows, self.accum_columns = first_rows(case)[-1], variant.head_dim
         self.values: dict[str, Any] = launch.scalars(case, variant) | launch.lengths_on(self.device, case)
         self.values |= {"softmax_scale": launch.softmax_scale(case, variant), "head_dim_accum": self.accum_columns}
         self.values["slope_scale"] = math.log2(math.e) / self.values["scale_log2"]
-        self.values |= {"rows": self.rows, "splits": case.splits}
+        self.values |= {"rows": self.rows, "splits": self.grad.splits}
         self._inputs()
         self._workspaces()
         self._outputs()
 
     def _inputs(self) -> None:
         case, device, right = self.case, self.device, expected(self.case, self.variant)
-        self.values |= launch.inputs_on(device, case, self.variant)
+        self.values |= launch.queries_on(device, case, self.variant) | launch.keys_on(device, case, self.variant)
         options = launch.options_on(device, case, self.variant)
         self.values |= {name: options.get(name, 0) for name in ("alibi_slopes", "alibi_stride_b")}
         dout, dlse = gradients_in(case, self.variant)
@@ -192,8 +179,7 @@ class Call:
         tensor = Tensor(self.device, self.case, tokens, heads, dim, bits)
         of_keys = name in ("dk", "dv")
         before = 2 * launch.skipped_keys(self.case) * tensor.strides["s"] if of_keys else 0
-        self.values |= {name: tensor.address - before}
-        self.values |= {f"{name}_stride_{axis}": stride for axis, stride in tensor.strides.items()}
+        self.values |= placed(name, tensor, before)
         return tensor
 
     def _statistics(self, name: str, values: Array, there: Array, axes: str, order: tuple[int, ...], pad: int) -> None:
@@ -206,7 +192,7 @@ class Call:
         heads, device = self.case.heads_q, self.device
         self.lse_log2, self.delta = (device.empty(4 * heads * self.rows) for _ in range(2))
         self.dq_accum = device.empty(4 * heads * self.rows * self.accum_columns)
-        self.semaphores = device.empty(4 * heads * self.rows // STRIP) if self.case.ordered else 0
+        self.semaphores = device.empty(4 * heads * self.rows // STRIP) if self.grad.deterministic else 0
         self.values |= {name: getattr(self, name) for name in ("lse_log2", "delta", "dq_accum", "semaphores")}
 
     def _outputs(self) -> None:
@@ -215,15 +201,17 @@ class Call:
         self.dk = self._tensor("dk", keys, case.heads_kv, self.dim)
         self.dv = self._tensor("dv", keys, case.heads_kv, self.dim_v)
         self.partials: dict[str, Strided] = {}
-        if case.splits > 1:
+        if self.grad.splits > 1:
             for name, dim in (("dk", self.dim), ("dv", self.dim_v)):
-                bits = np.full((case.splits, keys.arrays * keys.seqlen * case.heads_kv * dim), 0xFFFFFFFF, np.uint32)
+                bits = np.full(
+                    (self.grad.splits, keys.arrays * keys.seqlen * case.heads_kv * dim), 0xFFFFFFFF, np.uint32
+                )
                 array = self.partials[name] = Strided(self.device, bits, False, pad=16)
                 before = 4 * launch.skipped_keys(case) * case.heads_kv * dim
                 self.values |= {f"{name}_partial": array.address - before, name: 0}
                 self.values[f"{name}_partial_stride_split"] = array.strides[0]
         self.tiles = key_tiles(case, self.variant.size("n"))
-        self.dalibi = self.device.put(np.zeros((self.tiles[-1], case.heads_q), np.float32)) if case.dalibi else 0
+        self.dalibi = self.device.put(np.zeros((self.tiles[-1], case.heads_q), np.float32)) if self.grad.dalibi else 0
         self.values["dalibi"] = self.dalibi
 
     def run(
@@ -231,12 +219,7 @@ class Call:
         changed: Mapping[str, int] | None = None, order: Sequence[int] | None = None,
     ) -> int:  # fmt: skip
         """Launch one kernel; the instructions that it executed."""
-        values = {p.name: self.values.get(p.name, 0) for p in abi.params} | dict(changed or {})
-        artifact = compiled.artifact
-        return (kernel or compiled.kernel).run(
-            self.device, grid=(grid, 1, 1), block=(artifact.threads, 1, 1), params=abi.pack(values), smem=artifact.smem,
-            order=order,
-        )  # fmt: skip
+        return launch.launch(compiled, self.device, abi, self.values, grid, kernel, changed, order)
 
     def blocks(self, compiled: Compiled) -> int:
         """Blocks that the runtime launches, for each split."""
@@ -249,8 +232,8 @@ class Call:
     def order(self, blocks: int) -> range | None:
         """The blocks to run one by one: of an ordered call all; of one with a million tiles of keys that only the
         address space has, which come first, the others."""
-        before = launch.skipped_keys(self.case) // self.variant.size("n") * self.case.heads_kv * self.case.splits
-        return range(before, blocks) if self.case.ordered or before else None
+        before = launch.skipped_keys(self.case) // self.variant.size("n") * self.case.heads_kv * self.grad.splits
+        return range(before, blocks) if self.grad.deterministic or before else None
 
     def zero(self) -> None:
         """What the runtime does where there is nothing to launch: outputs are zeros, nothing is partial."""
@@ -258,7 +241,7 @@ class Call:
         for tensor in (self.dq, self.dk, self.dv):
             for array, base in enumerate(tensor.bases):
                 buffer = self.device.get(base, tensor.kind).reshape(tensor.buffer_shape)
-                for part in launch.parts(tensor.tokens, array):
+                for part in parts(tensor.tokens, array):
                     tensor.inside(buffer)[part] = 0
 
     # ---- what came of it -----------------------------------------------------------------------------------------
@@ -268,7 +251,7 @@ class Call:
         if name not in self.partials:
             return decode(bits, self.variant.dtype), stray
         keys, array = self.case.keys, self.partials[name]
-        shape = (self.case.splits, keys.arrays, keys.seqlen, self.case.heads_kv, bits.shape[-1])
+        shape = (self.grad.splits, keys.arrays, keys.seqlen, self.case.heads_kv, bits.shape[-1])
         there = np.zeros(shape[1:3], bool)
         for i, part in keys.entries:
             there[i, part] = True
@@ -304,25 +287,25 @@ class Call:
         return self.device.get(getattr(self, name), np.float32).reshape(self.case.heads_q, self.rows)
 
 
-def key_tiles(case: Case, n: int) -> list[int]:
+def key_tiles(case: Call, n: int) -> list[int]:
     """The number of each entry's first tile of keys among those of all, padding or not, and behind them how many there
     are."""
-    if not case.cu_seqlens_k:
+    if case.cu_seqlens_k is None:
         return [b * -(-case.seqlen_k // n) for b in range(case.batch + 1)]
-    whole = Tokens.of(case.seqlen_k, case.batch, case.cu_seqlens_k, ())
+    whole = Tokens.of(case.seqlen_k, case.batch, case.cu_seqlens_k)
     starts = [part.start // n + b for b, (_, part) in enumerate(whole.entries)]
     return [*starts, case.seqlen_k // n + case.batch]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 def run(
-    trio: Trio, case: Backward, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None,
+    trio: Trio, case: Call, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None,
     order: Sequence[int] | None = None,
 ) -> Outcome:  # fmt: skip
     """Run one case. kernel: another than the main one; changed: parameters of it to falsify; order: another than the
     ascending one of the blocks of an ordered call. Raises PtxError."""
-    call, steps = Call(case, trio.main.variant), 0
-    if (blocks := call.blocks(trio.main) * case.splits) and case.queries.seqlen and case.keys.seqlen:
+    call, steps = Memory(case, trio.main.variant), 0
+    if (blocks := call.blocks(trio.main) * grad(case).splits) and case.queries.seqlen and case.keys.seqlen:
         call.run(trio.preprocess, BWD_PREPROCESS, call.blocks(trio.preprocess))
         steps = call.run(trio.main, BWD, blocks, kernel, changed, order or call.order(blocks))
         call.run(trio.postprocess, BWD_POSTPROCESS, call.blocks(trio.postprocess))
@@ -334,14 +317,14 @@ def run(
     dalibi, stray_alibi = call.dalibi_result()
     dsink = call.dsink_result() if steps else None
     accum = call.device.get(call.dq_accum, np.float32).reshape(case.heads_q, -1).copy()
-    turns = call.device.get(call.semaphores, np.int32).copy() if case.ordered else np.zeros(0, np.int32)
+    turns = call.device.get(call.semaphores, np.int32).copy() if grad(case).deterministic else np.zeros(0, np.int32)
     return Outcome(
         decode(dq, call.variant.dtype), dk, dv, dsink, dalibi,
         stray + stray_k + stray_v + stray_alibi, accum, turns, steps,
     )  # fmt: skip
 
 
-def problems(outcome: Outcome, case: Backward, variant: Variant, rms_rows: int = 0) -> list[str]:
+def problems(outcome: Outcome, case: Call, variant: Variant, rms_rows: int = 0) -> list[str]:
     """What is wrong with it; empty if nothing is."""
     right = expected(case, variant)
     found = [f"{outcome.stray} stray bytes"] if outcome.stray else []
@@ -358,7 +341,7 @@ def problems(outcome: Outcome, case: Backward, variant: Variant, rms_rows: int =
     return found
 
 
-def sees(case: Case) -> Array:
+def sees(case: Call) -> Array:
     """Which queries see a key, those of all entries end to end."""
     entries = zip(case.queries.entries, case.keys.entries, strict=True)
     each = (visible(q.stop - q.start, k.stop - k.start, case.window).any(1) for (_, q), (_, k) in entries)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from tests.ptx.decoder import BUILDERS, decode, guarded
 from tests.ptx.formats import Array
-from tests.ptx.interpreter import Device, Kernel
+from tests.ptx.interpreter import Device, Kernel, PtxError
 from tests.ptx.machine import Machine, Mask, Step
 from tests.ptx.parser import Instruction
 
@@ -152,3 +152,15 @@ def unbounded(instruction: Instruction) -> Instruction | None:
 def survivors(found: list[Fault], caught: Callable[[Kernel], str]) -> list[Fault]:
     """The faults that nothing caught. caught: says what gave a kernel's fault away, '' if nothing did."""
     return [fault for fault in found if not caught(Kernel(fault.ptx))]
+
+
+def caught(cases: Iterable[C], problems: Callable[[C], list[str]]) -> str:
+    """What gave a fault away, or '' if nothing did. problems: of a case that is run with the fault."""
+    for case in cases:
+        try:
+            found = problems(case)
+        except PtxError as error:
+            return str(error)
+        if found:
+            return "; ".join(found)
+    return ""

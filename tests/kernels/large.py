@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from registry.contract import WINDOW_OPEN, fast_divmod
-from tests.kernels.launch import Compiled
-from tests.kernels.paged import kv_dtype
+from tests.kernels.launch import Compiled, kv_dtype
 from tests.ptx.formats import WORDS
 from tests.ptx.interpreter import Device, PtxError
 from tests.reference import Array, Scores, decode, encode, reference, yardstick

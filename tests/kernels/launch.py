@@ -1,107 +1,27 @@
-"""Launch a forward variant in the PTX interpreter, with inputs and outputs laid out to show every stray access."""
+"""Launch a forward variant, dense or over a cache, in the PTX interpreter, and judge what it left behind.
+
+Inputs and outputs are laid out to show every stray access. What differs where keys lie in a cache is in `cache`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from registry.contract import WINDOW_OPEN, Artifact, Variant, fast_divmod
+from registry.contract import WINDOW_OPEN, Abi, Artifact, Variant, fast_divmod
+from tests.kernels import cache, faults
+from tests.kernels.arrays import Statistics, Tensor, put_exact
 from tests.ptx.interpreter import Device, Kernel
-from tests.reference import Array, Reference, Scores, Window, decode, encode, join, reference
-from tests.support.abis import FWD
+from tests.reference import Array, Reference, Scores, combine, decode, encode, join, reference, yardstick
+from tests.support.abis import ABIS
+from tests.support.call import Call, Dims, Tokens
 
-PAD = 8  # elements of NaN beside each row of head_dim; a multiple of 8, as strides must be
 FAR_TOKENS = 2**26  # skipped in front of a far packed array: times any stride of a token, more than 32 bits can count
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call.
-
-    seqlen_q, seqlen_k: tokens of an entry, or of the whole array where cu_seqlens places its entries. head_dim,
-    head_dim_v: 0 for the variant's. family: 'normal', 'x4' or 'low' (all logits far below 0). heads_first: each array
-    is (heads, seqlen, dim) in memory. far: batch entries lie 2**32 elements apart, packed keys as far into their array.
-    sink: '', 'fp32' or 'low' (the variant's dtype). alibi: '', 'heads' or 'entries' (slopes of each entry's own).
-    pack: the query heads of a key/value head share tiles. leftpad_k: how many of each entry's first keys do not exist.
-    """
-
-    name: str
-    seqlen_q: int
-    seqlen_k: int
-    heads_q: int = 2
-    heads_kv: int = 2
-    batch: int = 1
-    window: Window = (None, None)
-    family: str = "normal"
-    lse: bool = True
-    heads_first: bool = False
-    far: bool = False
-    head_dim: int = 0
-    head_dim_v: int = 0
-    softcap: float = 0.0
-    sink: str = ""
-    alibi: str = ""
-    pack: bool = False
-    cu_seqlens_q: tuple[int, ...] = ()
-    cu_seqlens_k: tuple[int, ...] = ()
-    seqused_q: tuple[int, ...] = ()
-    seqused_k: tuple[int, ...] = ()
-    leftpad_k: tuple[int, ...] = ()
-
-    @property
-    def queries(self) -> Tokens:
-        return Tokens.of(self.seqlen_q, self.batch, self.cu_seqlens_q, self.seqused_q)
-
-    @property
-    def keys(self) -> Tokens:
-        return Tokens.of(self.seqlen_k, self.batch, self.cu_seqlens_k, self.seqused_k).from_the_left(self.leftpad_k)
-
-    @property
-    def paddings(self) -> list[int]:
-        """Of each entry, as the device clamps them."""
-        whole = Tokens.of(self.seqlen_k, self.batch, self.cu_seqlens_k, self.seqused_k)
-        starts = zip(whole.entries, self.keys.entries, strict=True)
-        return [part.start - all_keys.start for (_, all_keys), (_, part) in starts]
-
-    def dims(self, variant: Variant) -> tuple[int, int]:
-        """(head_dim, head_dim_v)."""
-        return self.head_dim or variant.head_dim, self.head_dim_v or variant.head_dim_v
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Where the tokens of the batch entries lie: (array, tokens) of each. A packed array holds all entries."""
-
-    seqlen: int
-    arrays: int
-    is_packed: bool
-    entries: tuple[tuple[int, slice], ...]
-
-    @classmethod
-    def of(cls, seqlen: int, batch: int, cu_seqlens: Sequence[int], seqused: Sequence[int]) -> Tokens:
-        """Bad lengths are clamped to the array, as the device does."""
-        entries = []
-        for b in range(batch):
-            stop = min(max(cu_seqlens[b + 1], 0), seqlen) if cu_seqlens else seqlen
-            start = min(max(cu_seqlens[b], 0), stop) if cu_seqlens else 0
-            length = min(max(seqused[b], 0), stop - start) if seqused else stop - start
-            entries.append((0 if cu_seqlens else b, slice(start, start + length)))
-        return cls(seqlen, 1 if cu_seqlens else batch, bool(cu_seqlens), tuple(entries))
-
-    def from_the_left(self, leftpad: Sequence[int]) -> Tokens:
-        """Without the first tokens of each entry, as many as `leftpad` says and there are."""
-        if not leftpad:
-            return self
-        entries = [
-            (array, slice(min(part.start + max(pad, 0), part.stop), part.stop))
-            for (array, part), pad in zip(self.entries, leftpad, strict=True)
-        ]
-        return replace(self, entries=tuple(entries))
 
 
 @dataclass(frozen=True)
@@ -122,185 +42,102 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch left behind: values in fp32 of all entries end to end, out (tokens, heads_q, head_dim_v) and lse
-    (heads_q, tokens); stray: bytes changed outside of them; steps: instructions executed, counted once a block."""
+    """What a launch left behind: values in fp32 of each split, of all entries end to end, out (splits, tokens, heads_q,
+    head_dim_v) and lse (splits, heads_q, tokens); stray: bytes changed outside of them; steps: instructions executed,
+    counted once a block."""
 
     out: Array
     lse: Array | None
     stray: int
     steps: int
 
+    def combined(self, dtype: str) -> tuple[Array, Array | None]:
+        """(out, lse) of all splits as values of the output dtype."""
+        if len(self.out) == 1 or self.lse is None:
+            return self.out[0], None if self.lse is None else self.lse[0]
+        out, lse = combine(self.out, self.lse.swapaxes(1, 2))
+        return decode(encode(out, dtype), dtype), lse.T
 
-class Tensor:
-    """(arrays, seqlen, heads, dim) on the device, each array inside a larger buffer of NaN of its own.
 
-    Loading a byte of a buffer that is no part of an entry is a fault, as is an address outside the buffers.
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+def dims(case: Call, variant: Variant) -> Dims:
+    return case.head_dim or variant.head_dim, case.head_dim_v or variant.head_dim_v
+
+
+def kv_dtype(variant: Variant) -> str:
+    """Of the keys and values."""
+    return "e4m3" if "e4m3kv" in variant.features else variant.dtype
+
+
+def softmax_scale(case: Call, variant: Variant) -> float:
+    return dims(case, variant)[0] ** -0.5
+
+
+def pack(case: Call) -> int:
+    """Query heads that share a tile."""
+    return case.heads_q // case.heads_kv if case.pack else 1
+
+
+def splits(case: Call) -> int:
+    return max(case.num_splits, 1)
+
+
+def inputs(case: Call, variant: Variant) -> tuple[Array, Array, Array]:
+    """Bits of q, k, v, always the same ones; of a cache k and v are (pages, page_size, heads_kv, dim).
+
+    Families of the cache alone: 'codes' are all of e4m3 one after the other, but no NaN in k; 'huge', for bf16, are q
+    beyond fp16's range and small k.
     """
-
-    def __init__(
-        self, device: Device, case: Case, tokens: Tokens, heads: int, dim: int, values: Array | None = None,
-        kind: type = np.uint16,
-    ):  # fmt: skip
-        """values: bits for an input; an output has none, and loading it before it is stored is a fault.
-
-        kind: the integers that hold an element's bits.
-        """
-        self.device, self.heads_first, self.tokens, self.kind = device, case.heads_first, tokens, kind
-        self.nothing = np.iinfo(kind).max
-        outer = (heads + 1, tokens.seqlen + 1) if case.heads_first else (tokens.seqlen + 1, heads + 1)
-        self.buffer_shape = (*outer, dim + PAD)
-        buffer = np.full(self.buffer_shape, self.nothing, kind)
-        self.array_stride = batch_stride(buffer.size, case.far)
-        first = device.next
-        self.bases = []
-        for array in range(tokens.arrays):
-            filled, defined = buffer.copy(), np.zeros(self.buffer_shape, bool)
-            if values is not None:
-                for part in parts(tokens, array):
-                    self.inside(filled)[part] = values[array, part]
-                    self.inside(defined)[part] = True
-            self.bases.append(device.put(filled, defined, at=first + buffer.itemsize * array * self.array_stride))
-        stride_s, stride_h, _ = (stride // buffer.itemsize for stride in self.inside(buffer).strides)
-        self.strides = {"b": 0 if tokens.is_packed else self.array_stride, "s": stride_s, "h": stride_h}
-        self.address = first + sum(buffer.strides[:2]) + buffer.itemsize * PAD
-
-    def inside(self, buffer: Array) -> Array:
-        """The tensor's own part of a buffer, as (seqlen, heads, dim)."""
-        part = buffer[1:, 1:, PAD:]
-        return part.swapaxes(0, 1) if self.heads_first else part
-
-    def result(self) -> tuple[Array, int]:
-        """(bits of all entries, (tokens, heads, dim); bytes changed outside them)."""
-        buffers = [self.device.get(base, self.kind).reshape(self.buffer_shape).copy() for base in self.bases]
-        bits = [self.inside(buffers[array])[part].copy() for array, part in self.tokens.entries]
-        for array, part in self.tokens.entries:
-            self.inside(buffers[array])[part] = self.nothing
-        return np.concatenate(bits), changed_bytes(buffers)
-
-
-class Statistics:
-    """The LSE, (arrays, heads, seqlen_q) in fp32, with room around each row."""
-
-    def __init__(self, device: Device, case: Case, tokens: Tokens | None = None):
-        """tokens: the call's queries by default."""
-        self.device, self.tokens = device, tokens or case.queries
-        self.shape = (case.heads_q + 1, case.seqlen_q + 3)
-        buffer = np.full(self.shape, 0xFFFFFFFF, np.uint32)
-        self.array_stride = batch_stride(buffer.size, case.far)
-        first = device.next
-        nothing = np.zeros(self.shape, bool)
-        places = (first + 4 * array * self.array_stride for array in range(self.tokens.arrays))
-        self.bases = [device.put(buffer, nothing, at=place) for place in places]
-        self.stride_b, self.stride_h = 0 if self.tokens.is_packed else self.array_stride, self.shape[1]
-        self.address = first + 4
-
-    def result(self) -> tuple[Array, int]:
-        """(values of all entries, (heads, tokens); bytes changed outside them)."""
-        buffers = [self.device.get(base, np.float32).reshape(self.shape).copy() for base in self.bases]
-        values = [buffers[array][:-1, 1:-2][:, part].copy() for array, part in self.tokens.entries]
-        for array, part in self.tokens.entries:
-            buffers[array][:-1, 1:-2][:, part].view(np.uint32)[...] = 0xFFFFFFFF
-        return np.concatenate(values, axis=1), changed_bytes(buffers)
-
-
-def parts(tokens: Tokens, array: int) -> list[slice]:
-    """The tokens of an array that belong to entries."""
-    return [part for number, part in tokens.entries if number == array]
-
-
-def changed_bytes(buffers: list[Array]) -> int:
-    return sum(int(np.count_nonzero(buffer.view(np.uint8) != 0xFF)) for buffer in buffers)
-
-
-def batch_stride(size: int, far: bool) -> int:
-    """Elements between batch entries of `size` elements: with a wide gap, or beyond what 32 bits can count."""
-    return (2**32 if far else -(-size // 8) * 8 + 2**20) + 8
-
-
-def put_exact(device: Device, rows: Array) -> int:
-    """The address of (rows, columns), aligned like one element only; there is nothing to load around each row."""
-    buffer = np.zeros((len(rows) + 1, rows.shape[1] + 1), rows.dtype)
-    defined = np.zeros(buffer.shape, bool)
-    buffer[:-1, 1:], defined[:-1, 1:] = rows, True
-    return device.put(buffer, defined) + rows.itemsize
-
-
-def inputs(case: Case, variant: Variant) -> tuple[Array, Array, Array]:
-    """q, k, v as uint16 bits, always the same ones."""
-    random = np.random.default_rng(0)
-    dim, dim_v = case.dims(variant)
+    random, (dim, dim_v) = np.random.default_rng(0), dims(case, variant)
+    rows = cache.pages_shape(case) if case.cache else (case.keys.arrays, case.seqlen_k)
     q = random.standard_normal((case.queries.arrays, case.seqlen_q, case.heads_q, dim))
-    k = random.standard_normal((case.keys.arrays, case.seqlen_k, case.heads_kv, dim))
-    v = random.standard_normal((case.keys.arrays, case.seqlen_k, case.heads_kv, dim_v))
-    if case.family == "x4":
+    k, v = (random.standard_normal((*rows, case.heads_kv, d)) for d in (dim, dim_v))
+    if case.family == "times4":
         q, k, v = 4 * q, 4 * k, 4 * v
-    elif case.family == "low":
+    elif case.family == "far_below":  # all logits
         q, k = q + 2, k - 2
-    return encode(q, variant.dtype), encode(k, variant.dtype), encode(v, variant.dtype)
+    elif case.family == "huge":
+        q, k = q * 2.0**20, k * 2.0**-8
+    elif case.family == "codes":
+        k, v = (np.resize(np.arange(256, dtype=np.uint8), x.shape) for x in (k, v))
+        return encode(q, variant.dtype), np.where(k & 0x7F == 0x7F, np.uint8(0), k), v
+    return encode(q, variant.dtype), encode(k, kv_dtype(variant)), encode(v, kv_dtype(variant))
 
 
-def sink(case: Case, variant: Variant) -> Array | None:
+def sink(case: Call, variant: Variant) -> Array | None:
     """(heads_q,) in fp32, or as uint16 bits of the variant's dtype: near the largest logits, so that it counts."""
     if not case.sink:
         return None
-    level = {"normal": 3.0, "x4": 30.0, "low": -4 * case.dims(variant)[0] ** 0.5}[case.family]
+    level = {"normal": 3.0, "times4": 30.0, "far_below": -4 * dims(case, variant)[0] ** 0.5}[case.family]
     if case.softcap:
         level = case.softcap * math.tanh(level / case.softcap)
     values = (level + np.random.default_rng(1).standard_normal(case.heads_q)).astype(np.float32)
     return encode(values, variant.dtype) if case.sink == "low" else values
 
 
-def slopes(case: Case) -> Array | None:
+def sink_values(case: Call, variant: Variant) -> Array | None:
+    """(heads_q,) in fp32."""
+    values = sink(case, variant)
+    return decode(values, variant.dtype) if values is not None and case.sink == "low" else values
+
+
+def slopes(case: Call) -> Array | None:
     """(1 or batch, heads_q) in fp32, of either sign; biases stay small enough for distant keys to count."""
     if not case.alibi:
         return None
-    rows = case.batch if case.alibi == "entries" else 1
+    rows = case.batch if case.alibi == "batch" else 1
     return np.random.default_rng(2).uniform(-0.03, 0.05, (rows, case.heads_q)).astype(np.float32)
 
 
-def pack(case: Case) -> int:
-    """Query heads that share a tile."""
-    return case.heads_q // case.heads_kv if case.pack else 1
+def skipped_keys(case: Call) -> int:
+    """Tokens in front of the keys that exist in the address space alone."""
+    return FAR_TOKENS if case.far and case.keys.is_packed else 0
 
 
-def run(
-    compiled: Compiled,
-    case: Case,
-    kernel: Kernel | None = None,
-    changed: Mapping[str, int] | None = None,
-) -> Outcome:
-    """Run one case. kernel: another than the variant's own; changed: parameters to falsify. Raises PtxError."""
-    variant, artifact, device = compiled.variant, compiled.artifact, Device()
-    o = Tensor(device, case, case.queries, case.heads_q, case.dims(variant)[1])
-    lse = Statistics(device, case)
-    values: dict[str, Any] = dict.fromkeys((p.name for p in FWD.params), 0) | scalars(case, variant)
-    values |= inputs_on(device, case, variant) | options_on(device, case, variant) | lengths_on(device, case)
-    values |= {"o": o.address} | {f"o_stride_{axis}": stride for axis, stride in o.strides.items()}
-    values |= {"lse": lse.address if case.lse else 0, "lse_stride_b": lse.stride_b, "lse_stride_h": lse.stride_h}
-    steps = 0
-    if grid := blocks(compiled, case):  # a launch without blocks is an error: the runtime does nothing
-        steps = (kernel or compiled.kernel).run(
-            device,
-            grid=(grid, 1, 1),
-            block=(artifact.threads, 1, 1),
-            params=FWD.pack(values | dict(changed or {})),
-            smem=artifact.smem,
-        )
-    out, stray = o.result()
-    statistics, more = lse.result()
-    return Outcome(decode(out, variant.dtype), statistics if case.lse else None, stray + more, steps)
-
-
-def blocks(compiled: Compiled, case: Case) -> int:
-    """Blocks that the runtime launches."""
-    facts = {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv, "seqlen_q": case.seqlen_q}
-    facts |= {"varlen": int(case.queries.is_packed), "total_q": case.queries.arrays * case.seqlen_q}
-    return compiled.artifact.grid.blocks(facts, pack(case))
-
-
-def scalars(case: Case, variant: Variant) -> dict[str, Any]:
+# ---- parameters: sizes, and what lies on the device, by name; null where absent --------------------------------------
+def scalars(case: Call, variant: Variant) -> dict[str, Any]:
     """Sizes, window and scale."""
-    dim, dim_v = case.dims(variant)
+    dim, dim_v = dims(case, variant)
     left, right = (WINDOW_OPEN if side is None else side for side in case.window)
     magic, shift = fast_divmod(pack(case))
     scale = softmax_scale(case, variant)
@@ -314,59 +151,159 @@ def scalars(case: Case, variant: Variant) -> dict[str, Any]:
     return values | {"scale_log2": scale * math.log2(math.e)}
 
 
-def inputs_on(device: Device, case: Case, variant: Variant) -> dict[str, int]:
-    """q, k and v on the device: addresses and strides."""
+def queries_on(device: Device, case: Call, variant: Variant) -> dict[str, int]:
+    q, _, _ = inputs(case, variant)
+    return placed("q", Tensor(device, case, case.queries, case.heads_q, q.shape[-1], q))
+
+
+def keys_on(device: Device, case: Call, variant: Variant) -> dict[str, int]:
+    """k and v that lie in no cache."""
     values: dict[str, int] = {}
-    sides = ((case.queries, case.heads_q), (case.keys, case.heads_kv), (case.keys, case.heads_kv))
-    for name, bits, (tokens, heads) in zip("qkv", inputs(case, variant), sides, strict=True):
-        tensor = Tensor(device, case, tokens, heads, bits.shape[-1], bits)
-        before = 0 if name == "q" else 2 * skipped_keys(case) * tensor.strides["s"]
-        values |= {name: tensor.address - before}
-        values |= {f"{name}_stride_{axis}": stride for axis, stride in tensor.strides.items()}
+    for name, bits in zip("kv", inputs(case, variant)[1:], strict=True):
+        tensor = Tensor(device, case, case.keys, case.heads_kv, bits.shape[-1], bits)
+        values |= placed(name, tensor, 2 * skipped_keys(case) * tensor.strides["s"])
     return values
 
 
-def lengths_on(device: Device, case: Case) -> dict[str, int]:
-    """cu_seqlens, seqused and leftpad on the device; null where absent."""
+def cache_on(device: Device, case: Call, variant: Variant) -> dict[str, int]:
+    """The page table, the pages that k and v lie in, their descales."""
+    _, k, v = inputs(case, variant)
+    return cache.table_on(device, case) | cache.pages_on(device, case, k, v) | cache.descales_on(device, case)
+
+
+def placed(name: str, tensor: Tensor, before: int = 0) -> dict[str, int]:
+    """before: bytes in front of the tensor that the address space alone has."""
+    strides = {f"{name}_stride_{axis}": stride for axis, stride in tensor.strides.items()}
+    return {name: tensor.address - before, **strides}
+
+
+def options_on(device: Device, case: Call, variant: Variant) -> dict[str, int]:
+    """Sink and ALiBi slopes."""
     values: dict[str, int] = {}
+    if (weights := sink(case, variant)) is not None:
+        values |= {"sink": put_exact(device, weights[None]), "sink_low": int(case.sink == "low")}
+    if (rows := slopes(case)) is not None:
+        stride = rows.shape[1] + 1 if case.alibi == "batch" else 0
+        values |= {"alibi_slopes": put_exact(device, rows), "alibi_stride_b": stride}
+    return values
+
+
+def lengths_on(device: Device, case: Call, variant: Variant | None = None) -> dict[str, int]:
+    values: dict[str, int] = {"seqlen_k_new": case.append.tokens if case.append else 0}
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"):
-        if lengths := getattr(case, name):
+        if (lengths := getattr(case, name)) is not None:
             before = skipped_keys(case) if name == "cu_seqlens_k" else 0
             values[name] = put_exact(device, np.array([lengths], np.int32) + before)
     return values
 
 
-def options_on(device: Device, case: Case, variant: Variant) -> dict[str, int]:
-    """Sink and ALiBi slopes on the device; null where absent."""
-    values: dict[str, int] = {}
-    if (weights := sink(case, variant)) is not None:
-        values |= {"sink": put_exact(device, weights[None]), "sink_low": int(case.sink == "low")}
-    if (rows := slopes(case)) is not None:
-        stride = rows.shape[1] + 1 if case.alibi == "entries" else 0
-        values |= {"alibi_slopes": put_exact(device, rows), "alibi_stride_b": stride}
-    return values
+DENSE = (queries_on, keys_on, options_on, lengths_on)
+CACHED = (queries_on, options_on, lengths_on, cache_on)
 
 
-def skipped_keys(case: Case) -> int:
-    """Tokens in front of the keys that exist in the address space alone."""
-    return FAR_TOKENS if case.far and case.keys.is_packed else 0
+# ---- runs ------------------------------------------------------------------------------------------------------------
+def launch(
+    compiled: Compiled, device: Device, abi: Abi, values: Mapping[str, Any], grid: int, kernel: Kernel | None = None,
+    changed: Mapping[str, int] | None = None, order: Sequence[int] | None = None,
+) -> int:  # fmt: skip
+    """Run a variant's kernel, or another in its place, and return the instructions executed. Raises PtxError.
+
+    values: parameters by name, 0 for others; changed: of them, some to falsify.
+    """
+    values = {**values, **(changed or {})}
+    return (kernel or compiled.kernel).run(
+        device, grid=(grid, 1, 1), block=(compiled.artifact.threads, 1, 1), smem=compiled.artifact.smem, order=order,
+        params=abi.pack({p.name: values.get(p.name, 0) for p in abi.params}),
+    )  # fmt: skip
+
+
+def run(
+    compiled: Compiled, case: Call, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
+) -> Outcome:
+    """Run one case. kernel: another than the variant's own; changed: parameters to falsify. Raises PtxError."""
+    variant, device, split = compiled.variant, Device(), splits(case) > 1
+    tokens, has_lse = queries_of_splits(case), split or case.lse
+    o = Tensor(device, case, tokens, case.heads_q, dims(case, variant)[1], kind=np.uint32 if split else np.uint16)
+    lse = Statistics(device, case, tokens)
+    values: dict[str, Any] = scalars(case, variant)
+    for on_device in CACHED if case.cache else DENSE:
+        values |= on_device(device, case, variant)
+    values |= placed("o", o) | {"lse": lse.address if has_lse else 0, "num_splits": splits(case)}
+    values |= {"lse_stride_b": lse.stride_b, "lse_stride_h": lse.stride_h}
+    for name, outcome in (("o", o), ("lse", lse)):
+        values[f"{name}_stride_split"] = case.queries.arrays * outcome.array_stride
+    steps = 0
+    if grid := blocks(compiled, case) * splits(case):  # a launch without blocks is an error: the runtime does nothing
+        steps = launch(compiled, device, ABIS[variant.op], values, grid, kernel, changed)
+    bits, stray = o.result()
+    statistics, more = lse.result()
+    out = bits.view(np.float32) if split else decode(bits, variant.dtype)
+    parts = statistics.reshape(case.heads_q, splits(case), -1).swapaxes(0, 1)
+    size = (splits(case), len(out) // splits(case), *out.shape[1:])
+    return Outcome(out.reshape(size), parts if has_lse else None, stray + more, steps)
+
+
+def blocks(compiled: Compiled, case: Call) -> int:
+    """Blocks that the runtime launches for a split."""
+    facts = {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv, "seqlen_q": case.seqlen_q}
+    facts |= {"varlen": int(case.queries.is_packed), "total_q": case.queries.arrays * case.seqlen_q}
+    return compiled.artifact.grid.blocks(facts, pack(case))
+
+
+def queries_of_splits(case: Call) -> Tokens:
+    """The queries of every split's own output, one behind the other."""
+    tokens, count = case.queries, splits(case)
+    entries = [(j * tokens.arrays + array, part) for j in range(count) for array, part in tokens.entries]
+    return replace(tokens, arrays=count * tokens.arrays, entries=tuple(entries), paddings=tokens.paddings * count)
 
 
 @lru_cache(maxsize=32)
-def expected(case: Case, variant: Variant) -> Reference:
+def expected(case: Call, variant: Variant) -> Reference:
     """Every entry by itself, then end to end, as in `Outcome`."""
-    q, k, v = (decode(x, variant.dtype) for x in inputs(case, variant))
-    weights, rows = sink(case, variant), slopes(case)
-    if weights is not None and case.sink == "low":
-        weights = decode(weights, variant.dtype)
+    q, weights, rows = decode(inputs(case, variant)[0], variant.dtype), sink_values(case, variant), slopes(case)
     entries = []
-    for b, ((i, tokens), (j, keys)) in enumerate(zip(case.queries.entries, case.keys.entries, strict=True)):
-        alibi, pad = None if rows is None else rows[b % len(rows)], case.paddings[b]
-        keys = slice(keys.start - pad, keys.stop)
+    for b, ((i, tokens), (k, v, pad)) in enumerate(zip(case.queries.entries, keys_of(case, variant), strict=True)):
+        alibi = None if rows is None else rows[b % len(rows)]
         scores = Scores(softmax_scale(case, variant), case.window, case.softcap, alibi, weights, pad)
-        entries.append(reference(q[i : i + 1, tokens], k[j : j + 1, keys], v[j : j + 1, keys], variant.dtype, scores))
+        entries.append(reference(q[i : i + 1, tokens], k, v, variant.dtype, scores))
     return join(entries)
 
 
-def softmax_scale(case: Case, variant: Variant) -> float:
-    return case.dims(variant)[0] ** -0.5
+def keys_of(case: Call, variant: Variant) -> list[tuple[Array, Array, int]]:
+    """(k, v, how many in front are padding) of each entry: those of a cache without their padding."""
+    k, v = (decode(x, kv_dtype(variant)) for x in inputs(case, variant)[1:])
+    if case.cache:
+        return [(keys, values, 0) for keys, values in cache.gathered(case, k, v)]
+    found = []
+    for (array, part), pad in zip(case.keys.entries, case.keys.paddings, strict=True):
+        at = slice(array, array + 1), slice(part.start - pad, part.stop)
+        found.append((k[at], v[at], pad))
+    return found
+
+
+def problems(outcome: Outcome, case: Call, variant: Variant, rms_rows: int = 0) -> list[str]:
+    """What is wrong with it; empty if nothing is."""
+    right, (out, lse) = expected(case, variant), outcome.combined(variant.dtype)
+    found = [f"{outcome.stray} bytes outside the output or the LSE were written"] if outcome.stray else []
+    found += yardstick(out, right, lse, rms_rows)
+    if not np.isfinite(outcome.out).all():
+        found.append("not all of the output, or of its parts, is finite")
+    if outcome.out[:, ~right.out.any(-1)].any():
+        found.append("a row that sees no key is not exactly 0")
+    if outcome.lse is not None and outcome.out[np.isneginf(outcome.lse.swapaxes(1, 2))].any():
+        found.append("a part without keys is not exactly 0")
+    return found
+
+
+def check(compiled: Compiled, case: Call, rms_rows: int = 0) -> Outcome:
+    """The case's outcome, which has nothing wrong."""
+    outcome = run(compiled, case)
+    assert problems(outcome, case, compiled.variant, rms_rows) == []
+    return outcome
+
+
+def caught(
+    compiled: Compiled, cases: Iterable[Call], kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
+) -> str:
+    """What gave a fault away, or '' if nothing did."""
+    return faults.caught(cases, lambda case: problems(run(compiled, case, kernel, changed), case, compiled.variant))

@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 from registry.contract import Variant
-from tests.gpu.covering import covering
-from tests.kernels.cases import packed
-from tests.kernels.paged import PagedCase, kv_dtype
+from tests.kernels.launch import kv_dtype
+from tests.support.call import Append, Cache, Call, packed
+from tests.support.covering import covering
 
 PER_VARIANT = {"bf16": 8, "fp16": 4}  # fp16 changes conversions alone
 
@@ -24,13 +24,23 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "layout": ("apart", "halves", "heads-first", "far"),
     "dims": ("whole", "less", "k-tiny", "v-tiny"),
     "pages": ("permuted", "shared"),
-    "family": ("normal", "x4", "low"),
-    "descale": ("", "heads", "entries"),
+    "family": ("normal", "times4", "far_below"),
+    "descale": ("", "heads", "batch"),
     "new": (0, 3),
     "leftpad": ("", "part", "whole"),
     "heads_first": (False, True),
     "lse": (True, False),
 }
+
+
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "apart": {}, "halves": {"halves": True}, "heads-first": {"heads_first": True}, "far": {"far": True}
+}  # fmt: skip
+
+
+def paged(seqlen_q: int, seqlen_k: int, heads_q: int = 2, heads_kv: int = 2, **more: Any) -> Call:
+    """A call over a cache. more: other fields of it and of its `Cache`."""
+    return Call(seqlen_q, seqlen_k, heads_q, heads_kv, cache=Cache()).but(**more)
 
 
 @lru_cache
@@ -47,7 +57,7 @@ def share(variant: Variant, variants: list[Variant]) -> list[dict[str, Any]]:
     return [rows()[j % len(rows())] for j in range(first, first + times * PER_VARIANT[variant.dtype])]
 
 
-def case(row: dict[str, Any], variant: Variant) -> PagedCase:
+def case(row: dict[str, Any], variant: Variant) -> Call:
     """The call that a row describes, with lengths beside the edges of the variant's tile and of pages."""
     n, size = variant.size("n"), row["page_size"]
     lengths = {
@@ -58,22 +68,22 @@ def case(row: dict[str, Any], variant: Variant) -> PagedCase:
     }[row["lengths"]]
     room = max(*lengths, 1) + 4 if lengths else 2 * n - 5
     heads_q, heads_kv, pack = row["heads"]
-    name = "-".join(str(value) for value in row.values()).replace(" ", "")
-    return PagedCase(
-        name,
+    descale = row["descale"] if kv_dtype(variant) == "e4m3" else ""
+    return Call(
         seqlen_k=-(-room // size) * size if size else room,
         heads_q=heads_q,
         heads_kv=heads_kv,
         pack=pack,
         batch=3,
-        seqused_k=tuple(length - row["new"] for length in lengths),
-        leftpad_k={"": (), "part": (n // 2 + 3, n + 2, 1), "whole": (room - 3, 2**31 - 1, -5)}[row["leftpad"]],
+        seqused_k=tuple(length - row["new"] for length in lengths) or None,
+        leftpad_k={"": None, "part": (n // 2 + 3, n + 2, 1), "whole": (room - 3, 2**31 - 1, -5)}[row["leftpad"]],
         window={
             "": (None, None), "causal": (None, 0), "both": (n // 2 + 3, 9), "left": (n + 1, None), "right": (None, -5)
         }[row["window"]],
-        **{name: row[name] for name in ("page_size", "pages", "layout", "splits", "new", "family", "heads_first")},
-        lse=row["lse"],
-        descale=row["descale"] if kv_dtype(variant) == "e4m3" else "",
+        **{name: row[name] for name in ("family", "heads_first", "lse")},
+        num_splits=row["splits"],
+        cache=Cache(size or None, row["pages"], **LAYOUTS[row["layout"]], descale=descale),
+        append=Append(row["new"]) if row["new"] else None,
         **queries(row, variant),
         **scores(row["scores"]),
         **dims(row["dims"], variant),
@@ -86,7 +96,7 @@ def queries(row: dict[str, Any], variant: Variant) -> dict[str, Any]:
         seqlen, cu_seqlens = packed((variant.size("m") + 3, 0, 2), spare=3)
         return {"seqlen_q": seqlen, "cu_seqlens_q": cu_seqlens}
     if row["queries"] == "used":  # not offered together with splits: some partial outputs would never be written
-        return {"seqlen_q": 7, "seqused_q": (5, 7, 0) if row["splits"] == 1 else ()}
+        return {"seqlen_q": 7, "seqused_q": (5, 7, 0) if row["splits"] == 1 else None}
     return {"seqlen_q": {"one": 1, "few": 3, "tile": variant.size("m") + 5}[row["queries"]]}
 
 
@@ -96,10 +106,10 @@ def scores(name: str) -> dict[str, Any]:
         "": {},
         "softcap": {"softcap": 9.0},
         "alibi": {"alibi": "heads"},
-        "entries": {"alibi": "entries"},
+        "entries": {"alibi": "batch"},
         "sink": {"sink": "fp32"},
         "low-sink": {"sink": "low"},
-        "all": {"softcap": 20.0, "alibi": "entries", "sink": "low"},
+        "all": {"softcap": 20.0, "alibi": "batch", "sink": "low"},
     }[name]
 
 

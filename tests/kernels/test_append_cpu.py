@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,122 +10,111 @@ import pytest
 
 from kernels import dispatch
 from registry.contract import Variant, fast_divmod
-from tests.kernels.arrays import Strided
+from tests.kernels.arrays import Strided, put_exact
+from tests.kernels.cache import UNUSED
 from tests.kernels.cases import of
 from tests.kernels.faults import Switchable, planted, shifted
-from tests.kernels.launch import Compiled, put_exact
-from tests.kernels.paged import UNUSED, kv_dtype
+from tests.kernels.launch import Compiled, kv_dtype, launch
 from tests.ptx.interpreter import Device, Kernel, PtxError
 from tests.reference import Array, decode, encode, misrounded, rotate
 from tests.support.abis import KV_APPEND
+from tests.support.call import CAUSAL, OPEN, Append, Cache, Call
 
 VARIANTS = [variant for variant in dispatch.variants() if variant.op == "kv_append"]
 SKELETONS = [variant for variant in VARIANTS if variant.dtype == "bf16"]
 PAGES = 7
 
 
-@dataclass(frozen=True)
-class Append:
-    """One call. had: lengths before it, () for none; room: tokens of an entry's row of pages; page_size: 0 for one page
-    an entry. new, queries: tokens of k_new and v_new and of q, 0 for no such input. halves: K and V are halves of one
-    array; heads_first: all arrays are (…, heads, tokens, dim) in memory; descale: '', 'heads' or 'entries', for e4m3.
-    lost: (entry, place in its row of the table) of pages that are negative.
+SCALED = {"normal": 1.0, "times300": 300.0, "hundredth": 0.01}  # families of the new keys and values, and queries
+
+
+def call(**more: Any) -> Call:
+    """Three entries get tokens, in pages. more: other fields of the call and its parts.
+
+    `seqlen_q` queries are rotated as the new tokens are, all alike where no mask tells them apart; `seqlen_k` tokens
+    are an entry's row of pages.
     """
-
-    had: tuple[int, ...] = (0, 5, 17)
-    new: int = 3
-    queries: int = 0
-    room: int = 32
-    page_size: int = 16
-    batch: int = 3
-    heads_q: int = 4
-    heads_kv: int = 2
-    head_dim: int = 64
-    head_dim_v: int = 64
-    rotary_dim: int = 0
-    rotary_rows: int = 64
-    interleaved: bool = False
-    still: bool = False
-    halves: bool = False
-    heads_first: bool = False
-    descale: str = ""
-    factor: float = 1.0
-    lost: tuple[tuple[int, int], ...] = ()
-
-    def positions(self, entry: int) -> Array:
-        """Of the new tokens in the cache."""
-        return (self.had[entry] if self.had else 0) + np.arange(self.new)
-
-    def query_positions(self, entry: int) -> Array:
-        return (self.had[entry] if self.had else 0) + np.arange(self.queries) * (not self.still)
+    plain = Call(
+        0, 32, 4, 2, 3, 64, 64, seqused_k=(0, 5, 17), window=CAUSAL, cache=Cache(), append=Append(3, rotary_rows=64)
+    )
+    return plain.but(**more)
 
 
 CASES = {
-    "plain": Append(),
-    "one-token-rotated": Append(new=1, queries=1, rotary_dim=64, had=(0, 15, 16)),
-    "interleaved": Append(new=5, queries=5, rotary_dim=32, interleaved=True, heads_first=True, page_size=3, room=33),
-    "still": Append(new=2, queries=7, rotary_dim=48, still=True, head_dim=72, head_dim_v=40, page_size=1, room=29),
-    "halves": Append(halves=True, page_size=48, room=48, rotary_dim=64, head_dim=128, head_dim_v=128, queries=2),
-    "no-table": Append(page_size=0, room=24, rotary_dim=16, heads_first=True, head_dim=192, head_dim_v=128, queries=1),
-    "full": Append(had=(30, 32, 40), new=4, rotary_dim=16, queries=2),
-    "garbage-lengths": Append(had=(-3, -(2**31), 2**31 - 9), rotary_dim=16, rotary_rows=9, queries=3),
-    "garbage-angles": Append(had=(2**31 - 1, 2**30, 2**31 - 2), rotary_dim=16, rotary_rows=9, queries=3),
-    "padded-graph": Append(new=1, queries=1, rotary_dim=64, had=(5, 0, 0), lost=((1, 0), (2, 0))),
-    "lost-pages": Append(new=7, page_size=3, room=33, lost=((0, 1), (1, 2), (2, 6), (2, 7)), heads_first=True),
-    "empty-cache": Append(had=(), new=6, head_dim=256, head_dim_v=256, rotary_dim=256, queries=6),
-    "queries-alone": Append(new=0, queries=9, rotary_dim=64, heads_q=7),
-    "last-angle": Append(rotary_dim=32, rotary_rows=10, interleaved=True, queries=3),
-    "scaled": Append(descale="heads", factor=300.0, rotary_dim=64, halves=True),
-    "scaled-entries": Append(descale="entries", factor=0.01, page_size=3, room=24, heads_first=True),
-}
+    "plain": call(),
+    "one-token-rotated": call(tokens=1, seqlen_q=1, rotary_dim=64, seqused_k=(0, 15, 16)),
+    "interleaved": call(tokens=5, seqlen_q=5, rotary_dim=32, rotary="interleaved", heads_first=True, page_size=3,
+                        seqlen_k=33),
+    "still": call(tokens=2, seqlen_q=7, rotary_dim=48, window=OPEN, head_dim=72, head_dim_v=40, page_size=1,
+                  seqlen_k=29),
+    "halves": call(halves=True, page_size=48, seqlen_k=48, rotary_dim=64, head_dim=128, head_dim_v=128, seqlen_q=2),
+    "no-table": call(page_size=None, seqlen_k=24, rotary_dim=16, heads_first=True, head_dim=192, head_dim_v=128,
+                     seqlen_q=1),
+    "full": call(seqused_k=(30, 32, 40), tokens=4, rotary_dim=16, seqlen_q=2),
+    "garbage-lengths": call(seqused_k=(-3, -(2**31), 2**31 - 9), rotary_dim=16, rotary_rows=9, seqlen_q=3),
+    "garbage-angles": call(seqused_k=(2**31 - 1, 2**30, 2**31 - 2), rotary_dim=16, rotary_rows=9, seqlen_q=3),
+    "padded-graph": call(tokens=1, seqlen_q=1, rotary_dim=64, seqused_k=(5, 0, 0), lost=((1, 0), (2, 0))),
+    "lost-pages": call(tokens=7, page_size=3, seqlen_k=33, lost=((0, 1), (1, 2), (2, 6), (2, 7)), heads_first=True),
+    "empty-cache": call(seqused_k=None, tokens=6, head_dim=256, head_dim_v=256, rotary_dim=256, seqlen_q=6),
+    "queries-alone": call(tokens=0, seqlen_q=9, rotary_dim=64, heads_q=7),
+    "last-angle": call(rotary_dim=32, rotary_rows=10, rotary="interleaved", seqlen_q=3),
+    "scaled": call(descale="heads", family="times300", rotary_dim=64, halves=True),
+    "scaled-entries": call(descale="batch", family="hundredth", page_size=3, seqlen_k=24, heads_first=True),
+}  # fmt: skip
 
 
-def cases(variant: Variant) -> dict[str, Append]:
+def cases(variant: Variant) -> dict[str, Call]:
     """Head dims as the cache's dtype wants them."""
     if kv_dtype(variant) != "e4m3":
-        return {name: replace(case, descale="") for name, case in CASES.items()}
+        return {name: case.but(descale="") for name, case in CASES.items()}
     return {
-        name: replace(case, head_dim=case.head_dim // 16 * 16, head_dim_v=case.head_dim_v // 16 * 16)
+        name: case.but(head_dim=case.head_dim // 16 * 16, head_dim_v=case.head_dim_v // 16 * 16)
         for name, case in CASES.items()
     }
 
 
-class Call:
+class Memory:
     """A call's inputs, the memory that they lie in, and what its outputs should be."""
 
-    def __init__(self, case: Append, variant: Variant):
-        self.case, self.dtype, self.cache = case, variant.dtype, kv_dtype(variant)
+    def __init__(self, case: Call, variant: Variant):
+        assert case.cache is not None and case.append is not None
+        self.case, self.cache, self.new = case, case.cache, case.append
+        self.dtype, self.kv_dtype = variant.dtype, kv_dtype(variant)
         self.device, self.random = Device(), np.random.default_rng(0)
-        self.values: dict[str, Any] = dict.fromkeys((p.name for p in KV_APPEND.params), 0)
-        magic, shift = fast_divmod(case.page_size or case.room)
-        self.values |= {"page_magic": magic, "page_shift": shift, "page_size": case.page_size or case.room}
+        self.page_size, self.still = self.cache.page_size or case.seqlen_k, case.window == OPEN
+        magic, shift = fast_divmod(self.page_size)
+        self.values: dict[str, Any] = {"page_magic": magic, "page_shift": shift, "page_size": self.page_size}
         self.values |= {"batch": case.batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv}
-        self.values |= {"seqlen_new": case.new, "seqlen_q": case.queries, "seqlen_k": case.room}
-        self.values |= {"head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "rotary_dim": case.rotary_dim}
-        self.values |= {"interleaved": int(case.interleaved), "q_still": int(case.still)}
+        self.values |= {"seqlen_new": self.new.tokens, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+        self.values |= {"head_dim": case.head_dim, "head_dim_v": case.head_dim_v, "rotary_dim": self.new.rotary_dim}
+        self.values |= {"interleaved": int(self.new.rotary == "interleaved"), "q_still": int(self.still)}
         self.places()
         self.angles()
         self.tensors()
 
+    def positions(self, entry: int, tokens: int, still: bool = False) -> Array:
+        """Of tokens behind those that the cache has of an entry."""
+        return (self.case.seqused_k[entry] if self.case.seqused_k else 0) + np.arange(tokens) * (not still)
+
     def places(self) -> None:
         """The page table and the lengths; page and row of each new token, and which have a place at all."""
         case = self.case
-        if case.had:
-            self.values["seqused_k"] = put_exact(self.device, np.array([case.had], np.int64).astype(np.int32))
-        position = np.array([case.positions(b) for b in range(case.batch)]).reshape(case.batch, case.new)
-        self.kept = (position >= 0) & (position < case.room)
-        size = case.page_size or case.room
+        if case.seqused_k:
+            self.values["seqused_k"] = put_exact(self.device, np.array([case.seqused_k], np.int64).astype(np.int32))
+        position = np.array([self.positions(b, self.new.tokens) for b in range(case.batch)]).reshape(case.batch, -1)
+        self.kept = (position >= 0) & (position < case.seqlen_k)
+        size = self.page_size
         number, self.row = np.where(self.kept, position // size, 0), np.where(self.kept, position % size, 0)
         self.page = np.broadcast_to(np.arange(case.batch)[:, None], number.shape)
         self.pages = case.batch
-        if case.page_size:
-            columns = case.room // case.page_size
+        if self.cache.page_size:
+            columns = case.seqlen_k // size
             used = np.zeros((case.batch, columns), bool)
             used[np.nonzero(self.kept)[0], number[self.kept]] = True
             self.pages = int(used.sum()) + 2
             table = np.resize(np.array(UNUSED, np.int64), used.shape)
             table[used] = self.random.permutation(self.pages)[: used.sum()]
-            for j, (b, column) in enumerate(case.lost):
+            for j, (b, column) in enumerate(self.cache.lost):
                 table[b, column] = (-1, -(2**31))[j % 2]
                 self.kept[b] &= number[b] != column
             placed = Strided(self.device, table.astype(np.int32).view(np.uint32), used, pad=3)
@@ -135,32 +123,32 @@ class Call:
 
     def angles(self) -> None:
         """Cosines and sines, with nothing around them that may be read."""
-        case, half = self.case, self.case.rotary_dim // 2
-        angles = self.random.uniform(0, 7, (case.rotary_rows, half))
+        half = self.new.rotary_dim // 2
+        angles = self.random.uniform(0, 7, (self.new.rotary_rows, half))
         self.cos, self.sin = (decode(encode(f(angles), self.dtype), self.dtype) for f in (np.cos, np.sin))
         if half:
             for name, table in (("rotary_cos", self.cos), ("rotary_sin", self.sin)):
                 placed = Strided(self.device, encode(table, self.dtype))
                 self.values |= {name: placed.address, "rotary_stride": placed.strides[0]}
-            self.values["rotary_rows"] = case.rotary_rows
+            self.values["rotary_rows"] = self.new.rotary_rows
 
     def tensors(self) -> None:
         """k_new, v_new, q and the memory of k, v and q_out."""
         case, order = self.case, (0, 2, 1) if self.case.heads_first else (0, 1, 2)
         self.inputs: dict[str, Array] = {}
         shapes = {
-            "k_new": (case.batch, case.new, case.heads_kv, case.head_dim),
-            "v_new": (case.batch, case.new, case.heads_kv, case.head_dim_v),
-            "q": (case.batch, case.queries, case.heads_q, case.head_dim),
+            "k_new": (case.batch, self.new.tokens, case.heads_kv, case.head_dim),
+            "v_new": (case.batch, self.new.tokens, case.heads_kv, case.head_dim_v),
+            "q": (case.batch, case.seqlen_q, case.heads_q, case.head_dim),
         }
         for name, shape in shapes.items():
-            bits = encode(case.factor * self.random.standard_normal(shape), self.dtype)
+            bits = encode(SCALED[case.family] * self.random.standard_normal(shape), self.dtype)
             self.inputs[name] = decode(bits, self.dtype)
             if shape[1]:
                 self.values |= Strided(self.device, bits, order=order).named(name, "bsh")
-        kind = np.uint8 if self.cache == "e4m3" else np.uint16
-        rows = (self.pages, case.page_size or case.room, case.heads_kv)
-        if case.halves:
+        kind = np.uint8 if self.kv_dtype == "e4m3" else np.uint16
+        rows = (self.pages, self.page_size, case.heads_kv)
+        if self.cache.halves:
             both = np.full((rows[0], 2, *rows[1:], max(case.head_dim, case.head_dim_v)), 0x55, kind)
             self.both = Strided(self.device, both, False)
             _, stride_half, stride_s, stride_h, _ = self.both.strides
@@ -175,28 +163,28 @@ class Call:
             ]
             self.values |= self.apart[0].named("k", "bsh") | self.apart[1].named("v", "bsh")
         nothing = np.full(shapes["q"], 0xFFFF, np.uint16)
-        self.q_out = Strided(self.device, nothing, False, order) if case.queries else None
+        self.q_out = Strided(self.device, nothing, False, order) if case.seqlen_q else None
         self.values |= self.q_out.named("q_out", "bsh") if self.q_out else {}
         self.descales = np.ones((2, 1, case.heads_kv), np.float32)
-        if case.descale:
+        if self.cache.descale:
             self.descales = self.random.uniform(0.5, 2, (2, case.batch, case.heads_kv)).astype(np.float32)
-            self.descales = self.descales[:, : 1 if case.descale == "heads" else None]
+            self.descales = self.descales[:, : 1 if self.cache.descale == "heads" else None]
             for name, rows_of in zip(("k_descale", "v_descale"), self.descales, strict=True):
-                stride = case.heads_kv + 1 if case.descale == "entries" else 0
+                stride = case.heads_kv + 1 if self.cache.descale == "batch" else 0
                 self.values |= {name: put_exact(self.device, rows_of), f"{name}_stride_b": stride}
 
     def caches(self) -> tuple[Array, Array]:
         """k and v as the launch left them, in bits."""
-        if self.case.halves:
+        if self.cache.halves:
             both = self.both.result()
             return both[:, 0, ..., : self.case.head_dim], both[:, 1, ..., : self.case.head_dim_v]
         return self.apart[0].result(), self.apart[1].result()
 
     def stray(self) -> int:
         """Elements that changed though none of the new tokens belongs there."""
-        mine = np.zeros((self.pages, self.case.page_size or self.case.room, 1, 1), bool)
+        mine = np.zeros((self.pages, self.page_size, 1, 1), bool)
         mine[self.page[self.kept], self.row[self.kept]] = True
-        if self.case.halves:
+        if self.cache.halves:
             dims = np.array([self.case.head_dim, self.case.head_dim_v])[:, None, None, None]
             return self.both.stray(mine[:, None] & (np.arange(dims.max()) < dims))
         return sum(cache.stray(mine) for cache in self.apart)
@@ -205,40 +193,39 @@ class Call:
         """What is wrong with what the launch left behind; '' if nothing is."""
         case, wrong = self.case, {"stray": self.stray() + (self.q_out.stray() if self.q_out else 0)}
         for which, (name, bits) in enumerate(zip(("k_new", "v_new"), self.caches(), strict=True)):
-            got = decode(bits[self.page, self.row], self.cache)
+            got = decode(bits[self.page, self.row], self.kv_dtype)
             descales = self.descales[which][:, None, :, None]
             values = [
-                self.turned(self.inputs[name][b], case.positions(b)) if name == "k_new" else
+                self.turned(self.inputs[name][b], b) if name == "k_new" else
                 (self.inputs[name][b].astype(np.float64), np.zeros(self.inputs[name][b].shape))
                 for b in range(case.batch)
             ]  # fmt: skip
             exact, size = (np.stack(column) / descales for column in zip(*values, strict=True))
-            size = size + np.abs(exact) * bool(case.descale)
-            wrong[name] = misrounded(got[self.kept], exact[self.kept], size[self.kept], self.cache)
+            size = size + np.abs(exact) * bool(self.cache.descale)
+            wrong[name] = misrounded(got[self.kept], exact[self.kept], size[self.kept], self.kv_dtype)
         if self.q_out:
-            turned = [self.turned(self.inputs["q"][b], case.query_positions(b)) for b in range(case.batch)]
+            turned = [self.turned(self.inputs["q"][b], b, self.still) for b in range(case.batch)]
             exact, size = (np.stack(column) for column in zip(*turned, strict=True))
             wrong["q"] = misrounded(decode(self.q_out.result(), self.dtype), exact, size, self.dtype)
         return ", ".join(f"{count} wrong of {name}" for name, count in wrong.items() if count)
 
-    def turned(self, x: Array, positions: Array) -> tuple[Array, Array]:
-        return rotate(x, self.cos, self.sin, positions, self.case.interleaved)
+    def turned(self, x: Array, entry: int, still: bool = False) -> tuple[Array, Array]:
+        positions = self.positions(entry, len(x), still)
+        return rotate(x, self.cos, self.sin, positions, self.new.rotary == "interleaved")
 
 
 def problems(
-    compiled: Compiled, case: Append, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
+    compiled: Compiled, case: Call, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
 ) -> str:
     """What is wrong with the result; '' if nothing is."""
-    call, artifact = Call(case, compiled.variant), compiled.artifact
-    rows = 2 * case.batch * case.new * case.heads_kv + case.batch * case.queries * case.heads_q
+    memory = Memory(case, compiled.variant)
+    rows = case.batch * (2 * memory.new.tokens * case.heads_kv + case.seqlen_q * case.heads_q)
     try:
-        (kernel or compiled.kernel).run(
-            call.device, grid=(artifact.grid.blocks({"rows": rows}), 1, 1), block=(artifact.threads, 1, 1),
-            params=KV_APPEND.pack(call.values | dict(changed or {})), smem=artifact.smem,
-        )  # fmt: skip
+        grid = compiled.artifact.grid.blocks({"rows": rows})
+        launch(compiled, memory.device, KV_APPEND, memory.values, grid, kernel, changed)
     except PtxError as error:
         return str(error)
-    return call.problems()
+    return memory.problems()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from registry.contract import Variant
 from registry.ops.workspaces import ROWS
 from tests.kernels.backward import (
-    Backward,
     Outcome,
     Trio,
     existing_rows,
@@ -25,11 +23,12 @@ from tests.kernels.backward import (
     problems,
     run,
 )
-from tests.kernels.backward_cases import VARIANTS, cases, loops, skeletons, varlen
-from tests.kernels.cases import of, packed
+from tests.kernels.backward_cases import VARIANTS, cases, dense, loops, skeletons, varlen
+from tests.kernels.cases import of
 from tests.kernels.launch import Compiled, softmax_scale
 from tests.ptx.interpreter import PtxError
 from tests.support.abis import BWD
+from tests.support.call import Call, packed
 
 SKELETONS = skeletons()
 SMALLEST = min(SKELETONS, key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
@@ -38,13 +37,13 @@ RMS_ROWS = 256  # of a random case's gradients: with few, a rounding exceeds twi
 
 def all_cases() -> list:
     return [
-        pytest.param(variant, case, id=f"{variant.key}-{case.name}", marks=pytest.mark.xdist_group(variant.key))
+        pytest.param(variant, case, id=f"{variant.key}-{name}", marks=pytest.mark.xdist_group(variant.key))
         for variant in VARIANTS
-        for case in cases(variant)
+        for name, case in cases(variant).items()
     ]
 
 
-def check(trio: Trio, case: Backward) -> Outcome:
+def check(trio: Trio, case: Call) -> Outcome:
     """The case's outcome, which has nothing wrong."""
     outcome = run(trio, case)
     assert problems(outcome, case, trio.main.variant) == []
@@ -52,7 +51,7 @@ def check(trio: Trio, case: Backward) -> Outcome:
 
 
 @pytest.mark.parametrize(("variant", "case"), all_cases())
-def test_backward(variant: Variant, case: Backward, variant_of: Callable[[str], Compiled]):
+def test_backward(variant: Variant, case: Call, variant_of: Callable[[str], Compiled]):
     check(Trio.of(variant, variant_of), case)
 
 
@@ -62,8 +61,8 @@ def test_dq_accum_is_laid_out_as_documented(variant: Variant, variant_of: Callab
     """Writer and reader could both be wrong: decoded by the text of registry/ops it is dQ, and 0 in other rows."""
     m, n = variant.size("m"), variant.size("n")
     for case in (
-        Backward("", 2 * m + 5, n + 9, 2, 1, batch=2),
-        varlen("", (m + 9, 0, 3), (n + 9, 7, 40), spare=5, heads_q=2, window=(None, 0)),
+        dense(2 * m + 5, n + 9, 2, 1, batch=2),
+        varlen((m + 9, 0, 3), (n + 9, 7, 40), spare=5, heads_q=2, window=(None, 0)),
     ):
         outcome = check(Trio.of(variant, variant_of), case)
         accum, exists = matrix(outcome.dq_accum, variant.head_dim), existing_rows(case)
@@ -79,7 +78,7 @@ def test_grouped_heads_of_packed_entries(splits, variant, variant_of):
     """Offsets of heads, tokens and padded rows meet here: each is another number."""
     m, n = variant.size("m"), variant.size("n")
     lengths_q, lengths_k = (m + 1, ROWS + 1, 3), (5, n + 1, n)
-    case = varlen("", lengths_q, lengths_k, spare=9, heads_q=4, heads_kv=2, splits=splits, window=(None, 3))
+    case = varlen(lengths_q, lengths_k, spare=9, heads_q=4, heads_kv=2, splits=splits, window=(None, 3))
     assert len({*first_rows(case), *case.cu_seqlens_q[1:], *case.cu_seqlens_k[1:]}) == 10
     assert len(set(key_tiles(case, n))) == 4
     check(Trio.of(variant, variant_of), case)
@@ -90,25 +89,25 @@ def test_masks_along_every_diagonal(variant, variant_of):
     """Warps side by side hold columns that interleave: each of them meets both edges of the mask."""
     trio, m = Trio.of(variant, variant_of), variant.size("m")
     for by in range(0, min(m, 32), 8):
-        check(trio, Backward("", m, m + 5, 1, 1, window=(by + 3, 2 - by), head_dim=8, head_dim_v=8))
+        check(trio, dense(m, m + 5, 1, 1, window=(by + 3, 2 - by), head_dim=8, head_dim_v=8))
 
 
 @of(SKELETONS)
 def test_overlaunched_tiles_read_nothing_past_cu_seqlens(variant, variant_of):
     """Whole tiles, empty entries: the grids, which know totals alone, have a tile too many for every entry."""
     trio, n = Trio.of(variant, variant_of), variant.size("n")
-    case = varlen("", (ROWS, 0, ROWS, 0, 0), (n, 0, 2 * n, 5, 0), head_dim=8, head_dim_v=8)
+    case = varlen((ROWS, 0, ROWS, 0, 0), (n, 0, 2 * n, 5, 0), head_dim=8, head_dim_v=8)
     assert key_tiles(case, n)[-1] > 3 + 1
     check(trio, case)
-    check(trio, varlen("", (0, 0, 1), (0, 5, 0), head_dim=8, head_dim_v=8))
+    check(trio, varlen((0, 0, 1), (0, 5, 0), head_dim=8, head_dim_v=8))
 
 
 @of(SKELETONS)
 def test_seqused_is_not_taken_for_dense(variant, variant_of):
     """Unused tokens are no memory that can be read (`Tensor`), their rows stay as they were, and they cost nothing."""
     trio, m, n = Trio.of(variant, variant_of), variant.size("m"), variant.size("n")
-    exact = Backward("", 9, n + 3, 1, 1, window=(n, 0))
-    used = Backward("", 9 + 3 * m, 5 * n, 1, 1, window=(n, 0), seqused_q=(9,), seqused_k=(n + 3,))
+    exact = dense(9, n + 3, 1, 1, window=(n, 0))
+    used = dense(9 + 3 * m, 5 * n, 1, 1, window=(n, 0), seqused_q=(9,), seqused_k=(n + 3,))
     steps, steps_used = (check(trio, case).steps for case in (exact, used))
     assert steps_used < 1.5 * steps
 
@@ -121,9 +120,9 @@ BAD_CU_SEQLENS = [(0, 90, 40), (0, 40, 10**9), (-50, 40, 90), (2**31 - 1, -(2**3
 def test_bad_cu_seqlens_stay_inside(cu_seqlens, variant, variant_of):
     """What lies outside the array is clamped to it (`Tokens.of`); tiles of nonsensical entries may be left out."""
     trio = Trio.of(variant, variant_of)
-    case = varlen("", (40, 50), (40, 50), heads_q=2, window=(None, 0), head_dim=8, head_dim_v=8)
+    case = varlen((40, 50), (40, 50), heads_q=2, window=(None, 0), head_dim=8, head_dim_v=8)
     for side in "qk":
-        assert run(trio, replace(case, **{f"cu_seqlens_{side}": cu_seqlens})).stray == 0
+        assert run(trio, case.but(**{f"cu_seqlens_{side}": cu_seqlens})).stray == 0
 
 
 @of([SMALLEST])
@@ -131,28 +130,28 @@ def test_bad_cu_seqlens_stay_inside(cu_seqlens, variant, variant_of):
 def test_entries_whose_first_tile_is_behind_others(cu_seqlens, variant, variant_of):
     """A block before an entry's first tile must not take that for negative rows: nothing lies in front of the array."""
     trio = Trio.of(variant, variant_of)
-    case = varlen("", (140, 260), (140, 260), heads_q=2, window=(None, 0), head_dim=8, head_dim_v=8)
+    case = varlen((140, 260), (140, 260), heads_q=2, window=(None, 0), head_dim=8, head_dim_v=8)
     for side in "qk":
-        assert run(trio, replace(case, **{f"cu_seqlens_{side}": cu_seqlens})).stray == 0
+        assert run(trio, case.but(**{f"cu_seqlens_{side}": cu_seqlens})).stray == 0
 
 
 @of([SMALLEST])
 @pytest.mark.parametrize("seqused", [(10**9, -7), (-(2**31), 2**31 - 1), (41, 0)], ids=str)
 def test_bad_seqused_stays_inside(seqused, variant, variant_of):
-    case = varlen("", (40, 50), (40, 50), window=(None, 0), head_dim=8, head_dim_v=8)
-    dense = Backward("", 40, 50, 1, 1, batch=2, window=(None, 0), head_dim=8, head_dim_v=8)
+    case = varlen((40, 50), (40, 50), window=(None, 0), head_dim=8, head_dim_v=8)
+    plain = dense(40, 50, 1, 1, batch=2, window=(None, 0), head_dim=8, head_dim_v=8)
     for side in "qk":
-        for each in (case, dense):
-            check(Trio.of(variant, variant_of), replace(each, **{f"seqused_{side}": seqused}))
+        for each in (case, plain):
+            check(Trio.of(variant, variant_of), each.but(**{f"seqused_{side}": seqused}))
 
 
 @of([SMALLEST])
 @pytest.mark.parametrize("leftpad", [(10**9, -7), (-(2**31), 2**31 - 1), (41, 0), (39, 50)], ids=str)
 def test_bad_left_padding_stays_inside(leftpad, variant, variant_of):
     """What is said is clamped to the entry, whose end it does not move."""
-    case = varlen("", (40, 50), (40, 50), window=(None, 0), head_dim=8, head_dim_v=8, leftpad_k=leftpad)
-    dense = Backward("", 40, 50, 1, 1, batch=2, head_dim=8, head_dim_v=8, leftpad_k=leftpad)
-    for each in (case, dense, replace(case, seqused_k=(17, 48)), replace(dense, splits=2, heads_q=2)):
+    case = varlen((40, 50), (40, 50), window=(None, 0), head_dim=8, head_dim_v=8, leftpad_k=leftpad)
+    plain = dense(40, 50, 1, 1, batch=2, head_dim=8, head_dim_v=8, leftpad_k=leftpad)
+    for each in (case, plain, case.but(seqused_k=(17, 48)), plain.but(splits=2, heads_q=2)):
         check(Trio.of(variant, variant_of), each)
 
 
@@ -160,8 +159,8 @@ def test_bad_left_padding_stays_inside(leftpad, variant, variant_of):
 def test_left_padding_costs_nothing(variant, variant_of):
     """Tiles of keys behind padding are counted from its end, and those that are left have nothing to do."""
     trio, n = Trio.of(variant, variant_of), variant.size("n")
-    exact = Backward("", 9, n + 3, 1, 1, window=(None, 0))
-    padded = Backward("", 9, 5 * n, 1, 1, window=(None, 0), leftpad_k=(4 * n - 3,))
+    exact = dense(9, n + 3, 1, 1, window=(None, 0))
+    padded = dense(9, 5 * n, 1, 1, window=(None, 0), leftpad_k=(4 * n - 3,))
     steps, steps_padded = (check(trio, case).steps for case in (exact, padded))
     assert steps_padded < 1.5 * steps
 
@@ -172,7 +171,7 @@ def test_left_padding_costs_nothing(variant, variant_of):
 def test_each_tile_of_keys_waits_its_turn(window, variant, variant_of):
     """From the last one on: in another order a tile waits for ever for those that were to come before it."""
     trio, m, n = Trio.of(variant, variant_of), variant.size("m"), variant.size("n")
-    case = Backward("", m + 3 * n, 3 * n, 1, 1, ordered=True, window=window, head_dim=8, head_dim_v=8)
+    case = dense(m + 3 * n, 3 * n, 1, 1, deterministic=True, window=window, head_dim=8, head_dim_v=8)
     check(trio, case)
     for order in ((1, 0, 2), (0, 2, 1), (2,)):
         with pytest.raises(PtxError, match="waits for ever"):
@@ -181,7 +180,7 @@ def test_each_tile_of_keys_waits_its_turn(window, variant, variant_of):
 
 # ---- any call --------------------------------------------------------------------------------------------------------
 @st.composite
-def any_case(draw: st.DrawFn, variant: Variant) -> Backward:
+def any_case(draw: st.DrawFn, variant: Variant) -> Call:
     """Any combination of the options, lengths up to a little more than a tile."""
     m, n = variant.size("m"), variant.size("n")
     batch, heads_kv, splits = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3]))
@@ -197,16 +196,15 @@ def any_case(draw: st.DrawFn, variant: Variant) -> Backward:
             if draw(st.booleans()):
                 sides[name] = tuple(draw(st.lists(length, min_size=batch, max_size=batch)))
     bound = st.none() | st.integers(0, 2 * n)
-    alibi = draw(st.sampled_from(["", "heads", "entries"]))
-    return Backward(
-        "",
+    alibi = draw(st.sampled_from(["", "heads", "batch"]))
+    return dense(
         **sides,
         heads_q=splits * draw(st.integers(1, 3 // splits)) * heads_kv,
         heads_kv=heads_kv,
         batch=batch,
         splits=splits,
         window=(draw(bound), draw(st.none() | st.just(0) | st.integers(-n, n))),
-        family=draw(st.sampled_from(["normal", "x4", "low"])),
+        family=draw(st.sampled_from(["normal", "times4", "far_below"])),
         heads_first=draw(st.booleans()),
         head_dim=8 * draw(st.integers(1, variant.head_dim // 8)),
         head_dim_v=8 * draw(st.integers(1, variant.head_dim_v // 8)),
@@ -215,7 +213,7 @@ def any_case(draw: st.DrawFn, variant: Variant) -> Backward:
         alibi=alibi,
         dalibi=alibi != "" and draw(st.booleans()),
         dlse=draw(st.booleans()),
-        ordered=draw(st.integers(0, 3)) == 0,
+        deterministic=draw(st.integers(0, 3)) == 0,
     )
 
 

@@ -16,13 +16,14 @@ import pytest
 
 from registry.contract import Variant
 from registry.ops.workspaces import ROWS
-from tests.kernels.backward import STRIP, Backward, Call, Trio, problems, run
-from tests.kernels.backward_cases import skeletons, varlen
+from tests.kernels.backward import STRIP, Memory, Trio, problems, run
+from tests.kernels.backward_cases import dense, skeletons, varlen
 from tests.kernels.cases import of
 from tests.kernels.large import SECTION
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Device
 from tests.support.abis import BWD, BWD_POSTPROCESS, BWD_PREPROCESS
+from tests.support.call import Call
 
 SMALLEST = min(skeletons(), key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
 FAR_ENTRY, FAR_HEAD = 2**33, 2**31 + 8  # elements from entry to entry, and from head to head
@@ -50,10 +51,10 @@ class Large:
         return self.heads * self.group
 
 
-class Moved(Call):
+class Moved(Memory):
     """The memory of a small call, of one head and entry, and the parameters that say that it is part of a large one."""
 
-    def __init__(self, case: Backward, variant: Variant, large: Large):
+    def __init__(self, case: Call, variant: Variant, large: Large):
         super().__init__(case, variant)
         self.large, self.small_values = large, dict(self.values)
         self.packed = case.queries.is_packed
@@ -103,12 +104,12 @@ class Moved(Call):
         if self.large.padded:
             values["leftpad_k"] = self.device.put(np.array([self.large.first_k], np.int32)) - 4 * entry
         if case.alibi:
-            stride = (MOST_SLOPES - self.large.heads_q) // self.large.entries if case.alibi == "entries" else 0
+            stride = (MOST_SLOPES - self.large.heads_q) // self.large.entries if case.alibi == "batch" else 0
             values |= {
                 "alibi_slopes": values["alibi_slopes"] - 4 * (entry * stride + self.head),
                 "alibi_stride_b": stride,
             }
-        if case.dalibi:
+        if self.grad.dalibi:
             number = self.first_key_tile if self.packed else entry * self.key_tiles + self.first_key_tile
             values["dalibi"] -= 4 * (number * self.large.heads_q + self.head)
 
@@ -147,35 +148,39 @@ def left_behind(device: Device, bases: list[int]) -> list[bytes]:
 
 
 LAST = TOKENS // 2 // (2 * ROWS) * 2 * ROWS - 2 * ROWS  # a token near the last that q and k may have both
-ALL_OPTIONS: dict[str, Any] = {"dlse": True, "alibi": "entries", "dalibi": True, "window": (None, 0), "ordered": True}
+ALL_OPTIONS: dict[str, Any] = {
+    "dlse": True,
+    "alibi": "batch",
+    "dalibi": True,
+    "window": (None, 0),
+    "deterministic": True,
+}
 LENGTHS: dict[str, Any] = {"seqused_q": (29,), "seqused_k": (33,), "leftpad_k": (2,)}
 
 
-def small(name: str, seqlen_q: int = 31, seqlen_k: int = 37, **more: Any) -> Backward:
-    return Backward(name, seqlen_q, seqlen_k, 1, 1, **more)
+def small(seqlen_q: int = 31, seqlen_k: int = 37, **more: Any) -> Call:
+    return dense(seqlen_q, seqlen_k, 1, 1, **more)
 
 
-CASES = [
-    (small("most-heads", **ALL_OPTIONS), Large(heads=HEADS)),
-    (small("heads-of-issue-12", 20, 20, **ALL_OPTIONS), Large(heads=65_535)),
-    (small("most-query-heads", **ALL_OPTIONS), Large(heads=HEADS // 5, group=5)),
-    (small("most-entries", **ALL_OPTIONS, **LENGTHS), Large(entries=ENTRIES)),
-    (small("heads-and-entries", **ALL_OPTIONS, **LENGTHS), Large(heads=2**14 - 1, entries=2**14 - 1)),
-    (small("most-tokens", 150, 150, dlse=True, window=(20, 0), alibi="heads"), Large(first_q=LAST, first_k=LAST)),
-    (small("most-queries", 41, 37, window=(None, 0), dlse=True, ordered=True), Large(first_q=2 * LAST)),
-    (small("most-keys", alibi="entries", dalibi=True), Large(first_k=2 * LAST)),
-    (small("most-padding", **ALL_OPTIONS), Large(first_k=2 * LAST, padded=True)),
-    (small("padding-of-many-heads", window=(9, 3)), Large(heads=63, first_k=2 * LAST, padded=True)),
-    (varlen("most-packed-entries", (31,), (37,), **ALL_OPTIONS), Large(entries=ENTRIES)),
-    (varlen("packed-heads-and-entries", (31,), (37,), **ALL_OPTIONS), Large(heads=2**14 - 1, entries=2**14 - 1)),
-]
+CASES = {
+    "most-heads": (small(**ALL_OPTIONS), Large(heads=HEADS)),
+    "heads-of-issue-12": (small(20, 20, **ALL_OPTIONS), Large(heads=65_535)),
+    "most-query-heads": (small(**ALL_OPTIONS), Large(heads=HEADS // 5, group=5)),
+    "most-entries": (small(**ALL_OPTIONS, **LENGTHS), Large(entries=ENTRIES)),
+    "heads-and-entries": (small(**ALL_OPTIONS, **LENGTHS), Large(heads=2**14 - 1, entries=2**14 - 1)),
+    "most-tokens": (small(150, 150, dlse=True, window=(20, 0), alibi="heads"), Large(first_q=LAST, first_k=LAST)),
+    "most-queries": (small(41, 37, window=(None, 0), dlse=True, deterministic=True), Large(first_q=2 * LAST)),
+    "most-keys": (small(alibi="batch", dalibi=True), Large(first_k=2 * LAST)),
+    "most-padding": (small(**ALL_OPTIONS), Large(first_k=2 * LAST, padded=True)),
+    "padding-of-many-heads": (small(window=(9, 3)), Large(heads=63, first_k=2 * LAST, padded=True)),
+    "most-packed-entries": (varlen((31,), (37,), **ALL_OPTIONS), Large(entries=ENTRIES)),
+    "packed-heads-and-entries": (varlen((31,), (37,), **ALL_OPTIONS), Large(heads=2**14 - 1, entries=2**14 - 1)),
+}
 
 
-@pytest.mark.parametrize(("case", "large"), CASES, ids=[case.name for case, _ in CASES])
+@pytest.mark.parametrize(("case", "large"), CASES.values(), ids=CASES.keys())
 @of([SMALLEST])
-def test_the_last_of_a_large_call(
-    case: Backward, large: Large, variant: Variant, variant_of: Callable[[str], Compiled]
-):
+def test_the_last_of_a_large_call(case: Call, large: Large, variant: Variant, variant_of: Callable[[str], Compiled]):
     trio = Trio.of(variant, variant_of)
     assert problems(run(trio, case), case, variant) == []
     alone, moved = Moved(case, variant, large), Moved(case, variant, large)
@@ -188,7 +193,7 @@ def test_the_last_of_a_large_call(
 @of([SMALLEST])
 def test_partial_sums_of_most_heads(variant: Variant, variant_of: Callable[[str], Compiled]):
     """Rows of a token's heads, and parts of the splits, lie further apart than 32 bits count."""
-    trio, case, large, split = Trio.of(variant, variant_of), small("", 31, 5), Large(heads=2**26 - 1, group=4), 2**41
+    trio, case, large, split = Trio.of(variant, variant_of), small(31, 5), Large(heads=2**26 - 1, group=4), 2**41
     alone, moved = Moved(case, variant, large), Moved(case, variant, large)
     alone.launch_small(trio)
     rows: dict[str, list[int]] = {}

@@ -14,8 +14,7 @@ from registry.contract import Variant
 from registry.ops.workspaces import ROWS
 from tests.kernels.backward import (
     STRIP,
-    Backward,
-    Call,
+    Memory,
     existing_rows,
     expected,
     first_rows,
@@ -23,7 +22,7 @@ from tests.kernels.backward import (
     matrix,
     units,
 )
-from tests.kernels.backward_cases import varlen
+from tests.kernels.backward_cases import dense, varlen
 from tests.kernels.cases import of
 from tests.kernels.faults import Switchable, shifted
 from tests.kernels.launch import Compiled
@@ -31,42 +30,43 @@ from tests.ptx.interpreter import Kernel, PtxError
 from tests.reference import decode, encode
 from tests.reference_backward import row_sums
 from tests.support.abis import BWD_POSTPROCESS, BWD_PREPROCESS
+from tests.support.call import Call
 
 BEFORE, AFTER = ([v for v in dispatch.variants() if v.op == op] for op in ("bwd_preprocess", "bwd_postprocess"))
 LOG2_E = np.float32(np.log2(np.e))
 
 
-def packed_queries(name: str, lengths: tuple[int, ...], spare: int = 0, **more: Any) -> Backward:
+def packed_queries(lengths: tuple[int, ...], spare: int = 0, **more: Any) -> Call:
     """Entries of these many queries, and of 3 keys each."""
-    return varlen(name, lengths, (3,) * len(lengths), spare, **{"heads_q": 2, **more})
+    return varlen(lengths, (3,) * len(lengths), spare, **{"heads_q": 2, **more})
 
 
-CASES = [
-    Backward("one-row", 1, 3, 1, 1, head_dim=8, head_dim_v=8),
-    Backward("ragged", ROWS + 5, 3, 3, 1, batch=2, head_dim=40, head_dim_v=72, dlse=True),
-    Backward("whole-tiles", ROWS, 3, 1, 1, batch=2, head_dim_v=256, ordered=True),
-    Backward("unseen-rows", 19, 7, 2, 2, batch=2, window=(None, 0), dlse=True, heads_first=True, head_dim_v=128),
-    Backward("unseen-rows-sink", 9, 7, 2, 2, window=(None, 0), sink="fp32", dlse=True, head_dim_v=64),
-    Backward("used", 35, 3, 1, 1, batch=3, seqused_q=(31, 0, 35), far=True, ordered=True, head_dim_v=248),
-    packed_queries("packed", (ROWS + 9, 0, 1, 20), 5, dlse=True, ordered=True, head_dim_v=96),
-    packed_queries("packed-whole-tiles", (ROWS, 0, ROWS, 0, 0), head_dim_v=8, dlse=True, heads_first=True),
-    packed_queries("packed-used", (17, 40), 3, seqused_q=(16, 33), heads_q=1, head_dim_v=16, far=True),
-    packed_queries("40-entries", (1, 0, 2, 5) * 10, head_dim=8, head_dim_v=8, dlse=True, ordered=True),
-]
+CASES = {
+    "one-row": dense(1, 3, 1, 1, head_dim=8, head_dim_v=8),
+    "ragged": dense(ROWS + 5, 3, 3, 1, batch=2, head_dim=40, head_dim_v=72, dlse=True),
+    "whole-tiles": dense(ROWS, 3, 1, 1, batch=2, head_dim_v=256, deterministic=True),
+    "unseen-rows": dense(19, 7, 2, 2, batch=2, window=(None, 0), dlse=True, heads_first=True, head_dim_v=128),
+    "unseen-rows-sink": dense(9, 7, 2, 2, window=(None, 0), sink="fp32", dlse=True, head_dim_v=64),
+    "used": dense(35, 3, 1, 1, batch=3, seqused_q=(31, 0, 35), far=True, deterministic=True, head_dim_v=248),
+    "packed": packed_queries((ROWS + 9, 0, 1, 20), 5, dlse=True, deterministic=True, head_dim_v=96),
+    "packed-whole-tiles": packed_queries((ROWS, 0, ROWS, 0, 0), head_dim_v=8, dlse=True, heads_first=True),
+    "packed-used": packed_queries((17, 40), 3, seqused_q=(16, 33), heads_q=1, head_dim_v=16, far=True),
+    "40-entries": packed_queries((1, 0, 2, 5) * 10, head_dim=8, head_dim_v=8, dlse=True, deterministic=True),
+}
 ACCUM = Variant.parse("bwd-bf16-d96-dv256-m64-n64-w4")  # any: head_dim is that of dq_accum
 NARROW = replace(ACCUM, head_dim=32)
 
 
-def main_variant(variant: Variant, case: Backward) -> Variant:
+def main_variant(variant: Variant, case: Call) -> Variant:
     return replace(NARROW if case.head_dim and case.head_dim <= 32 else ACCUM, dtype=variant.dtype)
 
 
 def preprocessed(
-    compiled: Compiled, case: Backward, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
+    compiled: Compiled, case: Call, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
 ) -> str:
     """What is wrong with the workspaces; '' if nothing is."""
     variant = main_variant(compiled.variant, case)
-    call, right, exists = Call(case, variant), expected(case, variant), existing_rows(case)
+    call, right, exists = Memory(case, variant), expected(case, variant), existing_rows(case)
     try:
         call.run(compiled, BWD_PREPROCESS, call.blocks(compiled), kernel, changed)
     except PtxError as error:
@@ -84,7 +84,7 @@ def preprocessed(
     return f"{dirty} bytes are not 0" if dirty else ""
 
 
-def wanted_delta(case: Backward, variant: Variant, exists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wanted_delta(case: Call, variant: Variant, exists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(delta, what its error is relative to), (heads_q, rows), 0 where there is no row."""
     bits, dlse = gradients_in(case, variant)
     dout = np.concatenate([decode(bits, variant.dtype)[i, part] for i, part in case.queries.entries])
@@ -99,11 +99,11 @@ def wanted_delta(case: Backward, variant: Variant, exists: np.ndarray) -> tuple[
 
 
 def postprocessed(
-    compiled: Compiled, case: Backward, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
+    compiled: Compiled, case: Call, kernel: Kernel | None = None, changed: Mapping[str, int] | None = None
 ) -> str:
     """What is wrong with dq, from a dq_accum of numbers; '' if nothing is."""
     variant = main_variant(compiled.variant, case)
-    call, exists = Call(case, variant), existing_rows(case)
+    call, exists = Memory(case, variant), existing_rows(case)
     accum = np.random.default_rng(5).standard_normal((case.heads_q, call.rows, call.accum_columns)).astype(np.float32)
     call.values["dq_accum"] = call.device.put(units(accum))
     call.values["softmax_scale"] = 0.3
@@ -117,15 +117,15 @@ def postprocessed(
     return f"{wrong} wrong, {stray} stray" if wrong or stray else ""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @of(BEFORE)
-def test_preprocess(variant: Variant, case: Backward, variant_of: Callable[[str], Compiled]):
+def test_preprocess(variant: Variant, case: Call, variant_of: Callable[[str], Compiled]):
     assert preprocessed(variant_of(variant.key), case) == ""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @of(AFTER)
-def test_postprocess(variant: Variant, case: Backward, variant_of: Callable[[str], Compiled]):
+def test_postprocess(variant: Variant, case: Call, variant_of: Callable[[str], Compiled]):
     assert postprocessed(variant_of(variant.key), case) == ""
 
 
@@ -134,7 +134,7 @@ def test_shifted_bounds(check, variant_of: Callable[[str], Compiled]):
     """Every comparison of registers is met with equal sides, and then matters, or saves work alone."""
     compiled = variant_of((BEFORE if check is preprocessed else AFTER)[0].key)
     kernel, equal = Switchable(compiled.ptx, shifted), {}
-    for case in CASES:
+    for case in CASES.values():
         assert check(compiled, case, kernel) == ""
         equal[case] = set(kernel.equal)
     assert len(set().union(*equal.values())) == len(kernel.places) >= 5
@@ -142,14 +142,14 @@ def test_shifted_bounds(check, variant_of: Callable[[str], Compiled]):
     assert len(left) <= 2, f"bounds that only save work: {[kernel.text(number) for number in left]}"
 
 
-PACKED, DENSE = CASES[6], CASES[1]
-FALSE_PARAMETERS: list[tuple[str, Backward, dict[str, int]]] = [
+PACKED, DENSE = CASES["packed"], CASES["ragged"]
+FALSE_PARAMETERS: list[tuple[str, Call, dict[str, int]]] = [
     ("row-beyond", DENSE, {"seqlen_q": ROWS + 6}),
     ("row-missing", DENSE, {"seqlen_q": ROWS + 4}),
     ("rows", DENSE, {"rows": 3 * ROWS}),
     ("heads", DENSE, {"batch": 1}),
     ("entries", PACKED, {"cu_seqlens_q": 0}),
-    ("used", CASES[5], {"seqused_q": 0}),
+    ("used", CASES["used"], {"seqused_q": 0}),
 ]
 OF_PREPROCESS = [
     ("columns", DENSE, {"head_dim_v": 64}),
@@ -174,7 +174,7 @@ OF_POSTPROCESS = [
         (preprocessed, FALSE_PARAMETERS + OF_PREPROCESS), (postprocessed, FALSE_PARAMETERS + OF_POSTPROCESS)
     ) for row in rows],
 )  # fmt: skip
-def test_false_parameters(check, case: Backward, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
+def test_false_parameters(check, case: Call, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     compiled = variant_of((BEFORE if check is preprocessed else AFTER)[0].key)
     assert check(compiled, case, changed=changed) != ""
 
@@ -197,12 +197,12 @@ def test_units_and_matrix():
 
 
 def test_rows_of_entries():
-    packed, dense = packed_queries("", (ROWS + 9, 0, 1, 20), 5), Backward("", ROWS + 1, 1, batch=2)
+    packed, plain = packed_queries((ROWS + 9, 0, 1, 20), 5), dense(ROWS + 1, 1, batch=2)
     assert (
         first_rows(packed) == [0, 2 * ROWS, 3 * ROWS, 4 * ROWS, 5 * ROWS] and existing_rows(packed).sum() == ROWS + 30
     )
-    assert first_rows(dense) == [0, 2 * ROWS, 4 * ROWS]
-    assert np.flatnonzero(existing_rows(dense)).tolist() == [*range(ROWS + 1), *range(2 * ROWS, 3 * ROWS + 1)]
+    assert first_rows(plain) == [0, 2 * ROWS, 4 * ROWS]
+    assert np.flatnonzero(existing_rows(plain)).tolist() == [*range(ROWS + 1), *range(2 * ROWS, 3 * ROWS + 1)]
 
 
 def test_a_table_of_both_dtypes():

@@ -13,8 +13,7 @@ import pytest
 
 from tests.kernels.cases import of, skeletons
 from tests.kernels.large import Large, LargeRun
-from tests.kernels.launch import Compiled
-from tests.kernels.paged import kv_dtype
+from tests.kernels.launch import Compiled, kv_dtype
 from tests.support.skeletons import SKELETONS as PAGED_SKELETONS
 
 MOST = 2**31 - 1  # blocks of a launch, heads, entries

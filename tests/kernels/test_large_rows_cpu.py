@@ -13,8 +13,7 @@ from kernels import dispatch
 from registry.contract import Abi, fast_divmod
 from tests.kernels.cases import of
 from tests.kernels.large import GAP, Sparse
-from tests.kernels.launch import Compiled
-from tests.kernels.paged import kv_dtype
+from tests.kernels.launch import Compiled, kv_dtype
 from tests.reference import Array, combine, decode, encode, misrounded, rotate
 from tests.support.abis import FWD_COMBINE, KV_APPEND
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,34 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.contract import Variant
+from tests.kernels.cache import ends, page_table
 from tests.kernels.cases import of
-from tests.kernels.launch import Compiled, sink, softmax_scale
-from tests.kernels.paged import PagedCase, PagedOutcome, expected, inputs, kv_dtype, page_table, run
-from tests.kernels.paged_cases import FACTORS, case, rows, share
+from tests.kernels.launch import Compiled, check, expected, inputs, kv_dtype, run, sink, softmax_scale
+from tests.kernels.paged_cases import FACTORS, case, paged, rows, share
 from tests.ptx.formats import E4M3
-from tests.reference import LSE_TOLERANCE, Array, Scores, attention, decode, gather, yardstick
+from tests.reference import LSE_TOLERANCE, Array, Scores, attention, decode, gather
 from tests.support.abis import FWD_PAGED
+from tests.support.call import Append, Call
 from tests.support.skeletons import SKELETONS, VARIANTS
 
 RMS_ROWS = 256  # as in test_forward_cpu
 
 
-def gathered(case: PagedCase, pages: Array) -> Array:
+def gathered(case: Call, pages: Array) -> Array:
     """All tokens of the first entry."""
-    return gather(pages, page_table(case)[0], case.lengths[0], case.paddings[0])
-
-
-def check(compiled: Compiled, case: PagedCase, rms_rows: int = 0) -> PagedOutcome:
-    """The case's outcome, which meets the yardstick."""
-    outcome, right = run(compiled, case), expected(case, compiled.variant)
-    assert outcome.stray == 0, "bytes outside the output or the LSE were written"
-    out, lse = outcome.combined(compiled.variant.dtype)
-    assert yardstick(out, right, lse, rms_rows) == []
-    assert np.isfinite(outcome.out).all()
-    assert not outcome.out[:, ~right.out.any(-1)].any(), "a row that sees no key must be exactly 0"
-    if outcome.lse is not None:
-        assert not outcome.out[np.isneginf(outcome.lse.swapaxes(1, 2))].any(), "a part without keys must be exactly 0"
-    return outcome
+    return gather(pages, page_table(case)[0], ends(case)[0], case.keys.paddings[0])
 
 
 def all_cases() -> list:
@@ -64,7 +51,7 @@ def test_lengths_beside_every_edge(splits, page_size, variant, variant_of):
     room = -(-(2 * n + 1) // size) * size + size
     check(
         variant_of(variant.key),
-        PagedCase("", 2, room, 4, 2, batch=len(edges), page_size=page_size, seqused_k=tuple(edges), splits=splits,
+        paged(2, room, 4, 2, batch=len(edges), page_size=page_size or None, seqused_k=tuple(edges), num_splits=splits,
                   pack=True, window=(None, 0)),
     )  # fmt: skip
 
@@ -75,7 +62,7 @@ def test_lengths_beside_every_edge(splits, page_size, variant, variant_of):
 def test_every_split_has_its_part_of_the_keys(each, splits, variant, variant_of):
     """The i-th has the i-th `each` blocks, and the sink is in the first alone."""
     compiled, part = variant_of(variant.key), each * variant.size("n")
-    whole = PagedCase("", 3, splits * part, 2, 1, seqused_k=(splits * part,), splits=splits, sink="fp32")
+    whole = paged(3, splits * part, 2, 1, seqused_k=(splits * part,), num_splits=splits, sink="fp32")
     outcome = check(compiled, whole)
     kinds = (variant.dtype, kv_dtype(variant), kv_dtype(variant))
     q, k, v = (decode(x, kind) for x, kind in zip(inputs(whole, variant), kinds, strict=True))
@@ -91,7 +78,7 @@ def test_every_split_has_its_part_of_the_keys(each, splits, variant, variant_of)
 @of(SKELETONS)
 def test_splits_without_keys(variant, variant_of):
     compiled, n = variant_of(variant.key), variant.size("n")
-    few = PagedCase("", 2, 2 * n, 4, 2, batch=3, seqused_k=(n + 1, 0, 1), splits=5, page_size=n, pack=True)
+    few = paged(2, 2 * n, 4, 2, batch=3, seqused_k=(n + 1, 0, 1), num_splits=5, page_size=n, pack=True)
     outcome = check(compiled, few)
     assert np.isneginf(outcome.lse[2:]).all() and np.isneginf(outcome.lse[1:, :, 2:]).all()
     assert np.isfinite(outcome.lse[0, :, :2]).all() and np.isfinite(outcome.lse[1, :, :2]).all()
@@ -102,7 +89,7 @@ def test_splits_share_the_work(variant, variant_of):
     """Ten blocks in five splits take hardly longer than in one: a block's steps count, not those of all."""
     compiled, n = variant_of(variant.key), variant.size("n")
     one, five, none = (
-        check(compiled, PagedCase("", 1, 10 * n, 2, 2, seqused_k=(length,), splits=splits)).steps
+        check(compiled, paged(1, 10 * n, 2, 2, seqused_k=(length,), num_splits=splits)).steps
         for splits, length in ((1, 10 * n), (5, 10 * n), (5, 0))
     )
     assert five - none < 1.2 * one
@@ -112,8 +99,7 @@ def test_splits_share_the_work(variant, variant_of):
 def test_keys_left_of_the_window_cost_nothing(variant, variant_of):
     compiled, n = variant_of(variant.key), variant.size("n")
     near, distant = (
-        check(compiled, PagedCase("", 1, 12 * n, 2, 1, seqused_k=(k * n,), window=(n, 0), pack=True)).steps
-        for k in (3, 12)
+        check(compiled, paged(1, 12 * n, 2, 1, seqused_k=(k * n,), window=(n, 0), pack=True)).steps for k in (3, 12)
     )
     assert near == distant
 
@@ -123,14 +109,14 @@ def test_keys_left_of_the_window_cost_nothing(variant, variant_of):
 def test_left_padding_is_not_read_and_costs_nothing(splits, variant, variant_of):
     """Not the pages, not the table's places before it; splits share the blocks behind it."""
     compiled, n = variant_of(variant.key), variant.size("n")
-    for page_size, padding in ((16, 8 * n), (16, 8 * n - 5), (24, 8 * n + 2), (0, 8 * n + 3)):
-        exact = PagedCase("", 2, 12 * n, 2, 1, window=(None, 0), page_size=page_size, splits=splits, alibi="heads")
-        near, padded = replace(exact, seqused_k=(3 * n,)), replace(exact, seqused_k=(11 * n,), leftpad_k=(padding,))
+    for page_size, padding in ((16, 8 * n), (16, 8 * n - 5), (24, 8 * n + 2), (None, 8 * n + 3)):
+        exact = paged(2, 12 * n, 2, 1, window=(None, 0), page_size=page_size, num_splits=splits, alibi="heads")
+        near, padded = exact.but(seqused_k=(3 * n,)), exact.but(seqused_k=(11 * n,), leftpad_k=(padding,))
         steps, steps_padded = (check(compiled, case).steps for case in (near, padded))
         # A block of keys that padding cuts is masked, and may be one more.
         assert steps_padded < 1.8 * steps
         if splits == 1:
-            twice = replace(padded, seqused_k=(11 * n - 4 * n,), leftpad_k=(padding - 4 * n,))
+            twice = padded.but(seqused_k=(11 * n - 4 * n,), leftpad_k=(padding - 4 * n,))
             assert abs(check(compiled, twice).steps - steps_padded) < 0.1 * steps
 
 
@@ -139,7 +125,7 @@ def test_left_padding_is_not_read_and_costs_nothing(splits, variant, variant_of)
 def test_splits_share_what_is_behind_the_padding(splits, variant, variant_of):
     """None is left without keys while there are blocks; where all is padding, each writes zeros and −inf."""
     n = variant.size("n")
-    case = PagedCase("", 1, 16 * n, 2, 1, batch=3, seqused_k=(16 * n, 16 * n - 3, 9), splits=splits, page_size=16,
+    case = paged(1, 16 * n, 2, 1, batch=3, seqused_k=(16 * n, 16 * n - 3, 9), num_splits=splits, page_size=16,
                      leftpad_k=(11 * n, 16 * n - 3, 2**31 - 1), pack=True)  # fmt: skip
     outcome = check(variant_of(variant.key), case)
     assert np.isfinite(outcome.lse[:, :, 0]).all()
@@ -152,7 +138,7 @@ def test_pages_below_0_are_read_as_page_0(page_size, variant, variant_of):
     """As graphs are padded: an entry with a key or more and no page of its own."""
     n = variant.size("n")
     room = -(-3 * n // page_size) * page_size
-    case = PagedCase("", 1, room, 2, 1, batch=2, seqused_k=(1, room), page_size=page_size, pages="first")
+    case = paged(1, room, 2, 1, batch=2, seqused_k=(1, room), page_size=page_size, order="first")
     check(variant_of(variant.key), case)
 
 
@@ -161,17 +147,17 @@ def test_pages_below_0_are_read_as_page_0(page_size, variant, variant_of):
 @pytest.mark.parametrize("splits", [1, 2])
 def test_bad_lengths_stay_inside(splits, lengths, variant, variant_of):
     """Clamped to a table row's room."""
-    case = PagedCase("", 5, 48, 2, 1, batch=2, seqused_k=lengths, splits=splits, window=(None, 0))
+    case = paged(5, 48, 2, 1, batch=2, seqused_k=lengths, num_splits=splits, window=(None, 0))
     check(variant_of(variant.key), case)
-    check(variant_of(variant.key), replace(case, page_size=0))
-    check(variant_of(variant.key), replace(case, new=3))
-    check(variant_of(variant.key), replace(case, leftpad_k=lengths[::-1]))
+    check(variant_of(variant.key), case.but(page_size=None))
+    check(variant_of(variant.key), case.but(append=Append(3)))
+    check(variant_of(variant.key), case.but(leftpad_k=lengths[::-1]))
 
 
 @of([variant for variant in VARIANTS if kv_dtype(variant) == "e4m3"])
 def test_every_e4m3_code_is_converted_exactly(variant, variant_of):
     """One key is all that there is, so the output is its value, NaN included; k shows in the LSE."""
-    one = PagedCase("", 1, 1, 4, 4, seqused_k=(1,), page_size=1, family="codes")
+    one = paged(1, 1, 4, 4, seqused_k=(1,), page_size=1, family="codes")
     outcome, (_, _, v) = run(variant_of(variant.key), one), inputs(one, variant)
     codes = gathered(one, v)[0]
     assert set(codes.reshape(-1)) == set(range(256))
@@ -183,18 +169,19 @@ def test_every_e4m3_code_is_converted_exactly(variant, variant_of):
 @of(SKELETONS)
 def test_queries_that_are_no_fp16(variant, variant_of):
     """bf16 queries beyond fp16's range, keys near 0: products with an e4m3 cache are fp16's."""
-    check(variant_of(variant.key), PagedCase("", 3, 64, 4, 2, seqused_k=(41,), family="huge"))
+    check(variant_of(variant.key), paged(3, 64, 4, 2, seqused_k=(41,), family="huge"))
 
 
 @st.composite
-def any_case(draw: st.DrawFn, variant: Variant) -> PagedCase:
+def any_case(draw: st.DrawFn, variant: Variant) -> Call:
     """A row of any values of the factors, with any lengths."""
     row = {name: draw(st.sampled_from(values)) for name, values in FACTORS.items()}
     made, n = case(row, variant), variant.size("n")
-    room = max(made.seqlen_k, made.page_size * -(-2 * n // max(made.page_size, 1)))
+    size = made.cache.page_size or 0
+    room = max(made.seqlen_k, size * -(-2 * n // max(size, 1)))
     lengths = draw(st.lists(st.integers(-1, room), min_size=made.batch, max_size=made.batch))
     splits = 1 if made.seqused_q else draw(st.integers(1, 9))
-    return replace(made, name="", seqlen_k=room, seqused_k=tuple(lengths), splits=splits)
+    return made.but(seqlen_k=room, seqused_k=tuple(lengths), num_splits=splits)
 
 
 @of(SKELETONS)

@@ -11,47 +11,48 @@ import pytest
 
 from registry.contract import Variant
 from tests.kernels import faults
-from tests.kernels.backward import Backward, Trio, problems, run
-from tests.kernels.backward_cases import skeletons, varlen
+from tests.kernels.backward import Trio, problems, run
+from tests.kernels.backward_cases import dense, skeletons, varlen
 from tests.kernels.cases import of
 from tests.kernels.faults import Fault
 from tests.kernels.launch import Compiled
 from tests.ptx.interpreter import Kernel, PtxError
 from tests.ptx.parser import Address, Instruction
 from tests.support.abis import BWD
+from tests.support.call import Call
 
 SKELETONS = skeletons()
 SMALLEST = min(SKELETONS, key=lambda v: (v.head_dim, v.size("m")))  # for what is not about a tile
 UNIT_BYTES = 4 * 16 * 8
 
 
-def probes(variant: Variant) -> list[Backward]:
+def probes(variant: Variant) -> list[Call]:
     """Small calls that between them have several tiles of queries and keys, heads in a loop, ragged ends, and turns."""
     m, n = variant.size("m"), variant.size("n")
     return [
-        Backward("", 2 * m + 5, n, 1, 1),
-        Backward("", m + 5, n + 5, 2, 1, window=(None, 0), head_dim=8, head_dim_v=8),
-        Backward("", m + 5, 2 * n, 1, 1, ordered=True),
-        Backward("", 2 * m + 5, n + 7, 2, 1, alibi="heads", dalibi=True, splits=2),
-        Backward("", m // 2, 2 * n + 9, 1, 1, window=(3, 0)),  # keys that no query sees: nothing but K and V is loaded
+        dense(2 * m + 5, n, 1, 1),
+        dense(m + 5, n + 5, 2, 1, window=(None, 0), head_dim=8, head_dim_v=8),
+        dense(m + 5, 2 * n, 1, 1, deterministic=True),
+        dense(2 * m + 5, n + 7, 2, 1, alibi="heads", dalibi=True, splits=2),
+        dense(m // 2, 2 * n + 9, 1, 1, window=(3, 0)),  # keys that no query sees: nothing but K and V is loaded
     ]
 
 
-def ragged(variant: Variant) -> list[Backward]:
+def ragged(variant: Variant) -> list[Call]:
     """Calls that bring every thread to the edge of its rows, keys and columns; two heads, for a second load of each."""
     m, n, most = variant.size("m"), variant.size("n"), max(variant.head_dim, variant.head_dim_v)
     rows = [
-        Backward("", q, k, 2, 1, window=window)
+        dense(q, k, 2, 1, window=window)
         for q, k, window in ((5, 3, (None, None)), (m - 11, n - 13, (None, 0)), (m + 21, n + 19, (n // 2 + 3, 9)))
     ]
     columns = [
-        Backward("", m, n, 2, 1, head_dim=min(dim, variant.head_dim), head_dim_v=min(dim, variant.head_dim_v))
+        dense(m, n, 2, 1, head_dim=min(dim, variant.head_dim), head_dim_v=min(dim, variant.head_dim_v))
         for dim in range(8, most, 32)  # one in each panel
     ]
-    return [*rows, *columns, varlen("", (m, 0, 9), (n + 9, 5, 3))]
+    return [*rows, *columns, varlen((m, 0, 9), (n + 9, 5, 3))]
 
 
-def edges(variant: Variant) -> list[Backward]:
+def edges(variant: Variant) -> list[Call]:
     """Both edges of a mask along diagonals that bring each of a thread's scores to it, and partial sums that end at any
     row and column. Logits far below 0 beside keys that do not exist: in fp16 a score of theirs would be infinite."""
     m, n = variant.size("m"), variant.size("n")
@@ -61,16 +62,16 @@ def edges(variant: Variant) -> list[Backward]:
     windows = [window for d in diagonals for window in ((-d, None), (None, d))]
     return [
         *[
-            Backward("", m, n, 1, 1, window=window, alibi="heads", dalibi=True, head_dim=8, head_dim_v=8)
+            dense(m, n, 1, 1, window=window, alibi="heads", dalibi=True, head_dim=8, head_dim_v=8)
             for window in windows
         ],
         *[
-            Backward("", m + 5, n - less, 1, 1, family="low", alibi="heads", dalibi=True)
+            dense(m + 5, n - less, 1, 1, family="far_below", alibi="heads", dalibi=True)
             for less in (8, 13, 72, 77)
             if less < n
         ],
         *[
-            Backward("", 5, n + k + 1, 2, 1, splits=2, head_dim=min(dim, variant.head_dim),
+            dense(5, n + k + 1, 2, 1, splits=2, head_dim=min(dim, variant.head_dim),
                      head_dim_v=min(dim, variant.head_dim_v))
             for k, dim in enumerate(range(8, most, 16))
         ],
@@ -78,25 +79,19 @@ def edges(variant: Variant) -> list[Backward]:
 
 
 def caught(
-    trio: Trio, cases: Iterable[Backward], kernel: Kernel | None = None, changed: dict[str, int] | None = None
+    trio: Trio, cases: Iterable[Call], kernel: Kernel | None = None, changed: dict[str, int] | None = None
 ) -> str:
     """What gave the fault away, or '' if nothing did."""
-    for case in cases:
-        try:
-            found = problems(run(trio, case, kernel, changed), case, trio.main.variant)
-        except PtxError as error:
-            return str(error)
-        if found:
-            return "; ".join(found)
-    return ""
+    variant = trio.main.variant
+    return faults.caught(cases, lambda case: problems(run(trio, case, kernel, changed), case, variant))
 
 
-def survivors(trio: Trio, found: list[Fault], cases: list[Backward]) -> list[Fault]:
+def survivors(trio: Trio, found: list[Fault], cases: list[Call]) -> list[Fault]:
     """The faults that nothing caught."""
     return faults.survivors(found, lambda kernel: caught(trio, cases, kernel))
 
 
-def left_of(kernel: faults.Switchable, trio: Trio, cases: list[Backward]) -> list[str]:
+def left_of(kernel: faults.Switchable, trio: Trio, cases: list[Call]) -> list[str]:
     """The places of a kernel where no case catches a change."""
     every = dict.fromkeys(cases, range(len(kernel.places)))
     return [kernel.text(number) for number in kernel.survivors(every, lambda case: caught(trio, [case], kernel))]
@@ -175,10 +170,10 @@ def test_dropped_clamps_of_left_padding(variant: Variant, variant_of: Callable[[
     fewer keys than none, and no block for them either."""
     trio = Trio.of(variant, variant_of)
     kernel = faults.Switchable(trio.main.ptx, unclamped)
-    dense = Backward("", 20, 50, 1, 1, batch=2, head_dim=8, head_dim_v=8, leftpad_k=(0, 33), seqused_k=(50, 33))
-    packed = varlen("", (20, 20), (40, 50), heads_q=2, head_dim=8, head_dim_v=8, leftpad_k=(0, 50), window=(None, 0))
-    inside = [dense, packed, replace(packed, leftpad_k=(40, 0))]
-    outside = [replace(case, leftpad_k=tuple(p + 31 if p else -9 for p in case.leftpad_k)) for case in inside]
+    plain = dense(20, 50, 1, 1, batch=2, head_dim=8, head_dim_v=8, leftpad_k=(0, 33), seqused_k=(50, 33))
+    packed = varlen((20, 20), (40, 50), heads_q=2, head_dim=8, head_dim_v=8, leftpad_k=(0, 50), window=(None, 0))
+    inside = [plain, packed, packed.but(leftpad_k=(40, 0))]
+    outside = [case.but(leftpad_k=tuple(p + 31 if p else -9 for p in case.leftpad_k)) for case in inside]
     needed = []
     for number in range(len(kernel.places)):
         kernel.on = number
@@ -218,7 +213,7 @@ def test_additions_that_go_elsewhere(change, variant: Variant, variant_of: Calla
     trio, m, n = Trio.of(variant, variant_of), variant.size("m"), variant.size("n")
     kernel = faults.Switchable(trio.main.ptx, change)
     assert len(kernel.places) >= 4
-    assert left_of(kernel, trio, [Backward("", m, min(n, 16), 1, 1, window=(None, None))]) == []
+    assert left_of(kernel, trio, [dense(m, min(n, 16), 1, 1, window=(None, None))]) == []
 
 
 def turn_faults(ptx: str) -> list[Fault]:
@@ -231,7 +226,7 @@ def turn_faults(ptx: str) -> list[Fault]:
     ]
 
 
-def turns_caught(trio: Trio, case: Backward, kernel: Kernel | None = None) -> str:
+def turns_caught(trio: Trio, case: Call, kernel: Kernel | None = None) -> str:
     """What gave a fault of turns away: the call as it is, a count that is not that of the tiles of keys, or a tile that
     does not wait for those before it. case: of 3 tiles, which all see every query."""
     try:
@@ -253,7 +248,7 @@ def turns_caught(trio: Trio, case: Backward, kernel: Kernel | None = None) -> st
 @of(SKELETONS)
 def test_turns(variant: Variant, variant_of: Callable[[str], Compiled]):
     trio, m, n = Trio.of(variant, variant_of), variant.size("m"), variant.size("n")
-    case = Backward("", m + 5, 3 * n, 1, 1, ordered=True, head_dim=8, head_dim_v=8)
+    case = dense(m + 5, 3 * n, 1, 1, deterministic=True, head_dim=8, head_dim_v=8)
     assert turns_caught(trio, case) == ""
     found = turn_faults(trio.main.ptx)
     assert len(found) >= 3
@@ -261,11 +256,11 @@ def test_turns(variant: Variant, variant_of: Callable[[str], Compiled]):
 
 
 @lru_cache(maxsize=1)
-def false_parameters() -> list[tuple[str, Backward, dict[str, int]]]:
+def false_parameters() -> list[tuple[str, Call, dict[str, int]]]:
     """Every parameter of the ABI that a call uses, with another value than its own."""
-    call = Backward("", 37, 75, 4, 2, window=(20, 5), batch=2, head_dim=40, head_dim_v=40)
-    scored = replace(call, softcap=5.0, alibi="entries", dalibi=True)
-    packed = varlen("", (20, 17), (40, 35), heads_q=2)
+    call = dense(37, 75, 4, 2, window=(20, 5), batch=2, head_dim=40, head_dim_v=40)
+    scored = call.but(softcap=5.0, alibi="batch", dalibi=True)
+    packed = varlen((20, 17), (40, 35), heads_q=2)
     return [
         ("key-beyond", call, {"seqlen_k": 76}),
         ("key-missing", call, {"seqlen_k": 74}),
@@ -286,24 +281,24 @@ def false_parameters() -> list[tuple[str, Backward, dict[str, int]]]:
         ("alibi", scored, {"alibi_slopes": 0}),
         ("alibi-of-each-entry", scored, {"alibi_stride_b": 0}),
         ("dalibi", scored, {"dalibi": 0}),
-        ("partials", replace(call, splits=2), {"splits": 1}),
-        ("no-partials", replace(call, splits=2), {"dk_partial": 0}),
-        ("used-keys", replace(call, seqused_k=(70, 9)), {"seqused_k": 0}),
-        ("left-padding", replace(call, leftpad_k=(9, 30)), {"leftpad_k": 0}),
-        ("used-rows", replace(call, seqused_q=(30, 9)), {"seqused_q": 0}),
+        ("partials", call.but(splits=2), {"splits": 1}),
+        ("no-partials", call.but(splits=2), {"dk_partial": 0}),
+        ("used-keys", call.but(seqused_k=(70, 9)), {"seqused_k": 0}),
+        ("left-padding", call.but(leftpad_k=(9, 30)), {"leftpad_k": 0}),
+        ("used-rows", call.but(seqused_q=(30, 9)), {"seqused_q": 0}),
         ("packed-keys", packed, {"cu_seqlens_k": 0}),
         ("packed-rows", packed, {"cu_seqlens_q": 0}),
         *[(p.name, call, {p.name: 24}) for p in BWD.params if re.fullmatch(r"[a-z]+_stride_[bsh]", p.name)
           and p.name != "alibi_stride_b"],
-        ("split-of-dk", replace(call, splits=2), {"dk_partial_stride_split": 16}),
-        ("split-of-dv", replace(call, splits=2), {"dv_partial_stride_split": 16}),
+        ("split-of-dk", call.but(splits=2), {"dk_partial_stride_split": 16}),
+        ("split-of-dv", call.but(splits=2), {"dv_partial_stride_split": 16}),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("case", "changed"), [row[1:] for row in false_parameters()], ids=[row[0] for row in false_parameters()]
 )
-def test_false_parameters(case: Backward, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
+def test_false_parameters(case: Call, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     trio = Trio.of(SMALLEST, variant_of)
     assert caught(trio, [case]) == ""
     assert caught(trio, [case], changed=changed) != ""
