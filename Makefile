@@ -33,7 +33,7 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test ahead soak lint format build serve gpu-verify bench clean
+.PHONY: help demo test test-all ahead soak lint format build serve gpu-verify bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,8 +41,11 @@ help: ## list the targets
 demo: $(VENV)/.demo ## set up, then build, serve, prefetch and (with a GPU) run a small set of kernels
 	$(VENV)/bin/python docs/demo.py
 
-test: lint ## set up, then lint and run every test that needs no GPU
+test: lint ## set up, then lint and run every test that needs no GPU; kernels that were executed before are sampled
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --ignore tests/gpu
+
+test-all: lint ## the same, but execute every kernel, whatever was executed before, and record it in tests/kernels/executed.jsonl
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --ignore tests/gpu --executed all
 
 # Kernels know no clock and take long; images are installed from servers whose certificates end.
 ahead: $(VENV)/.test ## run the tests that may know the day with the clock YEARS=10 ahead; needs a C compiler

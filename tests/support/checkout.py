@@ -73,5 +73,5 @@ class Checkout:
         return done.stdout
 
     def lint_imports(self) -> None:
-        command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+        command: list[str | Path] = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
         run(command, cwd=self.folder, env=environment(PYTHONPATH=str(self.folder)))
