@@ -34,7 +34,8 @@ class CubineryError(Exception):
 
 def _again(kind: type[CubineryError], args: tuple[Any, ...], state: dict[str, Any]) -> CubineryError:
     error = kind.__new__(kind, *args)
-    error.args = args  # OSError leaves them to __init__
+    builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    vars(builtin)["__init__"](error, *args)  # OSError's args and ImportError's msg are made there
     error.__dict__.update(state)
     return error
 

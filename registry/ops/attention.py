@@ -8,7 +8,8 @@ The kernels count in 32 bits within these ranges; the runtime refuses what lies 
 - batch and heads_q are below 2**31, seqlen_q + seqlen_k is below 2**30, seqlen_q · pack at most 2**31 − 2**10, so that
   rows of a tile behind the last have numbers too;
 - batch · alibi_stride_b + heads_q is below 2**31, and alibi_stride_b is not negative;
-- with pages of several tokens, the token strides of k and v are below 2**31 elements; num_splits is at most 2**16;
+- with pages of several tokens, the token strides of k and v are below 2**31 elements;
+- num_splits is at most 2**16, of which the runtime asks for at most 256;
 - an op whose grid counts rows has at most 2**31 − 32 of them.
 A negative page of a key that exists is read as page 0, and is not written. Rows of the backward's workspaces are below
 2**31, and heads_q times as many below 2**35: dq_accum would be larger than any memory.
@@ -107,7 +108,9 @@ NUMBERS = {
         Scalar("num_splits", "i32", "blocks that share a tile's keys"),
         Scalar("k_descale_stride_b", "i32", "0 for a factor per head alone"),
         Scalar("v_descale_stride_b", "i32", "the same of the values"),
-        Scalar("scale_log2", "f32", "a score s is 2 ** (s · scale_log2)"),
+        Scalar(
+            "scale_log2", "f32", "log2(e) · softmax_scale, or log2(e) · softcap: a score s weighs 2 ** (s · scale_log2)"
+        ),
         Scalar("softcap_scale", "f32", "2 · log2(e) · softmax_scale / softcap, 0 for no softcap"),
         Scalar("softmax_scale", "f32", "factor of a gradient's sum of products"),
     )

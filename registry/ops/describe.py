@@ -53,7 +53,7 @@ class Tensor:
     role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES; CALL for the call's
     dtype, which is that of its first tensor; or the name of another tensor, whose dtype this one has. strides: axes
     whose strides, in elements, are parameters of the kernel; of a tensor of `access` 'vectors' they are multiples of 16
-    bytes. argument: what the public functions call it, where that is not its name; public: what they call it.
+    bytes. argument: set where the public functions have another name for it; public: the name that they have.
     parameters: axis -> the parameter that holds its stride. gradient_of: of a workspace (key_tiles, heads_q), the
     argument whose gradient is the sum over an entry's tiles.
     """
@@ -81,8 +81,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number among an op's parameters. source: its name among a call's numbers, where that is another one; origin:
-    its name there."""
+    """A number among an op's parameters. source: set where it has another name among a call's numbers; origin: the name
+    that it has there."""
 
     name: str
     type: str

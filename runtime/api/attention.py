@@ -113,8 +113,10 @@ def attend(op: str, given: dict[str, Any], options: Options, hints: Hints = NO_H
         key = (op, options, hints, type(hints.max_seqlen_q), type(hints.max_seqlen_k), given["q"].is_cuda,
                *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
         plan = plans.plans.by_call[key]
-    except Exception:  # as in flash_attn
+    except KeyError:
         plan = None
+    except Exception:  # as in flash_attn; what has no hash cannot be kept either
+        plan = key = None
     if plan is None:
         request = Request(op, given, options, hints)
         plan = prepare_packed(forward, request, key) or prepare(forward, request, key)

@@ -146,6 +146,8 @@ def _steps(saved: Mapping[str, Any], needs: frozenset[str]) -> tuple[str, ...]:
     """The ops that are needed: without dq no postprocess, with the sink alone the preprocess only."""
     if saved["q"].numel() == 0 or saved["lse"].numel() == 0:
         return ()
+    if any(saved[name].shape[0] < 2 for name in ("cu_seqlens_q", "cu_seqlens_k") if name in saved):  # no entries
+        return ()
     if saved["k"].numel() == 0 or needs == {"sink"}:
         return ("bwd_preprocess",) if "sink" in needs else ()
     return ("bwd_preprocess", "bwd", *(("bwd_postprocess",) if "q" in needs else ()))

@@ -40,9 +40,9 @@ def check(given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     if "page_table" not in given and sizes["pages"] < batch:
         message = f"{sizes['pages']} entries, must be at least q's batch, {batch}, where no table places its pages"
         raise ArgumentError("k", message, reason="shape")
-    if "page_table" in given and given["page_table"].stride(0) > tensors.MAX_I32:
-        message = f"row stride {given['page_table'].stride(0)}, must be below 2**31"
-        raise ArgumentError("page_table", message, reason="stride")
+    if sizes["page_size"] > tensors.MAX_I32:
+        message = f"pages of {sizes['page_size']} tokens, must be below 2**31"
+        raise ArgumentError("k", message, reason="too_large")
     for name in ("k", "v"):
         if sizes["page_size"] > 1 and given[name].stride(1) > tensors.MAX_I32:
             message = f"stride {given[name].stride(1)} from token to token, must be below 2**31 elements"
@@ -84,7 +84,7 @@ def _check_rotary(given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     if cos.stride(0) != sin.stride(0) and positions > 1:
         message = f"row stride {sin.stride(0)}, must be rotary_cos's, {cos.stride(0)}"
         raise ArgumentError("rotary_sin", message, reason="stride")
-    if positions > 1 and positions * cos.stride(0) > tensors.MAX_I32:
+    if positions > tensors.MAX_I32 or (positions > 1 and positions * cos.stride(0) > tensors.MAX_I32):
         message = f"{positions} rows with a stride of {cos.stride(0)}, must be below 2**31 elements"
         raise ArgumentError("rotary_cos", message, reason="too_large")
 

@@ -22,7 +22,7 @@ def fixed(request: Request) -> Any:
 
 
 def check(request: Request, checked: Checked) -> Call:
-    """Everything that the call's key determines. Raises ArgumentError."""
+    """What depends on the call's key alone, so that a kept plan never asks again. Raises ArgumentError."""
     given, asked, sizes = request.tensors, request.options, checked.sizes
     out = given.get("out")
     splits, heads, head_dim_v = sizes["splits"], sizes["heads"], sizes["head_dim_v"]
@@ -78,8 +78,8 @@ def _rows(sizes: Mapping[str, int]) -> int:
 
 def partials(sizes: Mapping[str, int], num_splits: int) -> tuple[Workspace, Workspace]:
     """Partial outputs, contiguous (splits, [batch,] seqlen_q, heads_q, head_dim_v), and their LSEs."""
-    rows = 4 * num_splits * _rows(sizes)
-    return Workspace("o_partial", rows * sizes["head_dim_v"]), Workspace("lse_partial", rows)
+    nbytes_of_lse = 4 * num_splits * _rows(sizes)
+    return Workspace("o_partial", nbytes_of_lse * sizes["head_dim_v"]), Workspace("lse_partial", nbytes_of_lse)
 
 
 def partial_numbers(sizes: Mapping[str, int], num_splits: int) -> Numbers:
@@ -110,5 +110,5 @@ def joining(call: Call, maker: Maker, num_splits: int) -> Launch:
     found |= {"num_splits": num_splits, "partial_rows": rows, "seqlen": seqlen, "heads": heads}
     found["head_dim_v"] = head_dim_v
     facts = {"dtype": call.facts["dtype"], "head_dim": head_dim_v, "head_dim_v": head_dim_v, "rows": rows}
-    names = {"o_partial": "o_partial", "lse_partial": "lse_partial"}  # not the arguments of flash_attn_combine
+    names = {"o_partial": "o_partial"}  # not the argument of flash_attn_combine
     return maker.prepared("fwd_combine", facts, lambda _: Settled(found), names)

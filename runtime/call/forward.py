@@ -37,7 +37,7 @@ def fixed(request: Request) -> Any:
 
 
 def check(request: Request, checked: Checked) -> Call:
-    """Everything that the call's key determines. Raises ArgumentError."""
+    """What depends on the call's key alone, so that a kept plan never asks again. Raises ArgumentError."""
     op, given, asked, _ = request
     sizes = checked.sizes
     _check_sizes(sizes)
@@ -63,7 +63,7 @@ def check(request: Request, checked: Checked) -> Call:
 
 
 def resized(call: Call, request: Request, sizes: dict[str, int]) -> Call:
-    """A checked call, where only rows of packed arrays and hints have changed."""
+    """A checked call, where only rows of packed arrays and hints have changed: rules about them are asked again."""
     _check_sizes(sizes)
     found = call.numbers | tensors.strides_of_new(call.op, call.given, sizes)
     found |= {"seqlen_q": _tokens(sizes, "q"), "seqlen_k": _tokens(sizes, "k")}
@@ -161,7 +161,7 @@ def _is_expanded(given: Mapping[str, Any]) -> bool:
 
 
 def _of_scores(asked: Options, head_dim: int) -> Numbers:
-    """How a product becomes a score: `kernels.trunk.score_mods` has the formula."""
+    """How a product becomes a score: `registry.ops.attention` says what each factor holds."""
     scale = _scale(asked.softmax_scale, head_dim)
     softcap = _softcap(asked.softcap, scale)
     return {

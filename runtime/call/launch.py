@@ -94,8 +94,6 @@ class Launch:
     def serve(self, facts: Mapping[str, Any], settled: Settled) -> None:
         """Launch for calls with these facts and numbers from now on."""
         kernel, numbers = self.loaded.kernel, settled.numbers
-        form, sources = self.layout.form, self.layout.sources
-        struct.pack_into(form, self.buffer, self.layout.slots.size, *[numbers[name] for name in sources])
         artifact = kernel.artifact
         blocks = artifact.grid.blocks(facts, settled.pack) * settled.shared
         if blocks > MAX_BLOCKS:
@@ -104,6 +102,8 @@ class Launch:
         if facts.get("rows", 0) > MAX_ROWS:
             message = f"the call has {facts['rows']} rows for {artifact.variant}, at most {MAX_ROWS} may be; split it"
             raise ArgumentError("q", message, reason="too_large")
+        form, sources = self.layout.form, self.layout.sources
+        struct.pack_into(form, self.buffer, self.layout.slots.size, *[numbers[name] for name in sources])
         self.fire = partial(self.start, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem)
 
 
@@ -131,7 +131,8 @@ class Maker(NamedTuple):
         settle: what the launch takes, once the kernel is known. names: {tensor of the op: name among the call's
         addresses}, where it is not the public one; '' passes a null pointer.
         """
-        launch = self._known(op, facts) if self.known else None
+        is_change = any(launch.kernel.abi.op == op for launch in self.known.values())
+        launch = self._known(op, facts) if is_change else None
         if launch is None:
             loaded, is_first = self._load(op, facts)
             start = perf_counter()

@@ -18,11 +18,9 @@ def span(tensor: Any) -> int:
 def check_apart(out: Any, *others: tuple[str, Any]) -> None:
     """ArgumentError if `out` shares memory with an input whose span it meets; parts of one packed buffer do not.
 
-    out: (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim). A None among the others is passed over.
+    out: (batch, seqlen, heads, head_dim) or (tokens, heads, head_dim).
     """
     for name, tensor in others:
-        if tensor is None:
-            continue
         distance = out.data_ptr() - tensor.data_ptr()
         if -span(out) < distance < span(tensor) and not _interleaved(out, tensor, distance):
             raise ArgumentError("out", f"shares memory with {name}; give it its own", reason="overlap")

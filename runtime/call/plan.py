@@ -114,7 +114,7 @@ class Plan:
 
 def prepare(role: Role, request: Request, key: Any, family: Any = None) -> Plan:
     """Check everything, find and load the kernels, keep the plan. key: None for a call that cannot be kept.
-    family: of calls between which a plan may change; of none it is found out.
+    family: the calls between which a plan may change; None derives it from the tensors.
 
     Raises whatever flash_attn raises.
     """
@@ -122,12 +122,12 @@ def prepare(role: Role, request: Request, key: Any, family: Any = None) -> Plan:
     now = session.ready()
     torch, given = now.backend.torch, request.tensors
     checked = tensors.check(request.op, given, torch, now.backend.device_type)
-    sort = tensors.family(request.op, given)
+    of_tensors = tensors.family(request.op, given)
     masks = tensors.alignment_masks(request.op, given)
     call = role.check(request, checked)
     outputs = role.outputs(call, request, torch)
     fixed = None if key is None else role.fixed(request)
-    family = family or (request.op, fixed, sort)
+    family = family or (request.op, fixed, of_tensors)
     plan = _to_change(kept, family) if family in kept.families else None
     maker = Maker(now, next(iter(given.values())).get_device(), {}, {}) if plan is None else plan.maker
     chain = role.chain(call, request, maker)
@@ -148,8 +148,8 @@ def prepare_packed(role: Resizable, request: Request, key: Any) -> Plan | None:
     packed = {name for side, names in PACKED.items() if side in given for name in names}
     if not packed or key is None or role.fixed(request) is None:
         return None
-    rows = [given[name].shape[0] for name in given if name in packed]
-    if min(rows) < 2:  # torch then leaves strides open
+    rows = [given[name].shape[0] if given[name].dim() else 0 for name in given if name in packed]
+    if min(rows) < 2 or any(tensor.is_neg() for tensor in given.values()):  # with one row torch leaves strides open
         return None
     kept = plans.plans
     layouts = [(name, t.shape[name in packed :], t.stride(), t.dtype, t.get_device()) for name, t in given.items()]

@@ -28,11 +28,12 @@ Numbers = dict[str, int | float]  # of kernels' scalars and strides, by name
 # -- what the descriptions say ----------------------------------------------------------------------------------------
 
 
-ONE = ("",)  # a dimension of one entry, whose stride is 0
+ONE = ("",)  # no size is called so: `strides_of_new` takes it for 1, which has the stride 0
 
 
 class Dim(NamedTuple):
-    """A dimension: n entries of it mean that `name` is n · times − plus."""
+    """A dimension with n entries makes the size `name` n · times − plus: 'batch + 1' has plus 1, 'rotary_dim / 2' has
+    times 2."""
 
     name: str
     times: int = 1
@@ -82,7 +83,10 @@ def described(op: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=256)
 def expected(op: str, given: tuple[str, ...]) -> dict[str, Expected]:
-    """By name, for a call with the tensors `given`."""
+    """By name, for a call with the tensors `given`. ArgumentError for one that the op does not take."""
+    for name in given:
+        if name not in described(op):
+            raise ArgumentError(name, f"is not taken by {op}, must be None", reason="unsupported")
     return {name: _expected(described(op)[name], given) for name in given}
 
 

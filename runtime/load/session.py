@@ -219,7 +219,7 @@ def current() -> Session:
 
 
 def ready() -> Session:
-    """The same, with its backend: what a call needs."""
+    """This is `current()` with torch imported and the backend made: what a call needs."""
     now = _current
     if now is None or "backend" not in now.__dict__:
         made = BACKEND()

@@ -65,3 +65,10 @@ def test_an_error_in_a_pool_reaches_the_caller():
         pool.apply_async(refuse, ("q",)).get(timeout=60)
     assert (error.value.argument, error.value.reason, str(error.value)) == ("q", "value", "q: is of no use")
     assert error.value.renamed("k").argument == "k"
+
+
+def test_what_python_keeps_of_an_import_error_is_kept():
+    from runtime.errors import InstallError
+
+    found = pickle.loads(pickle.dumps(InstallError("no torch")))
+    assert found.msg == "no torch" and found.args == ("no torch",)
