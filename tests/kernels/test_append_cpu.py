@@ -291,6 +291,7 @@ FALSE_PARAMETERS: list[tuple[str, str, dict[str, int]]] = [
 @pytest.mark.parametrize(
     ("name", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
 )
+@pytest.mark.variants(SKELETONS[0])
 def test_false_parameters(name: str, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     variant = SKELETONS[0]
     assert problems(variant_of(variant.key), cases(variant)[name], changed=changed) != ""
@@ -298,6 +299,7 @@ def test_false_parameters(name: str, changed: dict[str, int], variant_of: Callab
 
 @pytest.mark.parametrize("changed", [{"k_descale": 0}, {"v_descale": 0}, {"k_descale_stride_b": 0},
                                      {"v_descale_stride_b": 0}], ids=str)  # fmt: skip
+@pytest.mark.variants(next(v for v in SKELETONS if kv_dtype(v) == "e4m3"))
 def test_false_descales(changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     variant = next(v for v in SKELETONS if kv_dtype(v) == "e4m3")
     assert problems(variant_of(variant.key), cases(variant)["scaled-entries"], changed=changed) != ""

@@ -130,6 +130,7 @@ def test_postprocess(variant: Variant, case: Call, variant_of: Callable[[str], C
 
 
 @pytest.mark.parametrize("check", [preprocessed, postprocessed])
+@pytest.mark.variants(BEFORE[0], AFTER[0])
 def test_shifted_bounds(check, variant_of: Callable[[str], Compiled]):
     """Every comparison of registers is met with equal sides, and then matters, or saves work alone."""
     compiled = variant_of((BEFORE if check is preprocessed else AFTER)[0].key)
@@ -174,6 +175,7 @@ OF_POSTPROCESS = [
         (preprocessed, FALSE_PARAMETERS + OF_PREPROCESS), (postprocessed, FALSE_PARAMETERS + OF_POSTPROCESS)
     ) for row in rows],
 )  # fmt: skip
+@pytest.mark.variants(BEFORE[0], AFTER[0])
 def test_false_parameters(check, case: Call, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     compiled = variant_of((BEFORE if check is preprocessed else AFTER)[0].key)
     assert check(compiled, case, changed=changed) != ""

@@ -113,6 +113,7 @@ def test_combine(variant: Variant, case: Combine, variant_of: Callable[[str], Co
     assert problems(variant_of(variant.key), case) == ""
 
 
+@pytest.mark.variants(VARIANTS[0])
 def test_shifted_bounds(variant_of: Callable[[str], Compiled]):
     """Every comparison of registers is met with equal sides, and then a shift of it is caught."""
     compiled = variant_of(VARIANTS[0].key)
@@ -155,6 +156,7 @@ FALSE_PARAMETERS: list[tuple[str, Combine, dict[str, int]]] = [
 @pytest.mark.parametrize(
     ("case", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
 )
+@pytest.mark.variants(VARIANTS[0])
 def test_false_parameters(case: Combine, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     assert problems(variant_of(VARIANTS[0].key), case, changed=changed) != ""
 

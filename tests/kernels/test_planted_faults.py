@@ -140,6 +140,7 @@ FALSE_PARAMETERS: list[tuple[str, Call, dict[str, int]]] = [
 @pytest.mark.parametrize(
     ("case", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
 )
+@pytest.mark.variants(SKELETONS[0])
 def test_false_parameters(case: Call, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     compiled = variant_of(SKELETONS[0].key)
     assert caught(compiled, [case]) == ""

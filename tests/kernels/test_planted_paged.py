@@ -195,6 +195,7 @@ FALSE_PARAMETERS: list[tuple[str, Call, dict[str, int]]] = [
 @pytest.mark.parametrize(
     ("case", "changed"), [row[1:] for row in FALSE_PARAMETERS], ids=[r[0] for r in FALSE_PARAMETERS]
 )
+@pytest.mark.variants(next(v for v in SKELETONS if kv_dtype(v) == "e4m3"))
 def test_false_parameters(case: Call, changed: dict[str, int], variant_of: Callable[[str], Compiled]):
     """On an e4m3 cache, which has every parameter."""
     compiled = variant_of(next(v for v in SKELETONS if kv_dtype(v) == "e4m3").key)
