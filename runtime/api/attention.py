@@ -136,7 +136,7 @@ def given_of(q: Any, k: Any, v: Any, out: Any, **optional: Any) -> dict[str, Any
 
 
 def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, deterministic: Any) -> Any:
-    """`run`, inlined for a call without optional tensors."""
+    """`run` and `plan.execute`, inlined for a call without optional tensors: whoever changes one changes the other."""
     if (
         plan.grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad))
@@ -145,26 +145,26 @@ def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, de
         return out if lse is None else (out, lse)
     if plan.forward_ad._current_level >= 0:
         tensors.check_tangents(plan.forward_ad, given_of(q, k, v, out).items())
-    given = out
+    is_given = out is not None
     if out is None:
         out = plan.new_out(q)
     try:
-        qp, kp, vp = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        op = out.data_ptr()
+        q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        out_at = out.data_ptr()
     except RuntimeError:  # of torch.func's wrappers
-        qp = kp = vp = op = 0
-    if not (qp and kp and vp and op):  # as an empty k and v may have it
+        q_at = k_at = v_at = out_at = 0
+    if not (q_at and k_at and v_at and out_at):  # as an empty k and v may have it
         tensors.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
-    if (qp | kp | vp | op) & 15:
-        tensors.check_alignment(tensors.ALIGNMENT, ("q", qp), ("k", kp), ("v", vp), ("out", op))
-    if given is not None:
-        for start, (_, nbytes) in zip((qp, kp, vp), plan.spans, strict=True):
-            if op < start + nbytes and start < op + plan.out_span:
+    if (q_at | k_at | v_at | out_at) & 15:
+        tensors.check_alignment(tensors.ALIGNMENT, ("q", q_at), ("k", k_at), ("v", v_at), ("out", out_at))
+    if is_given:
+        for start, (_, nbytes) in zip((q_at, k_at, v_at), plan.spans, strict=True):
+            if out_at < start + nbytes and start < out_at + plan.out_span:
                 memory.check_apart(out, ("q", q), ("k", k), ("v", v))
         plan.mark_written(out)
     lse = plan.new_lse() if return_lse else None
     launch = plan.single
-    launch.write_dense_addresses(qp, kp, vp, op, 0 if lse is None else lse.data_ptr())
+    launch.write_dense_addresses(q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr())
     device = launch.device
     if launch.current_device() != device:
         with launch.guard(device):

@@ -25,12 +25,13 @@ from runtime.call.tensors import Checked, Numbers
 from runtime.errors import ArgumentError
 from runtime.load import plans
 
-SUMS = 64  # floats to whose multiples partial sums are rounded: 256 bytes
+PARTIAL_MULTIPLE = 64  # floats to whose multiples partial sums are rounded: 256 bytes
 SEMAPHORE_ROWS = 16
 # Workspace -> the argument whose gradient it adds up to.
-SUMMED = {t.name: t.gradient_of for t in ops.get("bwd").tensors if t.gradient_of}
+GRADIENT_OF = {t.name: t.gradient_of for t in ops.get("bwd").tensors if t.gradient_of}
 NO_OUTPUTS = Outputs(*(lambda *_: None,) * 4)
-VARYING = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+# With any of these, rows may belong to no sequence.
+LEAVES_ROWS = frozenset(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"))
 
 
 class Backward(NamedTuple):
@@ -71,9 +72,10 @@ class Backward(NamedTuple):
             shared = splits.group_splits(blocks, facts["group"], *loaded.resident, bool(facts["causal"]))
             stride = _room(sizes, "head_dim") + _room(sizes, "head_dim_v") if shared > 1 else 0
             found.update(splits=shared, dk_partial_stride_split=stride, dv_partial_stride_split=stride)
-            return Settled(found, shared=shared)
+            return Settled(found, splits=shared)
 
-        main = maker.prepared("bwd", call.facts, of_main)  # its head_dim is that of dq_accum, whatever else is launched
+        # `bwd` is prepared first, even where it is not launched: the other ops need its head_dim.
+        main = maker.prepared("bwd", call.facts, of_main)
         launches = [maker.prepared("bwd_preprocess", call.facts, lambda _: Settled(found))]
         spaces = self._workspaces(call, main, shared if "bwd" in steps else 1)
         if "bwd" in steps:
@@ -97,10 +99,10 @@ class Backward(NamedTuple):
             found.append(Workspace("semaphores", 4 * n // SEMAPHORE_ROWS))
         if shared > 1:
             of_k, of_v = 4 * _room(sizes, "head_dim"), 4 * _room(sizes, "head_dim_v")
-            varied = not set(VARYING).isdisjoint(call.given)  # then rows may belong to no sequence
+            varied = not LEAVES_ROWS.isdisjoint(call.given)
             found.append(Workspace("dk_partial", shared * (of_k + of_v), zeros=varied))
             found.append(Workspace("dv_partial", 0, inside=("dk_partial", of_k)))
-        for name, argument in SUMMED.items():
+        for name, argument in GRADIENT_OF.items():
             if argument in self.needs and "bwd" in self.steps:
                 found.append(Workspace(name, 4 * _key_tiles(call, main) * sizes["heads_q"], zeros=True))
         return tuple(found)
@@ -126,7 +128,7 @@ def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs:
     dtypes; None: nothing depends on it. Raises what flash_attn raises.
     """
     steps, known = _steps(saved, needs), tensors.described("bwd")
-    zeros = "bwd" not in steps or any(name in saved for name in VARYING)
+    zeros = "bwd" not in steps or not LEAVES_ROWS.isdisjoint(saved)
     made = ("q", "k", "v") if "q" in needs else ("k", "v")
     grads = {f"d{name}": _new(saved[name], zeros) for name in made}
     found = {name: grads[f"d{name}"] for name in "qkv" if name in needs}
@@ -175,9 +177,9 @@ def _run(kept: Plan, needs: frozenset[str], given: Mapping[str, Any], grads: Map
     if "sink" in needs:
         lse_log2, delta = (plan.floats(kept, space, name).view(heads, -1) for name in ("lse_log2", "delta"))
         sums["sink"] = _of_sink(sink, lse_log2, delta)
-    for name in SUMMED.keys() & kept.offsets.keys():
+    for name in GRADIENT_OF.keys() & kept.offsets.keys():
         by_tile = plan.floats(kept, space, name).view(-1, heads)
-        sums[SUMMED[name]] = _over_tiles(kept, given[SUMMED[name]], given.get("cu_seqlens_k"), by_tile)
+        sums[GRADIENT_OF[name]] = _over_tiles(kept, given[GRADIENT_OF[name]], given.get("cu_seqlens_k"), by_tile)
     return sums
 
 
@@ -233,7 +235,7 @@ def _elements(sizes: Mapping[str, int], dim: str) -> int:
 
 def _room(sizes: Mapping[str, int], dim: str) -> int:
     """Floats of a split's sums of k (dim head_dim) or v (head_dim_v)."""
-    return -(-_elements(sizes, dim) // SUMS) * SUMS
+    return -(-_elements(sizes, dim) // PARTIAL_MULTIPLE) * PARTIAL_MULTIPLE
 
 
 def _key_tiles(call: Call, main: Launch) -> int:

@@ -89,7 +89,7 @@ def _check_rotary(given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         raise ArgumentError("rotary_cos", message, reason="too_large")
 
 
-def num_splits(given: Any, has_seqused_q: bool) -> int:
+def check_num_splits(given: Any, has_seqused_q: bool) -> int:
     """What is asked for: 0 is our choice. Raises ArgumentError."""
     try:
         found = operator.index(given)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from registry import ops
@@ -29,7 +29,7 @@ NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 def fixed(request: Request) -> Any:
     asked, window = request.options, request.options.window
     # A list or an array has no hash, and a tensor's is not of its value.
-    if not isinstance(asked.num_splits, numbers.Integral):
+    if not isinstance(asked.num_splits, Integral):
         return None
     if window is not None and (type(window) is not tuple or {*map(type, window)} - {int, type(None)}):
         return None
@@ -57,9 +57,9 @@ def check(request: Request, checked: Checked) -> Call:
     if op == "fwd_paged":
         cache.check(given, sizes)
         found |= cache.numbers(given, sizes, window, asked)
-        num_splits = cache.num_splits(asked.num_splits, "seqused_q" in given)
+        num_splits = cache.check_num_splits(asked.num_splits, "seqused_q" in given)
     pack_gqa = None if asked.pack_gqa is None else bool(asked.pack_gqa)
-    return Call(op, _facts(request, sizes, window), found, sizes, tuple(given), window, pack_gqa, num_splits)
+    return Call(op, _facts_of_request(request, sizes, window), found, sizes, tuple(given), window, pack_gqa, num_splits)
 
 
 def resized(call: Call, request: Request, sizes: dict[str, int]) -> Call:
@@ -67,7 +67,7 @@ def resized(call: Call, request: Request, sizes: dict[str, int]) -> Call:
     _check_sizes(sizes)
     found = call.numbers | tensors.strides_of_new(call.op, call.given, sizes)
     found |= {"seqlen_q": _tokens(sizes, "q"), "seqlen_k": _tokens(sizes, "k")}
-    return call._replace(facts=_facts(request, sizes, call.window), numbers=found, sizes=sizes)
+    return call._replace(facts=_facts_of_request(request, sizes, call.window), numbers=found, sizes=sizes)
 
 
 def _tokens(sizes: Mapping[str, int], side: str) -> int:
@@ -146,7 +146,7 @@ def _max_seqlen(name: str, given: Any, longest: int, typical: int) -> int:
     """
     if given is None:
         return typical
-    if (type(given) is not int and not isinstance(given, numbers.Integral)) or int(given) < 0:
+    if (type(given) is not int and not isinstance(given, Integral)) or int(given) < 0:
         raise ArgumentError(name, f"{given!r:.100} is neither an integer ≥ 0 nor None", reason="value")
     return min(int(given), longest)
 
@@ -212,7 +212,7 @@ def backward_facts(forward: Mapping[str, Any], total_k: int | None = None) -> di
     return {**forward, "varlen_k": int(total_k is not None), "total_k": tokens}
 
 
-def _facts(request: Request, sizes: Mapping[str, int], window: tuple[int, int]) -> dict[str, Any]:
+def _facts_of_request(request: Request, sizes: Mapping[str, int], window: tuple[int, int]) -> dict[str, Any]:
     hints, given, batch = request.hints, request.tensors, sizes["batch"]
     seqlen_q, seqlen_k, total_q = _tokens(sizes, "q"), _tokens(sizes, "k"), sizes.get("total_q")
     is_cached = request.op == "fwd_paged"

@@ -1,4 +1,7 @@
-"""One kernel's launch: the kernel is found, its parameters are filled, and addresses lead to cuLaunchKernel."""
+"""One kernel's launch: `Maker` finds the kernel, `Launch.serve` fills its parameters.
+
+`Launch.fire` is cuLaunchKernel with its grid bound; `plan._fire` and `attention._run_dense` call it.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +38,15 @@ class Loaded(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What a launch takes beside addresses. pack: query heads that share a tile. shared: blocks that share what one
+    """What a launch takes beside addresses. pack: query heads that share a tile. splits: blocks that share what one
     would compute."""
 
     numbers: Numbers
     pack: int = 1
-    shared: int = 1
+    splits: int = 1
 
 
-class Layout(NamedTuple):
+class ParameterBuffer(NamedTuple):
     """How an op's parameters lie in a buffer. form: of those behind the slots. sources: their names among Numbers."""
 
     slots: struct.Struct
@@ -59,8 +62,8 @@ class Launch:
     kernel has not been launched in this process.
     """
 
-    __slots__ = ("buffer", "check", "current_device", "device", "fire", "guard", "is_first", "layout", "loaded",
-                 "names", "params", "pick", "pointers", "raw_stream", "start", "success", "write_addresses",
+    __slots__ = ("buffer", "check", "cu_launch_kernel", "current_device", "device", "fire", "guard", "is_first",
+                 "layout", "loaded", "names", "params", "pick", "pointers", "raw_stream", "success", "write_addresses",
                  "write_dense_addresses")  # fmt: skip
     fire: Callable[[int, int, int], tuple[Any]]
 
@@ -74,7 +77,7 @@ class Launch:
         self.params = ctypes.addressof(self.pointers)
         self.write_addresses: Callable[..., None] = partial(self.layout.slots.pack_into, buffer, 0)
         self.write_dense_addresses: Callable[..., None] = partial(struct.Struct(f"<{MAIN_SLOTS}Q").pack_into, buffer, 0)
-        self.start = driver.launch
+        self.cu_launch_kernel = driver.launch
         self.success, self.check = driver.success, driver.check
         self.device, self.guard = device, backend.guard
         self.raw_stream, self.current_device = backend.raw_stream, backend.current_device
@@ -93,18 +96,17 @@ class Launch:
 
     def serve(self, facts: Mapping[str, Any], settled: Settled) -> None:
         """Launch for calls with these facts and numbers from now on."""
-        kernel, numbers = self.loaded.kernel, settled.numbers
-        artifact = kernel.artifact
-        blocks = artifact.grid.blocks(facts, settled.pack) * settled.shared
+        kernel, artifact = self.loaded.kernel, self.loaded.kernel.artifact
+        values = [settled.numbers[name] for name in self.layout.sources]
+        blocks = artifact.grid.blocks(facts, settled.pack) * settled.splits
         if blocks > MAX_BLOCKS:
             message = f"the call needs {blocks} blocks of {artifact.variant}, a launch may have {MAX_BLOCKS}; split it"
             raise ArgumentError("q", message, reason="too_large")
         if facts.get("rows", 0) > MAX_ROWS:
             message = f"the call has {facts['rows']} rows for {artifact.variant}, at most {MAX_ROWS} may be; split it"
             raise ArgumentError("q", message, reason="too_large")
-        form, sources = self.layout.form, self.layout.sources
-        struct.pack_into(form, self.buffer, self.layout.slots.size, *[numbers[name] for name in sources])
-        self.fire = partial(self.start, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem)
+        struct.pack_into(self.layout.form, self.buffer, self.layout.slots.size, *values)
+        self.fire = partial(self.cu_launch_kernel, kernel.function, blocks, 1, 1, artifact.threads, 1, 1, kernel.smem)
 
 
 class Maker(NamedTuple):
@@ -114,7 +116,7 @@ class Maker(NamedTuple):
     differ from the plan's in lengths alone, with the conditions that lengths decide.
     """
 
-    now: Session
+    session: Session
     device: int
     known: dict[tuple[str, bool], Launch]
     rows: dict[str, list[DispatchRow]]
@@ -138,7 +140,7 @@ class Maker(NamedTuple):
             start = perf_counter()
             settled = settle(loaded)
             variant = loaded.kernel.artifact.variant
-            launch = self.known[variant, loaded.packs] = Launch(loaded, self.device, self.now.backend, is_first)
+            launch = self.known[variant, loaded.packs] = Launch(loaded, self.device, self.session.backend, is_first)
             launch.serve(facts, settled)
             if is_first:
                 stages.record(("plan", variant, (perf_counter() - start) * 1e3))
@@ -150,7 +152,7 @@ class Maker(NamedTuple):
 
     def _known(self, op: str, facts: Mapping[str, Any]) -> Launch | None:
         if op not in self.rows:
-            index = self.now.index_for(self.now.backend.capability(self.device))
+            index = self.session.index_for_device(self.session.backend.capability(self.device))
             fixed = {name: value for name, value in facts.items() if name not in LENGTH_FACTS}
             self.rows[op] = select.open_rows(index.rows(op), fixed)
         row = select.first(self.rows[op], facts)
@@ -158,10 +160,12 @@ class Maker(NamedTuple):
 
     def _load(self, op: str, facts: Mapping[str, Any]) -> tuple[Loaded, bool]:
         """Loads the kernel if need be: then its first launch goes to the ledger."""
-        backend, shared_by = self.now.backend, ops.get(op).shared_by
+        backend, shared_by = self.session.backend, ops.get(op).shared_by
         capturing = backend.is_capturing()  # before the guard too: another device's capture forbids a load as well
         with backend.guard(self.device):
-            kernel, packs, fresh = self.now.kernel(op, dict(facts), self.device, capturing or backend.is_capturing())
+            kernel, packs, fresh = self.session.kernel(
+                op, dict(facts), self.device, capturing or backend.is_capturing()
+            )
             resident = (0, 0)
             with backend.driver.context(self.device):  # this thread may have none, though another loaded the kernel
                 if shared_by:
@@ -171,7 +175,7 @@ class Maker(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def layout(abi: Abi, variant: str) -> Layout:
+def layout(abi: Abi, variant: str) -> ParameterBuffer:
     """How this client fills the parameters of an ABI, which may come from another release than its descriptions.
 
     Raises IntegrityError ('abi') for an ABI with a parameter that this client does not know, or without one that it
@@ -192,4 +196,4 @@ def layout(abi: Abi, variant: str) -> Layout:
     sources = {scalar.name: scalar.origin for scalar in op.scalars}
     # '@' aligns as C does, which is Abi.layout: behind slots of 8 bytes the first offset is aligned for anything.
     form = "@" + "".join(PARAM_FORMATS[p.type] for p in rest)
-    return Layout(struct.Struct(f"<{len(slots)}Q"), form, tuple(sources.get(p.name, p.name) for p in rest))
+    return ParameterBuffer(struct.Struct(f"<{len(slots)}Q"), form, tuple(sources.get(p.name, p.name) for p in rest))

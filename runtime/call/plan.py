@@ -77,10 +77,34 @@ class Resizable(Role, Protocol):
 class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
-    __slots__ = ("absent", "alignment_masks", "bytes", "call", "chain", "empty", "family", "first", "floats",
-                 "forward_ad", "grad_enabled", "key", "maker", "mark_written", "nbytes", "new_lse",
-                 "new_out", "new_space", "offsets", "out_span", "single", "spans", "written_names", "zero_lse",
-                 "zero_out", "zeros_from")  # fmt: skip
+    __slots__ = (
+        "alignment_masks",
+        "call",
+        "chain",
+        "empty",
+        "family",
+        "first",
+        "float32",
+        "forward_ad",
+        "grad_enabled",
+        "key",
+        "maker",
+        "mark_written",
+        "nbytes",
+        "new_lse",
+        "new_out",
+        "new_space",
+        "null_addresses",
+        "offsets",
+        "out_span",
+        "single",
+        "spans",
+        "uint8",
+        "written_names",
+        "zero_lse",
+        "zero_out",
+        "zeros_from",
+    )  # fmt: skip
     key: Any
     family: Any
     call: Call
@@ -89,7 +113,7 @@ class Plan:
     first: str  # of the given tensors
     written_names: tuple[str, ...]  # the given tensors that the launches write, `out` apart
     single: Launch | None  # the only launch, which needs no workspace
-    absent: dict[str, int]  # address 0 for every slot of every launch
+    null_addresses: dict[str, int]  # address 0 for every slot of every launch
     alignment_masks: tuple[tuple[str, int], ...]  # bits of the given tensors' addresses that must be 0
     offsets: dict[str, int]  # of the workspaces
     nbytes: int  # of all workspaces
@@ -105,8 +129,8 @@ class Plan:
     zero_lse: Callable[[], Any]
     new_space: Callable[[], Any]
     empty: Callable[..., Any]  # torch's
-    bytes: Any  # torch.uint8
-    floats: Any  # torch.float32
+    uint8: Any  # torch's
+    float32: Any
 
 
 # -- making a plan ----------------------------------------------------------------------------------------------------
@@ -161,7 +185,7 @@ def prepare_packed(role: Resizable, request: Request, key: Any) -> Plan | None:
     if "out" in given:
         tensors.check_apart_within("out", given["out"])
     call = role.resized(plan.call, request, sizes)
-    torch = plan.maker.now.backend.torch
+    torch = plan.maker.session.backend.torch
     _aim(plan, call, role.chain(call, request, plan.maker), role.outputs(call, request, torch), given)
     plan.key, plan.family = key, family
     _keep(kept, plan)
@@ -173,7 +197,7 @@ def _new(torch: Any, maker: Maker) -> Plan:
     plan.maker = maker
     plan.grad_enabled, plan.forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
     plan.mark_written = torch.autograd.graph.increment_version
-    plan.empty, plan.bytes, plan.floats = torch.empty, torch.uint8, torch.float32
+    plan.empty, plan.uint8, plan.float32 = torch.empty, torch.uint8, torch.float32
     return plan
 
 
@@ -182,11 +206,11 @@ def _aim(plan: Plan, call: Call, chain: Chain, outputs: Outputs, given: Mapping[
     plan.first, first = next(iter(given.items()))
     plan.call, plan.chain, plan.written_names = call, chain, chain.written
     plan.single = chain.launches[0] if len(chain.launches) == 1 and not chain.workspaces else None
-    plan.absent = {name: 0 for one in chain.launches for name in one.names}
+    plan.null_addresses = {name: 0 for one in chain.launches for name in one.names}
     _place(plan, chain.workspaces)
     plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = outputs
     if plan.nbytes:
-        plan.new_space = partial(plan.empty, plan.nbytes, dtype=plan.bytes, device=first.device)
+        plan.new_space = partial(plan.empty, plan.nbytes, dtype=plan.uint8, device=first.device)
     if "out" in given:
         plan.spans = tuple([(name, memory.span(tensor)) for name, tensor in given.items() if name != "out"])
         plan.out_span = memory.span(given["out"])
@@ -269,7 +293,7 @@ def execute(plan: Plan, given: Mapping[str, Any], return_lse: Any, zeros: Any = 
 
 def addresses(plan: Plan, given: Mapping[str, Any]) -> dict[str, int]:
     """By name, 0 for what is not given, after the checks that a call's key leaves open."""
-    found = plan.absent.copy()
+    found = plan.null_addresses.copy()
     try:
         for name, mask in plan.alignment_masks:
             address = found[name] = given[name].data_ptr()
@@ -307,7 +331,7 @@ def floats(plan: Plan, space: Any, name: str) -> Any:
     """A workspace of fp32 in what `allocate` gave, flat."""
     one = next(one for one in plan.chain.workspaces if one.name == name)
     start = plan.offsets[name]
-    return space[start : start + one.nbytes].view(plan.floats)
+    return space[start : start + one.nbytes].view(plan.float32)
 
 
 def fire(plan: Plan, found: Mapping[str, int]) -> None:

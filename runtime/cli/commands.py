@@ -144,7 +144,7 @@ def _fetch(
         if arch not in digests:
             missing.append({"key": arch, "reason": f"{now.source.where} has no index for {arch} that may be loaded"})
             continue
-        index = now.index_of(arch).whole
+        index = now.index_for_arch(arch).whole
         meant = _locked(now.lock, index, missing) if now.lock and shapes is None else _wanted(index, shapes, missing)
         for artifact in meant:
             wanted[artifact.frame_sha256] = artifact
@@ -373,7 +373,7 @@ def _explain(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     digests = now.digests()
     if args.arch not in digests:
         raise select.no_arch(divmod(int(args.arch.removeprefix("sm_")), 10), digests, now.source.where)
-    index = now.index_of(args.arch).whole
+    index = now.index_for_arch(args.arch).whole
     facts = _described(args)
     report: dict[str, Any] = {"arch": args.arch, "index": digests[args.arch], "facts": facts}
     try:

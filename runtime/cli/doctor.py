@@ -106,7 +106,7 @@ def _cache(now: session.Session, problems: list[str]) -> dict[str, Any]:
 
 def _would_load(now: session.Session, arch: str) -> dict[str, Any]:
     """An index's facts, and a sample call taken as far as verified bytes."""
-    index = now.index_of(arch).whole
+    index = now.index_for_arch(arch).whole
     found: dict[str, Any] = {"release": index.release, "variants": sorted(index.by_variant)}
     if now.lock:
         found["variants"] = sorted(locked.variant for locked in now.lock.artifacts if locked.arch == arch)

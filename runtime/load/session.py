@@ -54,9 +54,9 @@ class Session:
             return self._digests
 
     def refresh(self) -> dict[str, str]:
-        """As `digests`, after asking a signed remote source for its newest release (which others are believed or
-        pinned). Indexes and kernels that are loaded already stay, and under a lock file the new release is not loaded.
-        Raises SourceError, UntrustedError."""
+        """This asks a signed remote source for its newest release, then answers as `digests` does. A local or pinned
+        source has no newer release to ask for. Loaded indexes and kernels stay, and under a lock file the new release
+        is not loaded. Raises SourceError, UntrustedError."""
         with self._lock:
             found = self._resolve("refresh", newest=True)
             if self.lock is None:
@@ -78,9 +78,9 @@ class Session:
         return dict(lock.indexes)
 
     def _arch_of(self, digest: str) -> str:
-        return self.index(digest).arch
+        return self.index_by_digest(digest).arch
 
-    def index(self, digest: str) -> OpenIndex:
+    def index_by_digest(self, digest: str) -> OpenIndex:
         """A verified index; a corrupt copy in the disk cache is set aside and fetched again, once."""
 
         def read() -> OpenIndex:
@@ -92,15 +92,15 @@ class Session:
                 self._indexes[digest] = self._timed("index", digest[:12], again)
             return self._indexes[digest]
 
-    def index_of(self, arch: str) -> OpenIndex:
+    def index_for_arch(self, arch: str) -> OpenIndex:
         """The index that may be loaded for an architecture, which `digests()` lists. IntegrityError ('index') if it is
         for another one."""
-        index = self.index(self.digests()[arch])
+        index = self.index_by_digest(self.digests()[arch])
         if index.arch != arch:
             raise IntegrityError(f"the index given for {arch} is for {index.arch}", reason="index")
         return index
 
-    def index_for(self, capability: tuple[int, int]) -> OpenIndex:
+    def index_for_device(self, capability: tuple[int, int]) -> OpenIndex:
         """The index whose cubins run on a device of this capability. NoKernelError ('arch') if there is none."""
         digests = self.digests()
         arch = pick_arch(digests, capability)
@@ -108,7 +108,7 @@ class Session:
             raise self.lock.no_arch(capability)
         if arch is None:
             raise select.no_arch(capability, digests, self.source.where)
-        return self.index_of(arch)
+        return self.index_for_arch(arch)
 
     def cubin(self, artifact: Artifact) -> bytes:
         """Verified bytes, ready to load; a corrupt copy in the disk cache is set aside and fetched again, once.
@@ -144,7 +144,7 @@ class Session:
         """
         if capturing and not any(where == device for _, where in list(self._kernels)):
             raise _unloaded("no kernel is loaded yet on this device")
-        index = self.index_for(self.backend.capability(device))
+        index = self.index_for_device(self.backend.capability(device))
         start = perf_counter()
         served = index.serving(op, facts)
         artifact = index.artifact(served.variant) if served else None
@@ -168,7 +168,7 @@ class Session:
 
     def _load(self, op: str, artifact: Artifact, index: OpenIndex, device: int) -> Kernel:
         cubin = self.cubin(artifact)
-        ours = ops.get(op).abi
+        ours = ops.get(op).abi  # an index of another release may order parameters differently: `launch.layout` copes
         abi = ours if artifact.abi == ours.digest else index.abi(artifact.abi)
         start = perf_counter()
         found = load(self.backend.driver, cubin, artifact, abi, device)

@@ -389,7 +389,7 @@ def test_variants_of_one_cubin_keep_their_own_launch_facts(backend: FakeBackend,
     made = [toy_artifact(v, "sm_120", cubin=shared, symbol=short.key) for v in (short, long)]
     index = Index("sm_120", "0.1", tuple(artifact for artifact, _ in made), rows(), (FWD,))
     now = session.current()
-    monkeypatch.setattr(now, "index_for", lambda capability: OpenIndex(index.to_bytes(), index.digest))
+    monkeypatch.setattr(now, "index_for_device", lambda capability: OpenIndex(index.to_bytes(), index.digest))
     monkeypatch.setattr(now, "cubin", lambda artifact: shared)
     for seqlen_q in (64, 65):  # one tile of 64 rows, one of 128
         runtime.flash_attn(*inputs(batch=1, seqlen_q=seqlen_q, heads_q=2))

@@ -67,7 +67,7 @@ def client(folder: Path, server: Bodies, **changes: Any) -> session.Session:
 
 def load(now: session.Session) -> bytes:
     """From the pinned digest to verified bytes, as a call does it."""
-    return now.cubin(now.index_of("sm_120").whole.artifacts[0])
+    return now.cubin(now.index_for_arch("sm_120").whole.artifacts[0])
 
 
 def entry(folder: Path, digest: str = DIGEST, kind: str = "blobs") -> Path:

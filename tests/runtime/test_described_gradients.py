@@ -6,7 +6,7 @@ from runtime.call import autograd, backward
 
 def test_every_differentiable_tensor_of_the_forward_has_a_gradient():
     described = {t.public for t in ops.get("fwd").tensors if t.differentiable}
-    assert described == {"q", "k", "v", "sink", *backward.SUMMED.values()}
+    assert described == {"q", "k", "v", "sink", *backward.GRADIENT_OF.values()}
 
 
 def test_every_op_with_gradients_names_who_computes_them():

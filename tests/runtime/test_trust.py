@@ -109,16 +109,16 @@ def test_given_digests_are_all_that_counts(backend, tmp_path: Path):
     runtime.configure(registry=tmp_path / "r.db", index=digests["sm_90"])
     assert session.current().digests() == {"sm_90": digests["sm_90"]}
     with pytest.raises(NoKernelError) as error:
-        session.current().index_for((12, 0))
+        session.current().index_for_device((12, 0))
     assert error.value.reason == "arch"
     runtime.configure(registry=tmp_path / "r.db", index={"sm_120": digests["sm_90"]})
     with pytest.raises(IntegrityError) as mislabelled:
-        session.current().index_for((12, 0))
+        session.current().index_for_device((12, 0))
     assert mislabelled.value.reason == "index"
     runtime.configure(registry=tmp_path / "r.db", index=dict.fromkeys(digests, digests["sm_90"]))
-    assert session.current().index_for((9, 0)).arch == "sm_90"
+    assert session.current().index_for_device((9, 0)).arch == "sm_90"
     with pytest.raises(IntegrityError):
-        session.current().index_for((12, 0))
+        session.current().index_for_device((12, 0))
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
