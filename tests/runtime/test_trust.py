@@ -130,7 +130,7 @@ def test_configure_stands_over_the_environment_over_the_defaults(monkeypatch, tm
     from registry.store import default_path
 
     assert config.current().registry == str(default_path()) and config.current().pins == ()
-    assert config.current().cache == str(tmp_path / "home" / "cache" / "cubinery")
+    assert config.current().cache_folder == str(tmp_path / "home" / "cache" / "cubinery")
     monkeypatch.setenv("CUBINERY_REGISTRY", "https://example.test/kernels/")
     monkeypatch.setenv("CUBINERY_INDEX", f"sm_120={A},sm_90={B}")
     monkeypatch.setenv("CUBINERY_CACHE", str(tmp_path / "cache"))
