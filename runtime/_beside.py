@@ -18,7 +18,8 @@ class MisplacedError(ImportError):
 
 
 _expected = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "registry")
-_found = os.path.abspath(next(iter(registry.__path__), ""))
+# A module in one file has no __path__, a namespace package no __file__.
+_found = os.path.abspath(next(iter(getattr(registry, "__path__", ())), None) or registry.__file__ or "")
 if os.path.realpath(_found) != os.path.realpath(_expected):
     raise MisplacedError(
         f"cubinery's `registry` should come from {_expected}, but Python found {_found}: remove that package, or put "

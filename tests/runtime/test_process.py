@@ -119,10 +119,16 @@ def test_exports():
         assert issubclass(getattr(errors, name), runtime.CubineryError) and name in drawn
 
 
-def test_a_registry_package_from_elsewhere_is_refused(tmp_path: Path):
-    foreign = tmp_path / "registry"
-    foreign.mkdir()
-    (foreign / "__init__.py").touch()
+@pytest.mark.parametrize("name", ["registry/__init__.py", "registry.py", "registry/else.py"])
+def test_a_registry_from_elsewhere_is_refused(tmp_path: Path, name: str):
+    """A package, a module, or a mere folder, which counts only where no package is found."""
+    foreign = tmp_path / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.touch()
+    if name == "registry/else.py":
+        assert python("import runtime; print(runtime.__name__)", path=tmp_path).strip() == "runtime"
+        return
+    foreign = foreign if name == "registry.py" else foreign.parent
     code = "import sys\ntry:\n    import runtime\nexcept ImportError as error:\n    print(error.reason, error)"
     said = python(code, path=tmp_path)
     assert said.startswith("install ") and str(foreign) in said and str(ROOT / "registry") in said
