@@ -326,7 +326,7 @@ def test_threat_a_stuck_download_of_another_process(folder, monkeypatch):
 def test_the_default_cache_is_not_in_tmp(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert config.current().cache == "/home/someone/.cache/cubinery"
+    assert config.current().cache_folder == "/home/someone/.cache/cubinery"
 
 
 # -- the limit --------------------------------------------------------------------------------------------------------

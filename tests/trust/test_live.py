@@ -72,13 +72,13 @@ def test_a_cold_start_from_a_server_and_a_warm_one_without_it(released):
     with serving(released) as url:
         runtime.configure(registry=url, **settings)
         cold = session.current().digests()
-        index = session.current().index_for_arch("sm_120")
+        index = session.current().index_for_arch("sm_120").whole
         session.current().cubin(index.artifacts[0])
     code = (
         "import json, sys, runtime\n"
         "from runtime.load import session\n"
         "now = session.current()\n"
-        "index = now.index_for_arch('sm_120')\n"
+        "index = now.index_for_arch('sm_120').whole\n"
         "now.cubin(index.artifacts[0])\n"
         "heavy = [n for n in sys.modules if n.split('.')[0] in ('tuf', 'securesystemslib', 'httpx2', 'urllib3')]\n"
         "print(json.dumps([now.digests(), heavy]))\n"
@@ -104,7 +104,7 @@ def test_a_release_is_pushed_to_a_real_server(released, monkeypatch, capsys):
         monkeypatch.setenv("CUBINERY_TOKEN", token)
         assert main(["push", url, "--registry", str(released / "r.db")]) == 0
         runtime.configure(registry=url, root=released / "root.json", state=released / "s", cache=released / "c")
-        index = session.current().index_for_arch("sm_120")
+        index = session.current().index_for_arch("sm_120").whole
         assert session.current().digests() == expected and session.current().cubin(index.artifacts[0])
 
 
@@ -122,7 +122,7 @@ def test_a_foreign_file_and_a_mirror_s_folder_are_sources_too(released):
         assert error.value.reason == "untrusted"
         runtime.configure(registry=registry, root=released / "root.json", state=released / "state")
         assert session.current().digests() == expected
-        index = session.current().index_for_arch("sm_120")
+        index = session.current().index_for_arch("sm_120").whole
         assert session.current().cubin(index.artifacts[0])
 
 
