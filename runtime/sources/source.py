@@ -32,6 +32,11 @@ from runtime.sources.transport import Line, ServerError, follow, import_httpx, l
 MAX_ROWS = 100  # of a question about channels
 ROW_SLACK = 1 << 16  # bytes of a row beside its frame or body
 BUSY_S, FILE_S = 10.0, 10.0  # of waiting for a file's writer, of a question to a file
+# What SQLite says where a file system has no POSIX locks, or no shared memory for a WAL. A mount whose lock server does
+# not answer reads as BUSY, like a writer: that is never passed over.
+NO_LOCKS = frozenset((sqlite3.SQLITE_IOERR_LOCK, sqlite3.SQLITE_IOERR_RDLOCK, sqlite3.SQLITE_IOERR_CHECKRESERVEDLOCK,
+                      sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMMAP,
+                      sqlite3.SQLITE_IOERR_SHMLOCK))  # fmt: skip
 DEADLINE_S = 60.0  # of a whole request with its retries
 ATTEMPTS = 3
 BACKOFF_S = 0.2  # before the second attempt; doubles
@@ -131,22 +136,30 @@ class EmbeddedSource:
             code = _primary_code(error)
             if code == sqlite3.SQLITE_TOOBIG:
                 raise too_long(self.path, cap) from None
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL):
+                message = (
+                    f"{self.path}: cannot be locked: {error}. Somebody writes it, or no POSIX locks work on its file "
+                    "system: copy it to a local disk, or serve it over HTTP"
+                )
+                raise SourceError(message, reason="unreadable") from error
             if code == sqlite3.SQLITE_INTERRUPT:
                 raise SourceError(f"{self.path}: not read within its deadline", reason="deadline") from None
             raise SourceError(f"{self.path}: cannot be read as a registry: {error}", reason="unreadable") from error
 
     def _connect(self, longest: int) -> sqlite3.Connection:
-        """Read-only; in a folder that cannot be written a WAL file opens only as immutable, which needs that nobody
-        else writes it: so only when it has no -wal or -journal to be read with it."""
+        """Read-only. As immutable, where SQLite cannot lock the file: a WAL file in a folder that cannot be written, or
+        a file system without POSIX locks. Nobody else may write it then: so only when it has no -wal or -journal to be
+        read with it. Should somebody begin to, the hashes of what is read tell."""
         base = "file://" + urllib.parse.quote(os.fsencode(self.path))
         try:
             return connect(base + "?mode=ro", self.path, longest, BUSY_S, FILE_S)
         except sqlite3.OperationalError as error:
-            if _primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            refused = _primary_code(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+            if not refused and getattr(error, "sqlite_errorcode", 0) not in NO_LOCKS:
                 raise
             if _filled(self.path + "-wal") or _filled(self.path + "-journal"):
                 raise
-            return connect(base + "?mode=ro&immutable=1", self.path, longest, BUSY_S, FILE_S)
+        return connect(base + "?mode=ro&immutable=1", self.path, longest, BUSY_S, FILE_S)
 
 
 def _primary_code(error: sqlite3.Error) -> int:

@@ -153,9 +153,19 @@ def test_a_locked_file_is_never_read_as_immutable(registry: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("beside", ["-wal", "-journal"])
-@pytest.mark.parametrize("code", [sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_BUSY])
+@pytest.mark.parametrize(
+    "code",
+    [
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY_ROLLBACK,
+        sqlite3.SQLITE_IOERR_LOCK,
+        sqlite3.SQLITE_IOERR_SHMMAP,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_IOERR_READ,
+    ],
+)
 def test_immutable_needs_a_file_that_stands_alone(registry: Path, monkeypatch, beside, code):
-    """As from a folder that cannot be written: without immutable SQLite refuses."""
+    """As from a folder that cannot be written, or a file system without locks: without immutable SQLite refuses."""
     connect = sqlite3.connect
 
     def refuse(where: str, **options):
@@ -166,8 +176,9 @@ def test_immutable_needs_a_file_that_stands_alone(registry: Path, monkeypatch, b
         raise error
 
     monkeypatch.setattr(sqlite3, "connect", refuse)
-    if code == sqlite3.SQLITE_BUSY:
-        fails(lambda: EmbeddedSource(str(registry)).channel("stable"), "unreadable")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR_READ):
+        said = fails(lambda: EmbeddedSource(str(registry)).channel("stable"), "unreadable")
+        assert "copy it to a local disk, or serve it over HTTP" in said
     else:
         assert EmbeddedSource(str(registry)).channel("stable")
     Path(f"{registry}{beside}").write_bytes(b"x" * 100)
