@@ -32,8 +32,23 @@ def accept(store: Store, files: Mapping[str, bytes], signers: Sequence[CryptoSig
     new = _new_files(store, files)
     if not new:
         return []
-    before = versions(store)
-    timestamp = store.tuf("timestamp.json")
+    before, timestamp = versions(store), store.tuf("timestamp.json")
+    try:
+        channels = _verified(store, new, before, timestamp, signers)
+    except ReleaseError as error:  # one release's files may have been read beside another's
+        if (versions(store), store.tuf("timestamp.json")) != (before, timestamp):
+            raise ConflictError(f"another release came meanwhile: {error}", reason="version") from None
+        raise
+    numbered = [path for path in new if path != "timestamp.json"]
+    store.put_tuf(new, expected={**dict.fromkeys(numbered), "timestamp.json": timestamp})
+    follow(store, channels)
+    return sorted(new)
+
+
+def _verified(store: Store, new: dict[str, bytes], before: dict[str, int], timestamp: bytes | None,
+              signers: Sequence[CryptoSigner]) -> list[Channel]:  # fmt: skip
+    """The channels of a release that holds with these new files; a timestamp that is lacking is made and put among
+    them. before, timestamp: what is stored."""
     _check_numbers(new, before)
     root = new.get("1.root.json") or first_root(store)
     roots = _roots(store, new, before["root"])
@@ -56,10 +71,7 @@ def accept(store: Store, files: Mapping[str, bytes], signers: Sequence[CryptoSig
             if client.known.versions()["targets"] != max(before["targets"], _highest(new, "targets")):
                 raise ReleaseError("targets: the newest is not the one that the timestamp leads to", reason="version")
     _check_indexes(store, channels)
-    numbered = [path for path in new if path != "timestamp.json"]
-    store.put_tuf(new, expected={**dict.fromkeys(numbered), "timestamp.json": timestamp})
-    follow(store, channels)
-    return sorted(new)
+    return channels
 
 
 def renew(store: Store, signers: Sequence[CryptoSigner], now: datetime.datetime | None = None) -> bool:

@@ -13,8 +13,9 @@ from fastapi.testclient import TestClient
 from tuf.api.metadata import Metadata
 
 from registry.contract import Index, canonical_json, sha256_hex
-from registry.errors import ReleaseError
+from registry.errors import ConflictError, ReleaseError
 from registry.releases import publish, signing
+from registry.releases import upload as accepting
 from registry.releases.client import verify_all
 from registry.releases.push import Push
 from registry.releases.upload import accept, renew
@@ -352,19 +353,43 @@ def test_rotated_roots_come_with_the_release(publisher, client):
     assert client.get("/v1/tuf/2.root.json").status_code == 200
 
 
-def test_of_two_uploads_at_once_one_wins(publisher, client, path):
-    """The same version of two publishers with the same keys: what is served is one of them, whole."""
-    files = sent(publisher, client)
+def rivals_of(publisher, path, *channels: str) -> list[dict[str, bytes]]:
+    """Files of the same version, of publishers with the same keys: each promotes a channel of its own."""
     with Store(path) as server:
         before = {name: server.tuf(name) for name in server.tuf_paths()}
     rivals = []
-    for channel in ("lts", "nightly", "weekly", "daily"):
+    for channel in channels:
         with Store(publisher.folder / f"{channel}.db") as store:
             store.put_tuf({name: body for name, body in before.items() if body is not None})
             draft = publish.Draft(store, signing.read_keys([publisher.folder / "keys"]))
             draft.promote("stable", channel)
             draft.sign_targets()
             rivals.append(draft.files)
+    return rivals
+
+
+def test_a_release_that_comes_while_another_is_verified(publisher, client, path, monkeypatch):
+    """Its files are then read beside the other's, so that this one does not hold: a conflict, not a bad release."""
+    sent(publisher, client)
+    first, second = rivals_of(publisher, path, "lts", "nightly")
+    check = accepting._check_signatures
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(accepting, "_check_signatures", check)
+        with Store(path) as store:
+            accept(store, second)
+        check(*arguments)
+
+    monkeypatch.setattr(accepting, "_check_signatures", overtaken)
+    with Store(path) as store, pytest.raises(ConflictError) as error:
+        accept(store, first)
+    assert error.value.reason == "version" and "another release came meanwhile" in str(error.value)
+
+
+def test_of_two_uploads_at_once_one_wins(publisher, client, path):
+    """The same version of two publishers with the same keys: what is served is one of them, whole."""
+    files = sent(publisher, client)
+    rivals = rivals_of(publisher, path, "lts", "nightly", "weekly", "daily")
     codes: list[int] = []
 
     def send(files: dict[str, bytes]) -> None:
