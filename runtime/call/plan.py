@@ -77,34 +77,10 @@ class Resizable(Role, Protocol):
 class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
-    __slots__ = (
-        "alignment_masks",
-        "call",
-        "chain",
-        "empty",
-        "family",
-        "first",
-        "float32",
-        "forward_ad",
-        "grad_enabled",
-        "key",
-        "maker",
-        "mark_written",
-        "nbytes",
-        "new_lse",
-        "new_out",
-        "new_space",
-        "null_addresses",
-        "offsets",
-        "out_span",
-        "single",
-        "spans",
-        "uint8",
-        "written_names",
-        "zero_lse",
-        "zero_out",
-        "zeros_from",
-    )  # fmt: skip
+    __slots__ = ("alignment_masks", "call", "chain", "empty", "family", "first", "float32", "forward_ad",
+                 "grad_enabled", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out", "new_space",
+                 "null_addresses", "offsets", "out_span", "single", "spans", "uint8", "written_names", "zero_lse",
+                 "zero_out", "zeros_from")  # fmt: skip
     key: Any
     family: Any
     call: Call
@@ -166,8 +142,11 @@ def prepare(role: Role, request: Request, key: Any, family: Any = None) -> Plan:
 
 
 def prepare_packed(role: Resizable, request: Request, key: Any) -> Plan | None:
-    """The same for packed arrays, where a plan is kept that differs from the call in their rows and hints alone: only
-    what these decide is checked and counted. Totals are new in every batch, so this is a warm path."""
+    """`prepare` for packed arrays, or None where it does not apply.
+
+    Totals are new in every batch. A plan that is kept for other rows and hints, and differs in nothing else, is changed
+    for this call: only what rows and hints decide is checked and counted again.
+    """
     given = request.tensors
     packed = {name for side, names in PACKED.items() if side in given for name in names}
     if not packed or key is None or role.fixed(request) is None:

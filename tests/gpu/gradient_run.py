@@ -95,7 +95,8 @@ class GradientRun(Run):
         return (self.backward(*begun),)
 
     @staticmethod
-    def written(found: Gradients) -> list[torch.Tensor]:  # type: ignore[override]
+    def written(*results: Any) -> list[torch.Tensor]:
+        (found,) = results
         return list(found.values())
 
     @staticmethod

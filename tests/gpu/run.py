@@ -165,8 +165,9 @@ class Run:
         return begun
 
     @staticmethod
-    def written(out: torch.Tensor, lse: torch.Tensor) -> list[torch.Tensor]:
+    def written(*results: Any) -> list[torch.Tensor]:
         """The arrays that hold the results of a call."""
+        out, lse = results
         return [out._base, lse]
 
     @staticmethod

@@ -59,10 +59,10 @@ def _needs(item: pytest.Item) -> Iterator[str]:
 
 def _has_record(ledger: executed.Ledger, item: pytest.Item) -> bool:
     key = variant_key(item)
-    if key is None or executed.is_picked(key, executed.commit()):
+    if key is None or not isinstance(item, pytest.Function) or executed.is_picked(key, executed.commit()):
         return False
     ptx = ledger.ptx(key, executed.fingerprints()[key])
-    return ptx is not None and ledger.has(ptx, item.module.__name__)  # type: ignore[attr-defined]
+    return ptx is not None and ledger.has(ptx, item.module.__name__)
 
 
 @pytest.fixture(scope="session")

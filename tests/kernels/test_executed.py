@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,8 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         done = subprocess.run([*command, tests], cwd=executed.ROOT, env=env, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
-    run.ledger = ledger  # type: ignore[attr-defined]
-    return run
+    return SimpleNamespace(ledger=ledger, tests=run)
 
 
 def commit_that(picks: bool) -> str:
@@ -89,29 +89,29 @@ def count(said: str, what: str) -> int:
 @pytest.mark.xdist_group("executed")
 def test_only_a_run_writes_records_and_forged_or_stale_ones_are_noticed(run):
     idle, trying = commit_that(picks=False), commit_that(picks=True)
-    code, said = run(idle)
+    code, said = run.tests(idle)
     every = count(said, "passed")
     assert code == 0 and every > len(VARIANTS) and not run.ledger.exists(), "a run of what is new records nothing"
-    code, said = run(idle, "--executed", "all")
+    code, said = run.tests(idle, "--executed", "all")
     records = Ledger.read(run.ledger).records
     assert code == 0 and {r.variant for r in records} == set(VARIANTS) and {r.module for r in records} == {MODULE}
-    code, said = run(idle)
+    code, said = run.tests(idle)
     assert code == 0 and count(said, "deselected") + count(said, "passed") == every > 2 * count(said, "passed")
-    code, said = run(trying)
+    code, said = run.tests(trying)
     assert code == 0 and count(said, "passed") == every, "the commit picks both"
     # A fingerprint that gives PTX with a record: compiled, not executed.
     Ledger().write([r._replace(fingerprint="f" * 64) for r in records], run.ledger)
-    code, said = run(idle)
+    code, said = run.tests(idle)
     assert code == 0 and count(said, "skipped") > len(VARIANTS) and count(said, "deselected") == 0
     # Tests that have changed since: executed.
     Ledger().write([r._replace(suite="e" * 64) for r in records], run.ledger)
-    code, said = run(idle)
+    code, said = run.tests(idle)
     assert code == 0 and count(said, "passed") == every
     # Somebody wrote a record of PTX that these sources do not give: noticed when a commit picks it.
     Ledger().write([r._replace(ptx_sha256="d" * 64) for r in records], run.ledger)
-    code, said = run(trying)
+    code, said = run.tests(trying)
     assert code == 1 and f"{VARIANTS[0]}: the ledger says that its sources give PTX dddd" in said
-    code, said = run(trying, "--executed", "all", "-k", "sum")
+    code, said = run.tests(trying, "--executed", "all", "-k", "sum")
     assert code != 0 and "takes no -k" in said
 
 
@@ -127,6 +127,6 @@ def test_a_failure_leaves_no_record(run, monkeypatch: pytest.MonkeyPatch):
     run.ledger.unlink(missing_ok=True)
     (run.ledger.parent / "broken.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(run.ledger.parent))
-    code, said = run("0" * 40, "--executed", "all", "-p", "broken")
+    code, said = run.tests("0" * 40, "--executed", "all", "-p", "broken")
     assert code == 1 and count(said, "failed") == 1
     assert {r.variant for r in Ledger.read(run.ledger).records} == {VARIANTS[1]}
