@@ -12,21 +12,18 @@ from pathlib import Path
 from benchmarks.cubins import BenchmarkError
 from registry import ops
 from registry.contract import Artifact, DispatchRow, Index, Variant
+from registry.store import Store
 
 CHANNEL = "stable"
 
 
 def read_index(registry: Path, arch: str, channel: str = CHANNEL) -> Index:
     """The index of a channel for `arch`. BenchmarkError if the file has none."""
-    database = sqlite3.connect(f"file:{registry.resolve()}?mode=ro", uri=True)
-    try:
-        query = "SELECT body FROM indexes WHERE digest = (SELECT digest FROM channels WHERE name = ? AND arch = ?)"
-        row = database.execute(query, (channel, arch)).fetchone()
-    finally:
-        database.close()
-    if row is None:
+    with Store(registry, readonly=True) as store:
+        index = store.index(store.channel(channel).get(arch, ""))
+    if index is None:
         raise BenchmarkError(f"{registry}: channel {channel!r} has no index for {arch}; build it with --arch {arch}")
-    return Index.from_bytes(bytes(row[0]))
+    return index
 
 
 def private_copy(registry: Path, target: Path) -> Path:
@@ -74,7 +71,7 @@ def only_one(index: Index, artifact: Artifact) -> Index:
 
 def add_channel(database: sqlite3.Connection, name: str, index: Index) -> None:
     """Store an index in a registry file of one's own and point a channel at it."""
-    row = (index.digest, index.arch, index.to_bytes())
-    database.execute("INSERT OR IGNORE INTO indexes (digest, arch, body) VALUES (?, ?, ?)", row)
+    rows = [(digest, index.arch if digest == index.digest else "", body) for digest, body in index.documents.items()]
+    database.executemany("INSERT OR IGNORE INTO indexes (digest, arch, body) VALUES (?, ?, ?)", rows)
     place = (name, index.arch, index.digest)
     database.execute("INSERT OR REPLACE INTO channels (name, arch, digest) VALUES (?, ?, ?)", place)

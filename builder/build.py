@@ -16,7 +16,7 @@ from builder.toolchain import DSL_ARCH, Toolchain, broken, closure
 from builder.verified import Verified
 from builder.worker import TIME_LIMIT, Answer, Pool, Task
 from registry import __version__, ops
-from registry.contract import FORMAT, Abi, Artifact, ContractError, DispatchRow, Index, Variant, sha256_hex
+from registry.contract import FORMAT, PARTED, Abi, Artifact, ContractError, DispatchRow, Index, Variant, sha256_hex
 from registry.store import ConflictError, Store
 
 BATCH = 16  # cubins of one architecture that share an nvdisasm run
@@ -263,7 +263,7 @@ class Build:
             body = self.store.get_index(self.store.channel(channel).get(arch, "")) or b""
             if (number := other_format(body)) is not None:
                 result.formats[arch] = number
-            newer = number is not None and number > FORMAT
+            newer = number is not None and number > PARTED
             lacking = [] if allow_partial else self._lacking(index, body)
             move = not (result.failed or result.unverified or lacking or (newer and not allow_partial))
             result.indexes[arch] = self.store.put_index(index, channel if move else None)
@@ -276,7 +276,7 @@ class Build:
     def _lacking(self, index: Index, body: bytes) -> list[str]:
         """Variants of the table that the channel's index, of these bytes, has and `index` has not."""
         try:
-            current = Index.from_bytes(body).by_variant.keys() if body else set()
+            current = self.store.read_index(body).by_variant.keys() if body else set()
         except ContractError:  # of a format that this release does not read
             return []
         return sorted((current & self.jobs.keys()) - index.by_variant.keys())
@@ -290,7 +290,7 @@ def other_format(body: bytes) -> int | None:
         number = json.loads(body)["format"]
     except (ValueError, KeyError, TypeError):
         return 0
-    return None if number == FORMAT else number if type(number) is int else 0
+    return None if number in (FORMAT, PARTED) else number if type(number) is int else 0
 
 
 def unverified(artifacts: Mapping[tuple[str, str], Artifact], verified: Verified) -> dict[str, str]:

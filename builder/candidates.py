@@ -62,7 +62,7 @@ FWD_RULES: tuple[tuple[Callable[[Variant], bool], str], ...] = (
 
 
 def _with_n(v: Variant, n: int) -> Variant:
-    return replace(v, tile=tuple((letter, n if letter == "n" else size) for letter, size in v.tile))
+    return v.replace(tile=tuple((letter, n if letter == "n" else size) for letter, size in v.tile))
 
 
 def space(dims: tuple[int, int], dtype: str = "bf16") -> tuple[list[Variant], dict[str, str]]:

@@ -98,7 +98,7 @@ def _ls(store: Store, arguments: argparse.Namespace) -> int:
 def _show(store: Store, arguments: argparse.Namespace) -> int:
     kind, value = _find(store, arguments.what)
     if arguments.json:
-        _print_json({"kind": kind, "value": json.loads(value) if kind == "index" else value})
+        _print_json({"kind": kind, "value": value.to_json() if kind == "index" else value})
     elif kind == "channel":
         for arch, digest in value.items():
             print(f"{arguments.what}  {arch}  {digest}")
@@ -112,14 +112,14 @@ def _show(store: Store, arguments: argparse.Namespace) -> int:
 
 
 def _find(store: Store, what: str) -> tuple[str, Any]:
-    """('channel', {arch: digest}), ('index', its bytes), ('artifacts', [JSON]) or ('ptx', text).
+    """('channel', {arch: digest}), ('index', an Index), ('artifacts', [JSON]) or ('ptx', text).
 
     Raises StoreError ('not_found').
     """
     if channel := store.channel(what):
         return "channel", channel
     if digest := _one_of(what, store.indexes(), "index"):
-        return "index", store.get_index(digest)
+        return "index", store.index(digest)
     artifacts = store.artifacts()
     found = []
     for fingerprint, a in artifacts.items():
@@ -169,8 +169,7 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1, sort_keys=True))
 
 
-def _print_index(body: bytes) -> None:
-    index = Index.from_bytes(body)
+def _print_index(index: Index) -> None:
     print(f"index {index.digest}: {index.arch}, release {index.release}, {len(index.artifacts)} artifacts")
     _print_artifacts(index.artifacts)
     _print_table(

@@ -28,9 +28,11 @@ TUF_ORDER = ("targets/", ".targets.json", ".snapshot.json", ".root.json", "times
 
 @dataclass(frozen=True)
 class Release:
-    """What clients may ask for: index digests, the frames that they name, {channel: {arch: digest}}, TUF's paths."""
+    """What clients may ask for: index digests, those of their parts, the frames that they name,
+    {channel: {arch: digest}}, TUF's paths."""
 
     indexes: tuple[str, ...]
+    parts: tuple[str, ...]
     frames: tuple[str, ...]
     channels: dict[str, dict[str, str]]
     tuf: tuple[str, ...]
@@ -64,11 +66,12 @@ def select(store: Store, channels: Collection[str] = (), archs: Collection[str] 
                     if (not archs or arch in archs) and (not channels or digest in wanted))  # fmt: skip
     frames: set[str] = set()
     for digest in indexes:
-        frames |= frames_of(store.get_index(digest) or b"")
+        frames |= frames_of(store, digest)
     pointers = {name: {arch: digest for arch, digest in found.items() if digest in indexes}
                 for name, found in named.items() if not channels or name in channels}  # fmt: skip
     return Release(
         indexes,
+        tuple(sorted(frames & store.parts())),
         tuple(sorted(frames & store.blob_sizes().keys())),
         {name: found for name, found in pointers.items() if found},
         tuple(sorted(store.tuf_paths(), key=_tuf_rank)),
@@ -92,8 +95,9 @@ def to_folder(store: Store, folder: Path, channels: Collection[str] = (), archs:
         sizes = store.blob_sizes()
         stage = _Stage(done, temporary)
         stage.immutable(root / "blobs" / "sha256", {name: sizes[name] for name in release.frames}, store.get_frame)
-        bodies = {digest: store.get_index(digest) or b"" for digest in release.indexes}
-        stage.immutable(root / "indexes" / "sha256", {d: len(body) for d, body in bodies.items()}, bodies.get)
+        for digests in (release.parts, release.indexes):
+            bodies = {digest: store.get_index(digest) or b"" for digest in digests}
+            stage.immutable(root / "indexes" / "sha256", {d: len(body) for d, body in bodies.items()}, bodies.get)
         stage.mutable(root / "tuf", ((path, store.tuf(path) or b"") for path in release.tuf))
         named = release.channels.items()
         stage.mutable(root / "channels", ((n, canonical_json({"name": n, "indexes": indexes})) for n, indexes in named))
@@ -165,7 +169,7 @@ def to_file(store: Store, path: Path, channels: Collection[str] = (), archs: Col
             db.execute("PRAGMA synchronous = OFF")  # and a finished one is synced as a whole
             db.execute("BEGIN IMMEDIATE")
             MIGRATIONS.apply(db)
-            store.copy_into(connection, release.frames, release.indexes)
+            store.copy_into(connection, release.frames, (*release.parts, *release.indexes))
             rows = [(n, arch, digest) for n, found in release.channels.items() for arch, digest in found.items()]
             connection.executemany("INSERT INTO channels (name, arch, digest) VALUES (?, ?, ?)", rows)
             metadata = ((p, store.tuf(p)) for p in release.tuf)

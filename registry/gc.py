@@ -23,9 +23,10 @@ DIGEST = re.compile(r'"([0-9a-f]{64})"')
 
 @dataclass(frozen=True)
 class Plan:
-    """Primary keys of what nothing keeps. bytes: of the frames among them."""
+    """Primary keys of what nothing keeps. parts: of indexes. bytes: of the frames among them."""
 
     indexes: tuple[str, ...]
+    parts: tuple[str, ...]
     artifacts: tuple[str, ...]
     ptx: tuple[str, ...]
     blobs: tuple[str, ...]
@@ -55,7 +56,7 @@ def collect(
     with store.transaction() as db:
         plan = _plan(store, keep_indexes, since)
         for table, key, gone in (
-            ("indexes", "digest", plan.indexes),
+            ("indexes", "digest", plan.indexes + plan.parts),
             ("artifacts", "fingerprint", plan.artifacts),
             ("ptx", "fingerprint", plan.ptx),
             ("blobs", "sha256", plan.blobs),
@@ -80,7 +81,7 @@ def signed_channels(store: Store) -> dict[str, list[dict[str, str]]]:
             try:
                 indexes = Channel.from_bytes(body, name).indexes
             except ContractError:
-                indexes = {digest: digest for digest in DIGEST.findall(body.decode(errors="replace"))}
+                indexes = {digest: digest for digest in _digests_in(body)}
             found.setdefault(name, []).append(indexes)
     return found
 
@@ -100,8 +101,10 @@ def _plan(store: Store, keep_indexes: int, since: float) -> Plan:
     young = {table: {key for key, added in rows.items() if added >= since} for table, rows in everything.items()}
     indexes = (_named(store, keep_indexes) & everything["indexes"].keys()) | young["indexes"]
     frames = set()
-    for digest in indexes:
-        frames |= frames_of(store.get_index(digest) or b"")
+    for digest in tuple(indexes):
+        found = frames_of(store, digest)
+        indexes |= found & everything["indexes"].keys()  # its parts
+        frames |= found
     wanted = store.wanted()
     artifacts, texts = set(), set()
     for fingerprint, artifact in store.artifacts().items():
@@ -115,8 +118,10 @@ def _plan(store: Store, keep_indexes: int, since: float) -> Plan:
             ptx.add(fingerprint)
             frames.add(frame_sha256)
     blobs = store.unnamed_blobs(frames, since)
+    gone, parts = everything["indexes"].keys() - indexes, store.parts()
     return Plan(
-        tuple(sorted(everything["indexes"].keys() - indexes)),
+        tuple(sorted(gone - parts)),
+        tuple(sorted(gone & parts)),
         tuple(sorted(everything["artifacts"].keys() - artifacts)),
         tuple(sorted(everything["ptx"].keys() - ptx)),
         tuple(sorted(blobs)),
@@ -146,9 +151,16 @@ def _last(moves: list[dict[str, str]], keep: int) -> set[str]:
     return {digest for of_arch in found.values() for digest in of_arch}
 
 
-def frames_of(body: bytes) -> set[str]:
-    """Every digest in an index, whatever its format: its frames are among them."""
-    return set(DIGEST.findall(body.decode(errors="replace")))
+def frames_of(store: Store, digest: str) -> set[str]:
+    """Every digest in an index, whatever its format, and in its parts: these and its frames are among them."""
+    found = _digests_in(store.get_index(digest))
+    for part in found & store.parts():
+        found |= _digests_in(store.get_index(part))
+    return found
+
+
+def _digests_in(body: bytes | None) -> set[str]:
+    return set(DIGEST.findall((body or b"").decode(errors="replace")))
 
 
 def to_json(store: Store, plan: Plan, dry_run: bool) -> dict[str, Any]:

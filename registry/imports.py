@@ -10,6 +10,7 @@ import sqlite3
 import urllib.parse
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -175,13 +176,22 @@ def _take(store: Store, bundle: Bundle, digests: Collection[str]) -> Imported:
             raise StoreError(f"the bundle has no index {digest}", reason="not_found")
         if sha256_hex(body) != digest:
             raise StoreError(f"the bundle's index {digest} has another hash", reason="integrity")
-        index = Index.from_bytes(body)
+        index = Index.from_bytes(body, partial(_part, bundle))
         if index.to_bytes() != body:
             raise ContractError(f"index {digest}: not in its canonical form")
         done.blobs += _take_blobs(store, bundle, index)
         store.put_index(index, None)
         done.indexes[digest] = index.arch
     return done
+
+
+def _part(bundle: Bundle, digest: str) -> bytes:
+    part = bundle.index(digest)
+    if part is None:
+        raise StoreError(f"the bundle has no part {digest} of an index", reason="not_found")
+    if sha256_hex(part) != digest:
+        raise StoreError(f"the bundle's part {digest} of an index has another hash", reason="integrity")
+    return part
 
 
 def _take_blobs(store: Store, bundle: Bundle, index: Index) -> int:
@@ -203,7 +213,8 @@ def _take_blobs(store: Store, bundle: Bundle, index: Index) -> int:
 def _point(store: Store, channels: Mapping[str, Mapping[str, str]]) -> None:
     for name, indexes in channels.items():
         for digest in indexes.values():
-            store.put_index(Index.from_bytes(store.get_index(digest) or b""), name)
+            if (index := store.index(digest)) is not None:
+                store.put_index(index, name)
 
 
 def read_root(path: Path) -> bytes:

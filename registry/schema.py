@@ -53,3 +53,10 @@ def m002_releases_and_ages(db: Database) -> None:
     wanted = {"arch": str, "fingerprint": str}
     db.table("wanted").create(wanted, pk=("arch", "fingerprint"), not_null=wanted)
     db.execute("PRAGMA user_version = 2")
+
+
+@MIGRATIONS()
+def m003_parts_of_indexes(db: Database) -> None:
+    """Rows of `indexes` without an architecture are parts. The tables stay as they are: the number keeps older code
+    out, whose gc would take parts for indexes that nobody names."""
+    db.execute("PRAGMA user_version = 3")

@@ -28,12 +28,15 @@ from registry.contract import (
     Index,
     Variant,
     canonical_json,
+    check_part,
     sha256_hex,
 )
 from registry.errors import ConflictError, StoreError
 from registry.frames import compress, declared_size, decompress
 from registry.schema import APPLICATION_ID, MIGRATIONS
 from registry.verify import problems
+
+PART = ""  # in place of an architecture: the row of `indexes` holds a part
 
 __all__ = [
     "APPLICATION_ID",
@@ -221,30 +224,54 @@ class Store(Connection):
 
         Raises StoreError ('not_found') when a blob that it names is absent: checked in the same transaction.
         """
-        body = index.to_bytes()
-        Index.from_bytes(body)  # what no client can read is never stored
+        Index.from_bytes(index.to_bytes(), index.documents.get)  # what no client can read is never stored
         if channel is not None:
             check_channel(channel)
-        digest = sha256_hex(body)
         with self._write() as db:
             self._require_blobs(index)
-            db.execute(
-                "INSERT INTO indexes (digest, arch, body, added) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (digest) DO UPDATE SET added = excluded.added",
-                [digest, index.arch, body, time.time()],
-            )
+            for digest, body in index.documents.items():
+                _insert_document(db, digest, index.arch if digest == index.digest else PART, body)
             if channel is not None:
-                _point(db, channel, index.arch, digest)
+                _point(db, channel, index.arch, index.digest)
+        return index.digest
+
+    def put_part(self, body: bytes) -> str:
+        """Store a part of an index that is yet to come; returns its digest. Raises ContractError for anything else."""
+        check_part(body)
+        digest = sha256_hex(body)
+        with self._write() as db:
+            _insert_document(db, digest, PART, body)
         return digest
 
     def get_index(self, digest: str) -> bytes | None:
-        """An index's bytes as they were hashed, or None."""
+        """The bytes of an index's document, or of a part, as they were hashed; or None."""
         row = self._row("SELECT body FROM indexes WHERE digest = ?", digest)
         return None if row is None else row[0]
 
+    def index(self, digest: str) -> Index | None:
+        """An index with all its parts, or None. Raises what `read_index` does."""
+        body = self.get_index(digest)
+        return None if body is None else self.read_index(body)
+
+    def read_index(self, body: bytes) -> Index:
+        """The index with this document, whose parts are in the store. Raises ContractError, IntegrityError, and
+        StoreError ('not_found') where a part is not."""
+
+        def read(digest: str) -> bytes:
+            part = self.get_index(digest)
+            if part is None:
+                raise StoreError(f"{self.path}: no part {digest} of an index; put it first", reason="not_found")
+            return part
+
+        return Index.from_bytes(body, read)
+
     def indexes(self) -> dict[str, str]:
         """Every index: digest -> architecture."""
-        return dict(self._rows("SELECT digest, arch FROM indexes ORDER BY arch, digest"))
+        return dict(self._rows("SELECT digest, arch FROM indexes WHERE arch <> ? ORDER BY arch, digest", PART))
+
+    def parts(self) -> set[str]:
+        """The digest of every part of an index."""
+        return {digest for (digest,) in self._rows("SELECT digest FROM indexes WHERE arch = ?", PART)}
 
     def channel(self, name: str) -> dict[str, str]:
         """One channel: architecture -> index digest. Empty when there is no such channel."""
@@ -297,6 +324,7 @@ class Store(Connection):
         """Rows of each table, and 'bytes' of all frames together."""
         tables = ("blobs", "ptx", "artifacts", "indexes", "channels")
         columns = [f"(SELECT count(*) FROM {name})" for name in tables]
+        columns[tables.index("indexes")] = f"(SELECT count(*) FROM indexes WHERE arch <> '{PART}')"
         row = self._row(f"SELECT {', '.join(columns)}, (SELECT coalesce(sum(length(frame)), 0) FROM blobs)")
         return dict(zip((*tables, "bytes"), row or (), strict=True))
 
@@ -385,6 +413,14 @@ def _insert_blob(db: Database, frame: bytes, content: bytes) -> None:
         "INSERT INTO blobs (sha256, frame, size, content_sha256, added) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (sha256) DO UPDATE SET added = excluded.added",
         [sha256_hex(frame), frame, len(content), sha256_hex(content), time.time()],
+    )
+
+
+def _insert_document(db: Database, digest: str, arch: str, body: bytes) -> None:
+    db.execute(
+        "INSERT INTO indexes (digest, arch, body, added) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT (digest) DO UPDATE SET added = excluded.added",
+        [digest, arch, body, time.time()],
     )
 
 

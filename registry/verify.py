@@ -6,7 +6,16 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from registry.contract import Artifact, ContractError, Index, Variant, canonical_json, sha256_hex
+from registry.contract import (
+    Artifact,
+    ContractError,
+    Index,
+    IntegrityError,
+    Variant,
+    canonical_json,
+    check_part,
+    sha256_hex,
+)
 from registry.errors import StoreError
 from registry.frames import decompress
 
@@ -111,14 +120,22 @@ def _artifact_problems(connection: Any, blobs: dict[str, Blob], texts: set[str])
 
 def _index_problems(connection: Any, blobs: dict[str, Blob], arches: dict[str, str]) -> Iterator[str]:
     """Fills `arches` with the architecture of each sound index."""
-    for digest, arch, body in connection.execute("SELECT digest, arch, body FROM indexes ORDER BY digest"):
+
+    def read(digest: str) -> bytes | None:
+        found = connection.execute("SELECT body FROM indexes WHERE digest = ?", [digest]).fetchone()
+        return found[0] if found and isinstance(found[0], bytes) else None
+
+    for digest, arch, body in connection.execute("SELECT digest, arch, body FROM indexes ORDER BY digest").fetchall():
         where = f"index {digest}"
         if not isinstance(body, bytes) or sha256_hex(body) != digest:
             yield f"{where}: the body has another hash"
             continue
         try:
-            index = Index.from_bytes(body)
-        except ContractError as error:
+            if not arch:
+                check_part(body)
+                continue
+            index = Index.from_bytes(body, read)
+        except (ContractError, IntegrityError) as error:
             yield f"{where}: {error}"
             continue
         if index.to_bytes() != body:

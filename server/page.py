@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from html import escape
 
-from registry.contract import ContractError, Index
+from registry.contract import ContractError, Index, part_digests, sha256_hex
 from registry.store import Store
 
 _STYLE = """
@@ -43,14 +43,14 @@ def render(store: Store) -> str:
 def _index(store: Store, digest: str) -> str:
     body = store.get_index(digest)
     try:
-        return "" if body is None else _table(body)
+        return "" if body is None else _table(body, tuple(store.get_index(part) or b"" for part in part_digests(body)))
     except ContractError as error:  # written by a newer builder
         return f"<p>this server cannot show it: {escape(str(error))}</p>"
 
 
 @lru_cache(maxsize=32)  # parsing an index of some hundred artifacts takes milliseconds of the event loop
-def _table(body: bytes) -> str:
-    index = Index.from_bytes(body)
+def _table(body: bytes, parts: tuple[bytes, ...]) -> str:
+    index = Index.from_bytes(body, {sha256_hex(part): part for part in parts}.get)
     names = ("variant", "cubin bytes", "registers", "spills", "shared memory", "blocks per SM", "oldest driver")
     rows = []
     for a in index.artifacts:

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from registry.contract import ContractError, CubineryError, Index, sha256_hex
+from registry.contract import ContractError, CubineryError, is_part, sha256_hex
 from registry.errors import ConflictError, ReleaseError
 from registry.store import Store, StoreError
 from server import errors
@@ -93,10 +93,7 @@ class Uploads:
             stored = store.get_index(digest)
             _check_digest(body, digest, stored is not None)
             if stored is None:
-                index = Index.from_bytes(body)
-                if index.to_bytes() != body:
-                    raise ContractError(f"index {digest}: not in its canonical form")
-                store.put_index(index, None)
+                _put_document(store, digest, body)
             return stored is None
 
     def metadata(self, files: dict[str, bytes]) -> list[str]:
@@ -144,7 +141,7 @@ def install(app: FastAPI, uploads: Uploads) -> None:
 
     @app.put("/v1/indexes/sha256/{digest}", status_code=201, response_model=Taken, responses=refusals)
     async def put_index(digest: Digest, request: Request) -> Response:
-        """Store an index, whose blobs must be there."""
+        """Store an index, whose blobs must be there, and its parts if it has any; or a part."""
         return await _take(request, uploads, MAX_INDEX, lambda body: [digest] * uploads.index(digest, body))
 
     @app.put("/v1/tuf", status_code=201, response_model=Taken, responses=refusals)
@@ -201,6 +198,17 @@ async def _body(request: Request, cap: int) -> bytes | Response:
         if len(body) > cap:
             return too_long
     return bytes(body)
+
+
+def _put_document(store: Store, digest: str, body: bytes) -> None:
+    """An index, whose blobs and parts must be there, or a part."""
+    if is_part(body):
+        store.put_part(body)
+        return
+    index = store.read_index(body)
+    if index.to_bytes() != body:
+        raise ContractError(f"index {digest}: not in its canonical form")
+    store.put_index(index, None)
 
 
 def _check_digest(body: bytes, digest: str, stored: bool) -> None:

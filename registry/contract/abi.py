@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from registry.contract.canonical import canonical_json, check_fields, sha256_hex
 from registry.contract.errors import ContractError
+from registry.contract.record import Record, derived
 
 PARAM_FORMATS = {"ptr": "Q", "i32": "i", "i64": "q", "f32": "f"}
 WINDOW_OPEN = 2**30  # window_left / window_right of a side that is open; real bounds are below it
 
 
-@dataclass(frozen=True)
-class Param:
+class Param(Record):
     """One kernel parameter. type: 'ptr' (8 bytes), 'i32', 'i64' or 'f32'."""
 
     name: str
@@ -30,8 +29,7 @@ class Param:
         return struct.calcsize(PARAM_FORMATS[self.type])
 
 
-@dataclass(frozen=True)
-class Abi:
+class Abi(Record):
     """An op's ordered kernel parameters; the same for all variants of the op.
 
     layout: (offset, size) in bytes of each parameter: C order, natural alignment, as cuKernelGetParamInfo reports.
@@ -42,9 +40,9 @@ class Abi:
     op: str
     version: int
     params: tuple[Param, ...]
-    layout: tuple[tuple[int, int], ...] = field(init=False, compare=False, repr=False)
-    nbytes: int = field(init=False, compare=False, repr=False)
-    digest: str = field(init=False, compare=False, repr=False)
+    layout: tuple[tuple[int, int], ...] = derived()
+    nbytes: int = derived()
+    digest: str = derived()
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.params]
@@ -55,9 +53,8 @@ class Abi:
             offset = -(-offset // p.size) * p.size
             places.append((offset, p.size))
             offset += p.size
-        object.__setattr__(self, "layout", tuple(places))
-        object.__setattr__(self, "nbytes", offset)
-        object.__setattr__(self, "digest", sha256_hex(canonical_json(self.to_json())))
+        digest = sha256_hex(canonical_json(self.to_json()))
+        self._derive(layout=tuple(places), nbytes=offset, digest=digest)
 
     def pack(self, values: Mapping[str, int | float]) -> bytearray:
         """The parameter buffer. `values` must name every parameter and no other."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from registry.contract.arch import check_arch
 from registry.contract.canonical import check_digest, check_fields
 from registry.contract.errors import ContractError
 from registry.contract.grid import Grid
+from registry.contract.record import Record
 from registry.contract.storage import MAX_CONTENT
 from registry.contract.variant import Variant
 
@@ -17,8 +17,7 @@ _MOST = dict.fromkeys(("cubin_size", "frame_size"), MAX_CONTENT)
 _JSON_TYPES: dict[str, type] = {"str": str, "int": int, "Grid": dict, "tuple[tuple[str, int], ...]": dict}
 
 
-@dataclass(frozen=True)
-class Artifact:
+class Artifact(Record):
     """A variant assembled for one architecture.
 
     cubin_sha256/cubin_size: identity, conflict checks, cache name. frame_sha256/frame_size: its one zstd frame

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from registry.contract.errors import ContractError
+from registry.contract.errors import ContractError, IntegrityError
 
 DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256
 
@@ -20,6 +20,13 @@ def canonical_json(value: Any) -> bytes:
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def check_bytes(data: bytes, digest: str, what: str) -> None:
+    """IntegrityError ('sha256') unless `digest` names these bytes."""
+    found = sha256_hex(data)
+    if found != digest:
+        raise IntegrityError(f"{what} {digest[:12]}…: its bytes hash to {found[:12]}…", reason="sha256")
 
 
 def check_digest(value: object, what: str = "digest") -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from registry.contract.canonical import check_fields
 from registry.contract.errors import ContractError
+from registry.contract.record import Record
 from registry.contract.variant import Variant
 
 # A condition's operator -> a function of (value, fact), the way round that 'in' has it.
@@ -20,8 +20,7 @@ RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(Record):
     """`fact op value`: op is '==', '<=', '>=' or 'in' (value then is a tuple)."""
 
     fact: str
@@ -45,8 +44,7 @@ class Condition:
         return f"{self.fact} {self.op} {list(self.value) if isinstance(self.value, tuple) else self.value}"
 
 
-@dataclass(frozen=True)
-class DispatchRow:
+class DispatchRow(Record):
     """When all conditions hold, `variant` (a key) serves the call. Rows are ordered: the first that holds wins.
 
     pack: the query heads of a key/value head share tiles ("packed GQA").

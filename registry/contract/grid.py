@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from registry.contract.errors import ContractError
+from registry.contract.record import Record
 
 GRID_RULES = ("tiles_heads_batch", "key_tiles_heads_batch", "rows")
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(Record):
     """How many blocks a call launches, as data.
 
     rule 'tiles_heads_batch': a block for each query tile, tile head and batch entry, in one dimension. `pack` query

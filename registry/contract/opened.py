@@ -1,22 +1,23 @@
-"""An index as a client reads it: each part is parsed, and so checked, when it is first needed."""
+"""An index as a client reads it: each part is fetched, parsed, and so checked, when it is first needed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry.contract.abi import Abi
 from registry.contract.arch import ARCH
 from registry.contract.artifact import ARTIFACT_FIELDS, Artifact
-from registry.contract.canonical import DIGEST
+from registry.contract.canonical import DIGEST, check_bytes
 from registry.contract.dispatch import RELATIONS, DispatchRow
-from registry.contract.errors import ContractError, IntegrityError
+from registry.contract.errors import ContractError, CubineryError, IntegrityError
 from registry.contract.grid import Grid
-from registry.contract.index import FORMAT, INDEX_FIELDS, Index
-from registry.contract.storage import MAX_CONTENT
+from registry.contract.storage import FORMAT, INDEX_FIELDS, MAX_CONTENT, PARTED, PARTED_FIELDS
+
+if TYPE_CHECKING:
+    from registry.contract.index import Index
 
 
 class Served(NamedTuple):
@@ -27,40 +28,47 @@ class Served(NamedTuple):
 
 
 class OpenIndex:
-    """The index whose bytes hash to `digest`, which is trusted. Publishers parse an index whole; a client parses what a
-    call needs, and `whole` parses all of it.
+    """The index whose bytes hash to `digest`, which is trusted. Publishers parse an index whole; a client reads and
+    parses what a call needs, and `whole` all of it. read: a part's bytes, by its digest.
 
     Raises IntegrityError ('sha256') for other bytes, and ContractError, at once or when the part is needed, for bytes
     that are no index.
     """
 
-    def __init__(self, data: bytes, digest: str):
-        found = hashlib.sha256(data).hexdigest()
-        if found != digest:
-            raise IntegrityError(f"index {digest[:12]}…: its bytes hash to {found[:12]}…", reason="sha256")
-        self._data = data
+    def __init__(self, data: bytes, digest: str, read: Callable[[str], bytes] | None = None):
+        check_bytes(data, digest, "index")
+        self._data, self._read = data, read
         self._parsed: dict[str, Artifact] = {}
-        self._rows_of: dict[str, tuple[DispatchRow, ...]] = {}
-        self._raw_rows: dict[str, list[Any]] = {}
+        self._artifacts: dict[str, Any] = {}  # by variant, of what was read
+        self._rows: dict[str, list[Any]] = {}  # by the part's digest, '' of an index that is one document
+        self._of_op: dict[tuple[str, str], list[Any]] = {}  # by that and op
+        self._row_objects: dict[tuple[str, str], list[DispatchRow]] = {}
+        self._unread: dict[str, None] = {}  # digests of parts
         try:
             value = json.loads(data)
-            sound = {name: type(part) for name, part in value.items()} == INDEX_FIELDS and value["format"] == FORMAT
-            self._artifacts: dict[str, Any] = {raw["variant"]: raw for raw in value["artifacts"]}
-            sound = sound and len(self._artifacts) == len(value["artifacts"])
+            in_parts = value["format"] == PARTED
+            fields = PARTED_FIELDS if in_parts else INDEX_FIELDS
+            sound = {name: type(part) for name, part in value.items()} == fields
+            sound = sound and value["format"] in (FORMAT, PARTED) and ARCH.fullmatch(value["arch"]) is not None
+            if in_parts:
+                self._parts: list[tuple[str, list[Any], str]] = [_entry(entry) for entry in value["parts"]]
+                self._unread = dict.fromkeys(digest for _, _, digest in self._parts)
+            elif sound:
+                self._parts = [("", [], "")]
+                self._keep("", value)
         except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
             sound = False
-        if not sound or not ARCH.fullmatch(value["arch"]):
-            raise _refusal(Index.from_bytes, data)
+        if not sound:
+            raise self._refusal()
         self.arch: str = value["arch"]
         self.release: str = value["release"]
-        self._rows: list[Any] = value["rows"]
         self._abis: list[Any] = value["abis"]
 
     def serving(self, op: str, facts: Mapping[str, Any]) -> Served | None:
         """What the first dispatch row whose conditions all hold picks, None if none holds. This is `Condition.holds` on
         raw JSON: objects of all rows would take a first call longer than all else of it."""
         try:
-            for row in self._of(op):
+            for row in self._rows_of(op, facts):
                 for fact, relation, value in row["when"]:
                     if not RELATIONS[relation](value, facts[fact]):
                         break
@@ -68,38 +76,81 @@ class OpenIndex:
                     if type(row["variant"]) is not str or type(row["pack"]) is not bool:
                         raise TypeError
                     return Served(row["variant"], row["pack"])
+        except CubineryError:
+            raise
         except (TypeError, ValueError, KeyError):
-            raise _refusal(self._hold, op, facts) from None
+            raise self._refusal(lambda: self._hold(op, facts)) from None
         return None
 
     def _hold(self, op: str, facts: Mapping[str, Any]) -> None:
-        for row in self.rows(op):
+        for row in self.rows(op, facts):
             for condition in row.when:
                 condition.holds(facts)
 
-    def rows(self, op: str) -> tuple[DispatchRow, ...]:
-        """An op's dispatch rows, in order."""
-        if op not in self._rows_of:
-            self._rows_of[op] = tuple(map(DispatchRow.from_json, self._of(op)))
-        return self._rows_of[op]
+    def rows(self, op: str, facts: Mapping[str, Any]) -> list[DispatchRow]:
+        """An op's dispatch rows, in order, but for parts of them of which none serves a call with these facts; others
+        may be unknown."""
+        found: list[DispatchRow] = []
+        for digest in self._parts_of(op, facts):
+            if (digest, op) not in self._row_objects:
+                self._row_objects[digest, op] = [DispatchRow.from_json(row) for row in self._of(op, digest)]
+            found += self._row_objects[digest, op]
+        return found
 
-    def _of(self, op: str) -> list[Any]:
-        """An op's rows as they are in JSON. A relation that this client does not know is refused in any of them: a row
-        behind the one that serves this call serves others."""
-        if op not in self._raw_rows:
-            try:
-                found = [row for row in self._rows if row["op"] == op]
-                known = all(relation in RELATIONS for row in found for _, relation, _ in row["when"])
-            except (TypeError, ValueError, KeyError):
-                known = False
-            if not known:
-                raise _refusal(Index.from_bytes, self._data)
-            self._raw_rows[op] = found
-        return self._raw_rows[op]
+    def _rows_of(self, op: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The same as they are in JSON."""
+        for digest in self._parts_of(op, facts):
+            yield from self._of(op, digest)
+
+    def _parts_of(self, op: str, facts: Mapping[str, Any]) -> Iterator[str]:
+        for of_op, when, digest in self._parts:
+            if not digest or (of_op == op and _may_hold(when, facts)):
+                yield digest
+
+    def _of(self, op: str, digest: str) -> list[dict[str, Any]]:
+        """An op's rows in a document. A relation that this client does not know is refused in any of them: a row behind
+        the one that serves this call serves others."""
+        if (digest, op) in self._of_op:
+            return self._of_op[digest, op]
+        if digest not in self._rows:
+            self._take(digest)
+        try:
+            found = [row for row in self._rows[digest] if row["op"] == op]
+            known = all(relation in RELATIONS for row in found for _, relation, _ in row["when"])
+        except (TypeError, ValueError, KeyError):
+            known = False
+        if not known:
+            raise self._refusal()
+        self._of_op[digest, op] = found
+        return found
+
+    def _take(self, digest: str) -> None:
+        """Read a part, and what it holds."""
+        if self._read is None:
+            raise ContractError(f"index: is in parts, and part {digest[:12]}… is not there")
+        data = self._read(digest)
+        check_bytes(data, digest, "index part")
+        try:
+            self._keep(digest, json.loads(data))
+        except (ValueError, RecursionError, TypeError, KeyError):
+            raise self._refusal() from None
+
+    def _keep(self, digest: str, value: dict[str, Any]) -> None:
+        """Rows and artifacts of a document. Raises what malformed JSON does."""
+        rows, artifacts = value["rows"], value["artifacts"]
+        by_variant = {raw["variant"]: raw for raw in artifacts}
+        if len(by_variant) != len(artifacts):
+            raise ValueError
+        self._artifacts |= by_variant
+        self._rows[digest] = rows
+        self._unread.pop(digest, None)
 
     def artifact(self, variant: str) -> Artifact | None:
-        """A variant's artifact, None if it is not listed."""
+        """A variant's artifact, None if it is not listed. The part that names it has been read by `serving`; for
+        another variant all may have to be."""
         if variant not in self._parsed:
+            while variant not in self._artifacts and self._unread:
+                self._take(next(iter(self._unread)))
             raw = self._artifacts.get(variant)
             if raw is None:
                 return None
@@ -115,12 +166,12 @@ class OpenIndex:
             sound = type(tile_m) is int and min(counts) >= 0 and max(counts) < 2**31 and max(sizes) <= MAX_CONTENT
             sound = sound and all(DIGEST.fullmatch(raw[name]) for name in ("frame_sha256", "cubin_sha256", "abi"))
         if not sound:
-            raise _refusal(Artifact.from_json, raw)
+            raise self._refusal(lambda: Artifact.from_json(raw))
         try:
             grid, hot_loop = Grid(**raw["grid"]), tuple(sorted(raw["hot_loop"].items()))
             return Artifact(**raw | {"grid": grid, "hot_loop": hot_loop})
         except TypeError:
-            raise _refusal(Artifact.from_json, raw) from None
+            raise self._refusal(lambda: Artifact.from_json(raw)) from None
 
     def abi(self, digest: str) -> Abi:
         """The ABI of an artifact."""
@@ -131,13 +182,31 @@ class OpenIndex:
 
     @cached_property
     def whole(self) -> Index:
-        return Index.from_bytes(self._data)
+        from registry.contract.index import Index  # here: a call needs no publisher's parser
+
+        return Index.from_bytes(self._data, self._read)
+
+    def _refusal(self, parse: Callable[[], object] | None = None) -> ContractError:
+        """What the strict parser says of what cannot be read."""
+        try:
+            if parse is not None:
+                parse()
+            else:
+                _ = self.whole
+        except IntegrityError:
+            raise
+        except ContractError as error:
+            return error
+        return ContractError("index: cannot be read by this client; update it")
 
 
-def _refusal(parse: Callable[..., object], *values: object) -> ContractError:
-    """What the strict parser says of what cannot be read."""
-    try:
-        parse(*values)
-    except ContractError as error:
-        return error
-    return ContractError("index: cannot be read by this client; update it")
+def _entry(value: dict[str, Any]) -> tuple[str, list[Any], str]:
+    """(op, when, digest) of a part. Raises what malformed JSON does."""
+    if not DIGEST.fullmatch(value["sha256"]):
+        raise ValueError
+    return value["op"], value["when"], value["sha256"]
+
+
+def _may_hold(when: list[Any], facts: Mapping[str, Any]) -> bool:
+    """Whether conditions hold of a call of which only `facts` are known."""
+    return all(fact not in facts or RELATIONS[relation](value, facts[fact]) for fact, relation, value in when)

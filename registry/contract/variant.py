@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from registry.contract.errors import ContractError
+from registry.contract.record import Record
 
 DTYPES = ("bf16", "fp16")  # of queries
 ALL_DTYPES = (*DTYPES, "fp32")  # of a variant: fp32 is for outputs alone
 
-_KEY = re.compile(
+_KEY = (  # compiled when a key is first read: a first call may read none
     r"(?P<op>[a-z]+(?:_[a-z]+)*)-(?P<dtype>[a-z][a-z0-9]+)-d(?P<d>[1-9]\d{0,3})-dv(?P<dv>[1-9]\d{0,3})"
     r"(?P<tile>(?:-[a-z](?:0|[1-9]\d{0,4}))*)(?P<features>(?:-[a-z][a-z0-9_]*[a-z_])*)"
 )
 
 
-@dataclass(frozen=True, order=True)
-class Variant:
+class Variant(Record):
     """An op with its compile-time choices.
 
     tile: (letter, number) pairs in the op's own order, e.g. (("m", 128), ("n", 64), ("w", 4), ("s", 1)):
@@ -39,8 +38,11 @@ class Variant:
             raise ContractError(f"variant: features {self.features} are not sorted and unique")
         if len(dict(self.tile)) != len(self.tile):
             raise ContractError(f"variant: tile {self.tile} names a letter twice")
-        if not _KEY.fullmatch(self.key):
+        if not re.fullmatch(_KEY, self.key):
             raise ContractError(f"variant: {self.key!r} is not a well-formed key")
+
+    def __lt__(self, other: Variant) -> bool:
+        return self._values() < other._values()
 
     @property
     def key(self) -> str:
@@ -53,7 +55,7 @@ class Variant:
     @classmethod
     def parse(cls, key: str) -> Variant:
         """The exact inverse of `key`. Raises ContractError for any other text."""
-        match = _KEY.fullmatch(key) if isinstance(key, str) else None
+        match = re.fullmatch(_KEY, key) if isinstance(key, str) else None
         if match is None:
             raise ContractError(f"variant key {key!r:.200} is not like 'fwd-bf16-d128-dv128-m128-n64-w4-s1'")
         tile = tuple((part[0], int(part[1:])) for part in match["tile"].split("-")[1:])

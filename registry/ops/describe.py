@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
 
 from registry.contract.abi import PARAM_FORMATS, Abi, Param
 from registry.contract.errors import ContractError
 from registry.contract.grid import GRID_RULES
+from registry.contract.record import Record, derived
 from registry.contract.variant import ALL_DTYPES, DTYPES
 
 ROLES = ("in", "out", "inout", "workspace")
@@ -26,8 +26,7 @@ TENSOR_DTYPES = (*ALL_DTYPES, "e4m3", "i32")
 CALL = "call"
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Record):
     """One shape that a tensor may have: names of its dimensions. 'batch + 1' is one more than batch.
 
     when: the optional tensor that must be given for this layout; '' for none. unless: the one that must not be. axes:
@@ -37,17 +36,15 @@ class Layout:
     dims: tuple[str, ...]
     when: str = ""
     unless: str = ""
-    axes: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    text: str = field(init=False, compare=False, repr=False)
+    axes: tuple[str, ...] = derived()
+    text: str = derived()
 
     def __post_init__(self) -> None:
         text = f"({', '.join(self.dims)}{',' if len(self.dims) == 1 else ''})"
-        object.__setattr__(self, "text", text)
-        object.__setattr__(self, "axes", tuple(map(axis_of, self.dims)))
+        self._derive(text=text, axes=tuple(map(axis_of, self.dims)))
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(Record):
     """A tensor that an op reads or writes, behind one pointer of its ABI.
 
     role: 'in', 'out', 'inout', or 'workspace', which no caller sees. dtypes: of TENSOR_DTYPES; CALL for the call's
@@ -69,18 +66,17 @@ class Tensor:
     differentiable: bool = False
     argument: str = ""
     gradient_of: str = ""
-    public: str = field(init=False, compare=False, repr=False)
-    parameters: dict[str, str] = field(init=False, compare=False, repr=False)
+    public: str = derived()
+    parameters: dict[str, str] = derived()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", {axis: stride(self.name, axis) for axis in self.strides})
-        object.__setattr__(self, "public", self.argument or self.name)
+        parameters = {axis: stride(self.name, axis) for axis in self.strides}
+        self._derive(parameters=parameters, public=self.argument or self.name)
         if self.role not in ROLES or self.access not in ACCESSES or not self.layouts:
             raise ContractError(f"tensor {self.name}: role {self.role!r}, access {self.access!r}, {self.layouts}")
 
 
-@dataclass(frozen=True)
-class Scalar:
+class Scalar(Record):
     """A number among an op's parameters. source: set where it has another name among a call's numbers; origin: the name
     that it has there."""
 
@@ -88,16 +84,15 @@ class Scalar:
     type: str
     about: str
     source: str = ""
-    origin: str = field(init=False, compare=False, repr=False)
+    origin: str = derived()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "origin", self.source or self.name)
+        self._derive(origin=self.source or self.name)
         if self.type not in PARAM_FORMATS or self.type == "ptr":
             raise ContractError(f"scalar {self.name}: {self.type!r} is no type of a number")
 
 
-@dataclass(frozen=True)
-class Letter:
+class Letter(Record):
     """One part of a tile as a variant's key writes it, such as 'm128'. values: a regular expression."""
 
     letter: str
@@ -106,16 +101,14 @@ class Letter:
     optional: bool = False
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(Record):
     """What a dispatch row may ask of a call."""
 
     name: str
     about: str
 
 
-@dataclass(frozen=True)
-class Feature:
+class Feature(Record):
     """A compile-time choice of a variant beside its tile. ptx: the PTX target that it needs; '' for the op's own."""
 
     name: str
@@ -123,8 +116,7 @@ class Feature:
     ptx: str = ""
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(Record):
     """A kernel's role, described once. A variant of it is a dtype, head dims, a tile and features.
 
     computes: what a block does. grid: rule of registry.contract.Grid. ptx: the target that its PTX is written for;
@@ -155,9 +147,9 @@ class Op:
     shared_by: str = ""
     backward: str = ""
     no_gradient: str = ""
-    abi: Abi = field(init=False, compare=False, repr=False)
-    slots: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    by_argument: dict[str, Tensor] = field(init=False, compare=False, repr=False)
+    abi: Abi = derived()
+    slots: tuple[str, ...] = derived()
+    by_argument: dict[str, Tensor] = derived()
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tensors]
@@ -169,12 +161,12 @@ class Op:
                 )
         if self.grid not in GRID_RULES:
             raise ContractError(f"{self.name}: grid {self.grid!r} is none of {', '.join(GRID_RULES)}")
-        object.__setattr__(self, "slots", tuple(names))
-        object.__setattr__(self, "by_argument", {t.public: t for t in self.tensors if t.role != "workspace"})
+        by_argument = {t.public: t for t in self.tensors if t.role != "workspace"}
         pointers = [Param(t.name, "ptr") for t in self.tensors]
         strides = [Param(name, "i64") for t in self.tensors for name in t.parameters.values()]
         numbers = [Param(s.name, s.type) for kind in ("i64", "i32", "f32") for s in self.scalars if s.type == kind]
-        object.__setattr__(self, "abi", Abi(self.name, self.version, (*pointers, *strides, *numbers)))
+        abi = Abi(self.name, self.version, (*pointers, *strides, *numbers))
+        self._derive(slots=tuple(names), by_argument=by_argument, abi=abi)
 
     @cached_property
     def tile(self) -> re.Pattern[str]:

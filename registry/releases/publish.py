@@ -223,10 +223,10 @@ class Draft:
         return {digest for channel in self.channels.values() for digest in channel.yanked}
 
     def _index(self, digest: str) -> Index:
-        body = self.store.get_index(digest)
-        if body is None:
+        index = self.store.index(digest)
+        if index is None:
             raise ReleaseError(f"{self.store.path}: holds no index {digest!r:.100}", reason="argument")
-        return Index.from_bytes(body)
+        return index
 
     def _channels(self, version: int) -> dict[str, Channel]:
         """Every channel of one version of targets; none of version 0."""
@@ -264,8 +264,8 @@ def follow(store: Store, channels: Iterable[Channel]) -> None:
     for channel in channels:
         present = store.channel(channel.name)
         for arch, digest in channel.indexes.items():
-            if present.get(arch) != digest and (body := store.get_index(digest)) is not None:
-                store.put_index(Index.from_bytes(body), channel.name)
+            if present.get(arch) != digest and (index := store.index(digest)) is not None:
+                store.put_index(index, channel.name)
 
 
 def end_after(now: datetime.datetime, days: int) -> datetime.datetime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from registry.contract import Index, canonical_json, sha256_hex
+from registry.contract import canonical_json, sha256_hex
 from registry.errors import ReleaseError
 from registry.releases.document import ROLE_FILE, TARGET_FILE, Channel
 from registry.store import Store
@@ -41,15 +41,16 @@ class Push:
         for digest in sorted(self._indexes(files)):
             if self._has(f"/v1/indexes/sha256/{digest}"):
                 continue
-            body = self._store.get_index(digest)
-            if body is None:
+            index = self._store.index(digest)
+            if index is None:
                 raise ReleaseError(f"{self._store.path}: holds no index {digest}", reason="missing")
-            for artifact in Index.from_bytes(body).artifacts:
+            for artifact in index.artifacts:
                 path = f"/v1/blobs/sha256/{artifact.frame_sha256}"
                 if not self._has(path):
                     self._call("PUT", path, self._store.get_frame(artifact.frame_sha256) or b"")
                     sent["blobs"] += 1
-            self._call("PUT", f"/v1/indexes/sha256/{digest}", body)
+            for name, document in index.documents.items():
+                self._call("PUT", f"/v1/indexes/sha256/{name}", document)
             sent["indexes"] += 1
         if files:
             body = canonical_json({"files": {path: text.decode() for path, text in files.items()}})

@@ -154,7 +154,7 @@ class Maker(NamedTuple):
         if op not in self.rows:
             index = self.session.index_for_device(self.session.backend.capability(self.device))
             fixed = {name: value for name, value in facts.items() if name not in LENGTH_FACTS}
-            self.rows[op] = select.open_rows(index.rows(op), fixed)
+            self.rows[op] = select.open_rows(index.rows(op, fixed), fixed)
         row = select.first(self.rows[op], facts)
         return self.known.get((row.variant, row.pack)) if row else None
 

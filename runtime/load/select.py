@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from registry.contract import ALL_DTYPES, Artifact, DispatchRow, Index
@@ -45,7 +44,7 @@ def open_rows(rows: Iterable[DispatchRow], facts: Mapping[str, Any]) -> list[Dis
     found = []
     for row in rows:
         if all(c.holds(facts) for c in row.when if c.fact in facts):
-            row = replace(row, when=tuple(c for c in row.when if c.fact not in facts))
+            row = row.replace(when=tuple(c for c in row.when if c.fact not in facts))
             found.append(row)
             if not row.when:
                 break  # it does hold: no call gets past it

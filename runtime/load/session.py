@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from registry import ops
-from registry.contract import Artifact, OpenIndex
+from registry.contract import Artifact, OpenIndex, check_bytes
 from runtime import config, stages
 from runtime.errors import CaptureError, ConfigError, InstallError, IntegrityError
 from runtime.load import plans, select
@@ -84,13 +84,24 @@ class Session:
         """A verified index; a corrupt copy in the disk cache is set aside and fetched again, once."""
 
         def read() -> OpenIndex:
-            return OpenIndex(self.source.index(digest), digest)
+            return OpenIndex(self.source.index(digest), digest, self._part)
 
         with self._lock:
             if digest not in self._indexes:
                 again = partial(self._once_more, read, "indexes", digest)
                 self._indexes[digest] = self._timed("index", digest[:12], again)
             return self._indexes[digest]
+
+    def _part(self, digest: str) -> bytes:
+        """A part of an index; a corrupt copy in the disk cache is set aside and fetched again, once."""
+
+        def read() -> bytes:
+            data = self.source.index(digest)
+            check_bytes(data, digest, "index part")
+            return data
+
+        found: bytes = self._once_more(read, "indexes", digest)
+        return found
 
     def index_for_arch(self, arch: str) -> OpenIndex:
         """The index that may be loaded for an architecture, which `digests()` lists. IntegrityError ('index') if it is

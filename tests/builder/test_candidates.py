@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def generate(variant: Variant, dump_dir: str) -> toys.Toy:
 def table(sources: Path) -> Table:
     incumbent = Variant.parse("fwd-bf16-d128-dv128-m256-n32-w8-s2")
     return Table(
-        (incumbent, replace(incumbent, dtype="fp16"), Variant.parse("fwd-bf16-d64-dv64-m64-n64-w4-s1")),
+        (incumbent, incumbent.replace(dtype="fp16"), Variant.parse("fwd-bf16-d64-dv64-m64-n64-w4-s1")),
         (), {"fwd": toys.ABI}, {"fwd": ("kernels.toy",)}, f"{__name__}:generate", sources,
     )  # fmt: skip
 

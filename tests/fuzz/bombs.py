@@ -12,7 +12,6 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 from registry.contract import MAX_CONTENT, CubineryError, sha256_hex
 from registry.frames import compress, unpack
@@ -60,7 +59,7 @@ def bombs() -> Iterator[tuple[str, bytes, int]]:
 def cost(frame: bytes, size: int) -> tuple[str, float]:
     """(reason, MiB by which a process grows that is given the frame)."""
     sums = {"frame_sha256": sha256_hex(frame), "cubin_sha256": sha256_hex(b"")}
-    artifact = replace(ARTIFACT, frame_size=len(frame), cubin_size=size, **sums)
+    artifact = ARTIFACT.replace(frame_size=len(frame), cubin_size=size, **sums)
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:

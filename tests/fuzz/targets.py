@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 from registry.contract import MAX_CONTENT, ContractError, Index, check_arch, check_digest, sha256_hex
 from registry.errors import StoreError
@@ -60,7 +59,7 @@ def frame(data: bytes) -> bool:
         # All hashes fit: only what comes after them can refuse.
         found = sha256_hex(content or b"")
         sums = {"frame_sha256": sha256_hex(data), "cubin_sha256": found}
-        artifact = replace(ARTIFACT, frame_size=len(data), cubin_size=size, **sums)
+        artifact = ARTIFACT.replace(frame_size=len(data), cubin_size=size, **sums)
         try:
             assert unpack(data, artifact) == content
         except IntegrityError as error:

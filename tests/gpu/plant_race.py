@@ -12,7 +12,6 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.derived import only_one, read_index
@@ -70,8 +69,8 @@ def plant(artifact: Artifact, ptx: str, barrier: int) -> tuple[Artifact, bytes]:
     broken = re.sub(rf"\b{re.escape(artifact.symbol)}\b", name, without_barrier(ptx, barrier))
     cubin = nvjitlink.assemble(broken, artifact.arch).cubin
     frame = compress(cubin)
-    made = replace(
-        artifact, symbol=name, ptx_sha256=sha256_hex(broken.encode()),
+    made = artifact.replace(
+        symbol=name, ptx_sha256=sha256_hex(broken.encode()),
         cubin_sha256=sha256_hex(cubin), cubin_size=len(cubin), frame_sha256=sha256_hex(frame), frame_size=len(frame),
     )  # fmt: skip
     return made, frame

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,11 +53,11 @@ CASES = {
     "40-entries": packed_queries((1, 0, 2, 5) * 10, head_dim=8, head_dim_v=8, dlse=True, deterministic=True),
 }
 ACCUM = Variant.parse("bwd-bf16-d96-dv256-m64-n64-w4")  # any: head_dim is that of dq_accum
-NARROW = replace(ACCUM, head_dim=32)
+NARROW = ACCUM.replace(head_dim=32)
 
 
 def main_variant(variant: Variant, case: Call) -> Variant:
-    return replace(NARROW if case.head_dim and case.head_dim <= 32 else ACCUM, dtype=variant.dtype)
+    return (NARROW if case.head_dim and case.head_dim <= 32 else ACCUM).replace(dtype=variant.dtype)
 
 
 def preprocessed(

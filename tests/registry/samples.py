@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import Any
 
 from kernels.dispatch import rows, variants
@@ -45,7 +44,7 @@ def artifact(key: str = KEYS[0], arch: str = "sm_120", *, content: bytes | None 
         toolchain="dsl 4.8.1 nvjitlink 12.9.86",
         min_driver=12080,
     )
-    return replace(made, **changes), frame
+    return made.replace(**changes), frame
 
 
 def ptx(key: str) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from registry import gc
-from registry.contract import Index
 from registry.store import Store, StoreError, compress
 from tests.registry.releases import keys, one_index, release
 from tests.registry.samples import KEYS, artifact, fill, ptx
@@ -60,7 +59,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(store):
 
 def test_every_channel_keeps_its_last_ten_indexes_of_each_architecture(store):
     made = [one_index(store, str(n)).digest for n in range(13)]
-    store.put_index(Index.from_bytes(store.get_index(made[12])), "stable")  # no move
+    store.put_index(store.index(made[12]), "stable")  # no move
     nightly = one_index(store, "n", "nightly").digest
     plan = collect(store)
     assert set(plan.indexes) == set(made[:3])
@@ -186,7 +185,7 @@ def test_beside_readers_and_a_builder_with_no_day_of_grace(tmp_path):
             gc.collect(store, keep_s=0.0, keep_indexes=2)
             runs += 1
             for digest in digests.values():
-                for a in Index.from_bytes(reader.get_index(digest)).artifacts:
+                for a in reader.index(digest).artifacts:
                     assert len(reader.get_frame(a.frame_sha256)) == a.frame_size
             time.sleep(0.002)
         assert writer.wait() == 0 and runs > 5

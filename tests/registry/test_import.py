@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from registry import imports
-from registry.contract import CubineryError, Index, sha256_hex
+from registry.contract import CubineryError, sha256_hex
 from registry.errors import ReleaseError
 from registry.export import to_file, to_folder
 from registry.imports import Imported, by_digests, by_signatures, opened
@@ -265,5 +265,5 @@ def test_the_signed_channel_of_another_architecture(site, monkeypatch):
 def test_what_comes_in_is_what_the_store_would_make(site):
     site.take(site.bundle())
     for digest in site.digests.values():
-        assert Index.from_bytes(site.target.get_index(digest)).digest == digest
+        assert site.target.index(digest).digest == digest
     assert json.loads(site.target.tuf("1.root.json")) == json.loads(site.root)

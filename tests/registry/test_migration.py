@@ -71,7 +71,7 @@ def test_a_writer_brings_it_up_and_what_it_holds_counts_as_young(old):
     with Store(old, readonly=True) as reader:
         counts = reader.counts()
         with Store(old) as store:
-            assert store._version() == SCHEMA == 2
+            assert store._version() == SCHEMA == 3
             assert store.counts() == counts and store.verify() == []
             assert {move.arch: move.digest for move in store.history("stable")} == store.channel("stable")
             assert min(store.ages("indexes").values()) >= start

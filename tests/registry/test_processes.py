@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from registry.contract import Index
 from registry.store import Store
 from tests.registry.samples import KEYS, artifact, fill
 
@@ -57,7 +56,7 @@ def test_readers_never_fail_nor_see_half_a_release_while_another_process_writes(
             while len(seen) < 20 and time.monotonic() < deadline:
                 digest = reader.channel("stable")["sm_120"]
                 seen.add(digest)
-                for a in Index.from_bytes(reader.get_index(digest)).artifacts:
+                for a in reader.index(digest).artifacts:
                     assert len(reader.get_frame(a.frame_sha256)) == a.frame_size
             assert len(seen) == 20
             assert reader.verify() == []

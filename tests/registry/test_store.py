@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +89,7 @@ def test_repeating_every_put_changes_nothing(store):
 def test_equal_cubins_are_stored_once(store):
     one, frame = artifact(KEYS[0], content=b"same" * 100)
     store.put_artifact("a", one, frame)
-    store.put_artifact("b", replace(one, variant=KEYS[1]), frame)
+    store.put_artifact("b", one.replace(variant=KEYS[1]), frame)
     assert store.counts()["artifacts"] == 2
     assert store.counts()["blobs"] == 1
 
@@ -111,7 +110,7 @@ def test_a_fingerprint_never_changes_its_artifact(store):
     a, frame = artifact()
     store.put_artifact("f", a, frame)
     before = store.counts()
-    for other in (artifact(content=b"other cubin"), (replace(a, registers=99), frame)):
+    for other in (artifact(content=b"other cubin"), (a.replace(registers=99), frame)):
         with pytest.raises(ConflictError, match=r"cubin_sha256|registers"):
             store.put_artifact("f", *other)
     assert store.get_artifact("f") == a
@@ -125,9 +124,9 @@ def test_frames_must_be_what_the_artifact_says(store):
         (a, frame[:-1]),
         (a, frame + b"\0"),
         (a, other),
-        (replace(a, cubin_sha256="0" * 64), frame),
-        (replace(a, cubin_size=a.cubin_size + 1), frame),
-        (replace(a, frame_sha256="0" * 64), frame),
+        (a.replace(cubin_sha256="0" * 64), frame),
+        (a.replace(cubin_size=a.cubin_size + 1), frame),
+        (a.replace(frame_sha256="0" * 64), frame),
     ]
     for case in wrong:
         with pytest.raises(StoreError, match=a.variant.split("-")[0] + "|zstd") as caught:
@@ -140,7 +139,7 @@ def test_an_index_needs_its_blobs_and_then_nothing_is_stored(store):
     a, frame = artifact()
     store.put_artifact("f", a, frame)
     missing, _ = artifact(KEYS[1])
-    for artifacts in ([a, missing], [replace(a, cubin_size=1)]):
+    for artifacts in ([a, missing], [a.replace(cubin_size=1)]):
         with pytest.raises(StoreError, match="no blob") as caught:
             store.put_index(index(artifacts), "stable")
         assert caught.value.reason == "not_found"
@@ -150,7 +149,7 @@ def test_an_index_needs_its_blobs_and_then_nothing_is_stored(store):
 def test_nothing_outside_the_contract_is_stored(store):
     a, frame = artifact()
     with pytest.raises(CubineryError, match="threads"):
-        store.put_artifact("f", replace(a, threads=0), frame)
+        store.put_artifact("f", a.replace(threads=0), frame)
     with pytest.raises(CubineryError, match="variant key"):
         store.put_ptx("f", "fwd", "", {})
     with pytest.raises(CubineryError, match="fingerprint"):

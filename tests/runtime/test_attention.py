@@ -412,7 +412,6 @@ def test_the_ledger_tells_each_stage(backend: FakeBackend, tmp_path: Path):
 
 
 def test_an_abi_from_the_future_is_refused(backend: FakeBackend, tmp_path: Path):
-    from dataclasses import replace
 
     from registry.contract import Param
 
@@ -422,7 +421,7 @@ def test_an_abi_from_the_future_is_refused(backend: FakeBackend, tmp_path: Path)
         (FWD.params[1], FWD.params[0], *FWD.params[2:]),
         tuple(p for p in FWD.params if p.name != "window_left"),
     ]):  # fmt: skip
-        write_registry(tmp_path / f"{n}.db", only="bf16-d64", abi=replace(FWD, version=2, params=params))
+        write_registry(tmp_path / f"{n}.db", only="bf16-d64", abi=FWD.replace(version=2, params=params))
         runtime.configure(registry=tmp_path / f"{n}.db")
         with pytest.raises(IntegrityError, match=r"update the client|rebuild") as error:
             runtime.flash_attn(*inputs())

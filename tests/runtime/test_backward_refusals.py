@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ def test_an_abi_from_the_future_is_refused(backend: FakeBackend, tmp_path: Path,
     for n, op in enumerate(backward_kernels.KERNELS):
         abi = ABIS[op]
         with monkeypatch.context() as patch:
-            patch.setitem(backward_kernels.ABIS, op, replace(abi, params=(*abi.params, Param("dropout", "f32"))))
+            patch.setitem(backward_kernels.ABIS, op, abi.replace(params=(*abi.params, Param("dropout", "f32"))))
             backward_kernels.write_backward_registry(tmp_path / f"{n}.db")
         runtime.configure(registry=tmp_path / f"{n}.db")
         out = runtime.flash_attn(*leaves(*inputs()))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -272,7 +271,7 @@ def test_several_architectures(tmp_path: Path, capsys, monkeypatch):
 def test_a_model_s_kernels_are_those_of_every_op():
     other = DispatchRow("fwd_paged", (Condition("head_dim", "<=", 128),), "fwd_paged-bf16-d128-dv128-m16-n32-w1-s2")
     index, _ = toy_index()
-    index = replace(index, rows=(*index.rows, other))
+    index = index.replace(rows=(*index.rows, other))
     for shape, lacking in (({}, [other.variant]), ({"op": "fwd"}, []), ({"op": "fwd_paged"}, [other.variant])):
         missing: list[dict[str, str]] = []
         found = list(cli._wanted(index, [shape | {"dtype": "bf16", "head_dim": 64, "head_dim_v": 64}], missing))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def said(capsys, *argv: str) -> str:
 def newest(repository: Registry) -> str:
     """The digest of an index that is released now."""
     index, _ = toy_index()
-    return repository.release_index(replace(index, release=f"0.{len(repository.indexes) + 1}"))
+    return repository.release_index(index.replace(release=f"0.{len(repository.indexes) + 1}"))
 
 
 def test_refresh_says_what_is_trusted_now(repository: Registry, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ ARTIFACT, _ = toy_artifact(VARIANT, "sm_120")
 
 
 def changed(*params: Param) -> Abi:
-    return replace(FWD, params=params)
+    return FWD.replace(params=params)
 
 
 N = len(FWD.params)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def variants(lock: Path) -> set[str]:
 def publish_another(registry: Path, only: str = "") -> str:
     """The digest of another index, at which the channel points from now on."""
     with Store(registry) as store:
-        return store.put_index(replace(toy_index(only=only)[0], release="0.2"), "stable")
+        return store.put_index(toy_index(only=only)[0].replace(release="0.2"), "stable")
 
 
 def not_locked(call) -> str:

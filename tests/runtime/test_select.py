@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 
@@ -22,7 +21,7 @@ FACTS = facts(dtype="bf16", head_dim=64, head_dim_v=64, batch=1, heads_q=4, head
 def test_the_first_row_that_holds_wins():
     assert select.select(INDEX, "fwd", FACTS).artifact.variant == "fwd-bf16-d64-dv64-m128-n64-w4-s1"
     assert select.select(INDEX, "fwd", FACTS | {"seqlen_q": 64}).artifact.variant == "fwd-bf16-d64-dv64-m64-n64-w4-s1"
-    upside_down = replace(INDEX, rows=INDEX.rows[::-1])
+    upside_down = INDEX.replace(rows=INDEX.rows[::-1])
     artifact, _ = select.select(upside_down, "fwd", FACTS | {"seqlen_q": 64})
     assert artifact.variant == "fwd-bf16-d128-dv128-m128-n64-w4-s1"
 
@@ -69,7 +68,7 @@ def test_a_message_may_show_every_rejection():
 def test_a_row_whose_variant_was_not_built_is_never_passed_over():
     """Short queries' kernel is missing; the long one would do, slowly: it is not taken."""
     short = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
-    partial = replace(INDEX, artifacts=tuple(a for a in INDEX.artifacts if a.variant != short))
+    partial = INDEX.replace(artifacts=tuple(a for a in INDEX.artifacts if a.variant != short))
     with pytest.raises(NoKernelError) as error:
         select.select(partial, "fwd", FACTS | {"seqlen_q": 1})
     assert error.value.reason == "variant" and error.value.rejections[0][0] == short
@@ -88,7 +87,7 @@ def test_rows_of_other_ops_do_not_count():
 def test_a_fact_from_the_future_asks_for_an_update():
     row = DispatchRow("fwd", (Condition("page_size", "==", 16),), TABLE[0][-1].key)
     with pytest.raises(ContractError, match="update the client"):
-        select.select(replace(INDEX, rows=(row,)), "fwd", FACTS)
+        select.select(INDEX.replace(rows=(row,)), "fwd", FACTS)
 
 
 @pytest.mark.parametrize(("available", "capability", "arch"), [
@@ -143,4 +142,4 @@ def test_candidates_of_partly_known_calls():
         [short, long, short.replace("bf", "fp"), long.replace("bf", "fp")], [])  # fmt: skip
     assert len(found()[0]) == len(TABLE)
     assert found(head_dim=136) == ([], [])
-    assert found(replace(INDEX, artifacts=()), **shape) == ([], [short, long])
+    assert found(INDEX.replace(artifacts=()), **shape) == ([], [short, long])

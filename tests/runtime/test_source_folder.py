@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def test_what_is_missing_is_named(mirror: Path, tmp_path: Path):
     fails(lambda: here.index("0" * 64), "missing")
     fails(lambda: here.tuf("2.root.json", 100), "missing")
     artifact = toy_index()[0].artifacts[0]
-    assert artifact.variant in fails(lambda: here.frame(replace(artifact, frame_sha256="0" * 64)), "missing")
+    assert artifact.variant in fails(lambda: here.frame(artifact.replace(frame_sha256="0" * 64)), "missing")
     for path in (tmp_path / "none", mirror / "v1" / "channels" / "stable"):  # absent, and a file
         assert "registry export" in fails(lambda path=path: FolderSource(str(path)).channel("stable"), "no_registry")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,9 +94,9 @@ def test_several_frames_and_trailing_bytes():
 def test_a_cubin_of_another_size_or_content():
     cubin = elf("sm_120", b"abc")
     frame, artifact = vouched(cubin)
-    assert reason(frame, replace(artifact, cubin_size=len(cubin) + 1)) == "zstd"
-    assert reason(frame, replace(artifact, cubin_size=len(cubin) - 1)) == "zstd"
-    assert reason(frame, replace(artifact, cubin_sha256="0" * 64)) == "sha256"
+    assert reason(frame, artifact.replace(cubin_size=len(cubin) + 1)) == "zstd"
+    assert reason(frame, artifact.replace(cubin_size=len(cubin) - 1)) == "zstd"
+    assert reason(frame, artifact.replace(cubin_sha256="0" * 64)) == "sha256"
 
 
 @pytest.mark.parametrize("cubin", [
@@ -109,8 +108,8 @@ def test_a_cubin_of_another_size_or_content():
 def test_what_is_no_cubin(cubin):
     frame, artifact = vouched(cubin or b"\0")
     if not cubin:
-        frame, artifact = compress(b""), replace(artifact, cubin_size=0, cubin_sha256=sha256_hex(b""))
-        artifact = replace(artifact, frame_sha256=sha256_hex(frame), frame_size=len(frame))
+        frame, artifact = compress(b""), artifact.replace(cubin_size=0, cubin_sha256=sha256_hex(b""))
+        artifact = artifact.replace(frame_sha256=sha256_hex(frame), frame_size=len(frame))
     assert reason(frame, artifact) == "elf"
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -342,7 +341,7 @@ def test_the_page_lists_what_there_is_and_escapes_it(path, filled, client):
     for text in ("stable", *filled.channel("stable").values(), *KEYS[:2]):
         assert text in page
     evil = "<script>alert('1')</script>"
-    filled.put_index(replace(index([artifact(KEYS[0])[0]]), release=evil), "stable")
+    filled.put_index(index([artifact(KEYS[0])[0]]).replace(release=evil), "stable")
     answer = client.get("/")
     assert evil not in answer.text
     assert "&lt;script&gt;" in answer.text

@@ -107,7 +107,7 @@ MESSAGES = [
         lambda: Index.from_bytes(b""),
         "index: not JSON: Expecting value: line 1 column 1 (char 0)",
     ),
-    (lambda: Index.from_bytes(b'{"format":99}'), "index: format 99, this client reads 2; update it"),
+    (lambda: Index.from_bytes(b'{"format":99}'), "index: format 99, this client reads 2 and 3; update it"),
     (
         lambda: Index("sm_90", "0.1.0", (ARTIFACT,), (), (ABI,)),
         "index: toy-bf16-d64-dv128-m64-n32-paged is for sm_120, the index for sm_90",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.dispatch import rows
-from registry.contract import FORMAT, Artifact, ContractError, Index, canonical_json, sha256_hex
+from registry.contract import PARTED, Artifact, ContractError, Index, canonical_json, sha256_hex
 from tests.registry.contract.json_values import JSON
 from tests.registry.samples import KEYS, artifact, index
 from tests.support.abis import FWD
@@ -70,7 +70,7 @@ def test_malformed_artifacts_are_refused(changes):
 def test_a_newer_index_format_says_update():
     value = json.loads(_index().to_bytes())
     with pytest.raises(ContractError, match="update"):
-        Index.from_bytes(canonical_json({**value, "format": FORMAT + 1}))
+        Index.from_bytes(canonical_json({**value, "format": PARTED + 1}))
 
 
 @given(st.binary(max_size=200) | JSON.map(canonical_json))

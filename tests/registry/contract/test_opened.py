@@ -80,7 +80,7 @@ def test_parts_are_those_of_the_whole():
     assert OPEN.artifact("fwd-bf16-d8-dv8-m1-n1-w1-s1") is None
     assert OPEN.abi(ABI.digest) == ABI
     for op in ops.OPS:
-        assert OPEN.rows(op) == tuple(row for row in WHOLE.rows if row.op == op)
+        assert OPEN.rows(op, {}) == [row for row in WHOLE.rows if row.op == op]
     with pytest.raises(ContractError, match="lists no ABI"):
         OPEN.abi("0" * 64)
 
@@ -177,12 +177,12 @@ def test_a_relation_that_this_client_does_not_know_is_refused_wherever_it_stands
         with pytest.raises(ContractError, match="'!=' is none of"):
             index.serving("fwd", CALL | {"dtype": "bf16"})  # the first row would serve it
         with pytest.raises(ContractError, match="'!=' is none of"):
-            index.rows("fwd")
+            index.rows("fwd", {})
     assert index.serving("bwd", CALL) is None
 
 
 def test_an_ops_rows_are_parsed_once(monkeypatch: pytest.MonkeyPatch):
     index = opened(DATA)
-    rows = index.rows("fwd")
+    rows = index.rows("fwd", {})
     monkeypatch.setattr(DispatchRow, "from_json", None)
-    assert index.rows("fwd") is rows
+    assert index.rows("fwd", {}) == rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,17 +51,27 @@ def test_no_file_has_the_name_of_something_that_the_package_hands_on():
 def test_files_define_names_and_do_nothing_else(name):
     """So that none changes another, and a fingerprint may leave out those that a kernel does not import."""
     for node in body(name):
-        assert isinstance(
-            node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
-        )
+        assert isinstance(node, DEFINITIONS) or ast.unparse(node).startswith("if TYPE_CHECKING:")
         for target in node.targets if isinstance(node, ast.Assign) else []:
             assert isinstance(target, ast.Name)
 
 
 def test_the_package_does_nothing_but_hand_on():
-    *imports, names = body("__init__")
+    *imports, typed, files, file_of, names, function = body("__init__")
     assert all(isinstance(node, ast.ImportFrom) for node in imports)
-    assert isinstance(names, ast.Assign) and [target.id for target in names.targets] == ["__all__"]
+    assert isinstance(typed, ast.If) and all(isinstance(node, ast.ImportFrom) for node in typed.body)
+    told = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert told == {name: f"registry.contract.{file}" for name, file in contract._FILE_OF.items()}  # to type checkers
+    assert [ast.unparse(node.targets[0]) for node in (files, file_of, names)] == ["_FILES", "_FILE_OF", "__all__"]
+    assert isinstance(function, ast.FunctionDef) and function.name == "__getattr__"
+
+
+def test_it_imports_a_file_when_one_of_its_names_is_asked_for():
+    code = "import sys, registry.contract as c; c.Grid; print(*[n for n in sys.modules if n.startswith(c.__name__)])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parents[1], capture_output=True, text=True)
+    assert "registry.contract.grid" in said.stdout.split() and "registry.contract.index" not in said.stdout.split()
+    with pytest.raises(AttributeError, match="has no attribute 'Grids'"):
+        _ = contract.Grids
 
 
 @pytest.mark.parametrize("name", FILES)
