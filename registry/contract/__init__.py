@@ -67,7 +67,7 @@ _FILES = {
     "abi": "PARAM_FORMATS WINDOW_OPEN Param Abi",
     "arch": "MAX_SMEM ARCH check_arch",
     "artifact": "Artifact ARTIFACT_FIELDS",
-    "canonical": "DIGEST canonical_json sha256_hex check_digest check_fields",
+    "canonical": "DIGEST canonical_json sha256_hex check_bytes check_digest check_fields",
     "dispatch": "RELATIONS Condition DispatchRow",
     "division": "fast_divmod",
     "errors": "CubineryError ContractError IntegrityError",
