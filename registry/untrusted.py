@@ -6,10 +6,8 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Mapping
-from typing import Any
 
-from registry.contract import ARCH, DIGEST, SCHEMA, check_arch, check_digest
+from registry.contract import SCHEMA
 from registry.errors import StoreError
 
 # Whether there is the table of TUF's files, and no view in its place: a file of schema 1 has none.
@@ -34,16 +32,6 @@ def read_file(path: str | os.PathLike[str], cap: int) -> bytes | None:
     if len(data) > cap:
         raise StoreError(f"{path}: longer than the {cap} bytes that it may have", reason="too_long")
     return data
-
-
-def channel(found: Mapping[Any, Any]) -> dict[str, str]:
-    """{arch: index digest}, if it is that. Raises ContractError."""
-    for arch, digest in found.items():
-        if not (isinstance(arch, str) and ARCH.fullmatch(arch)):
-            check_arch(arch)
-        if not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
-            check_digest(digest)
-    return dict(found)
 
 
 def connect(uri: str, path: str, longest: int, busy_s: float, seconds: float) -> sqlite3.Connection:

@@ -1,7 +1,5 @@
 """Settings: `configure(...)` over environment over configuration file over defaults, frozen into one Config."""
 
-from __future__ import annotations
-
 import os
 import re
 import urllib.parse

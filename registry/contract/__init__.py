@@ -5,8 +5,9 @@ on what the files beside it define, and imports each when one of its names is fi
 `kernels` imports from the files themselves: a fingerprint then covers what a kernel uses.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from registry.contract.lazy import hand_on
 
 if TYPE_CHECKING:
     from registry.contract.abi import PARAM_FORMATS as PARAM_FORMATS
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from registry.contract.index import Read as Read
     from registry.contract.index import part_digests as part_digests
     from registry.contract.index import verified_part as verified_part
+    from registry.contract.lazy import hand_on as hand_on
     from registry.contract.opened import OpenIndex as OpenIndex
     from registry.contract.opened import Served as Served
     from registry.contract.parts import ENTRY_FIELDS as ENTRY_FIELDS
@@ -73,18 +75,11 @@ _FILES = {
     "errors": "CubineryError ContractError IntegrityError",
     "grid": "GRID_RULES Grid",
     "index": "MAX_WHOLE Read Index part_digests verified_part",
+    "lazy": "hand_on",
     "opened": "Served OpenIndex",
     "parts": "PART_ROWS ENTRY_FIELDS PART_FIELDS parts_of common_conditions check_entry read_part check_part is_part",
     "record": "derived Record",
     "storage": "SCHEMA MAX_CONTENT CHANNEL TUF_PATH FORMAT PARTED INDEX_FIELDS PARTED_FIELDS",
     "variant": "DTYPES ALL_DTYPES Variant",
 }  # file -> the names that it defines
-_FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}
-__all__ = sorted(_FILE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)
-    return value
+__all__, __getattr__ = hand_on(__name__, _FILES)

@@ -16,7 +16,6 @@ from runtime.call.tensors import Numbers
 from runtime.errors import ArgumentError
 
 ROTARY_STEP = 16  # of rotary_dim: each half of the rotated columns is whole pieces of 16 bytes
-APPENDED = ("k_new", "v_new")
 
 
 class Appending(NamedTuple):
@@ -26,9 +25,6 @@ class Appending(NamedTuple):
     workspaces: tuple[Workspace, ...] = ()
     written: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = {}
-
-
-NOTHING = Appending()
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
@@ -51,7 +47,7 @@ def check(given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         if name in given and given["k"].element_size() > 1:
             message = f"needs a cache of float8_e4m3fn, this one is {given['k'].dtype}"
             raise ArgumentError(name, message, reason="unsupported")
-    _check_pair(given, *APPENDED)
+    _check_pair(given, *tensors.APPENDED)
     _check_pair(given, "rotary_cos", "rotary_sin")
     if "k_new" in given:
         if "seqused_k" not in given:
@@ -117,9 +113,9 @@ def numbers(given: Mapping[str, Any], sizes: Mapping[str, int], window: tuple[in
         "page_size": sizes["page_size"],
         "page_magic": page_magic,
         "page_shift": page_shift,
-        "page_table_stride": stride_of_batch(given.get("page_table"), batch),
-        "k_descale_stride_b": stride_of_batch(given.get("k_descale"), batch),
-        "v_descale_stride_b": stride_of_batch(given.get("v_descale"), batch),
+        "page_table_stride": tensors.stride_of_batch(given.get("page_table"), batch),
+        "k_descale_stride_b": tensors.stride_of_batch(given.get("k_descale"), batch),
+        "v_descale_stride_b": tensors.stride_of_batch(given.get("v_descale"), batch),
         "seqlen_new": sizes.get("seqlen_new", 0),
         "seqlen_rotated": sizes.get("seqlen_q", 0) if is_rotated else 0,
         "rotary_dim": sizes.get("rotary_dim", 0),
@@ -128,11 +124,6 @@ def numbers(given: Mapping[str, Any], sizes: Mapping[str, int], window: tuple[in
         "interleaved": int(asked.rotary_interleaved),
         "q_still": int(is_rotated and window == (WINDOW_OPEN, WINDOW_OPEN)),
     }
-
-
-def stride_of_batch(tensor: Any, batch: int) -> int:
-    """Elements from one entry's row to the next one's; 0 where one row serves all."""
-    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 and batch > 1 else 0
 
 
 def numbers_of_copy(call: Call) -> Numbers:

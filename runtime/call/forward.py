@@ -11,9 +11,9 @@ from typing import Any
 
 from registry import ops
 from registry.contract import WINDOW_OPEN, Variant, fast_divmod
-from runtime.call import cache, combine, splits, tensors
-from runtime.call.launch import Loaded, Maker, Settled
-from runtime.call.plan import Chain, Outputs
+from runtime.call import tensors
+from runtime.call.launch import Launch, Loaded, Maker, Settled
+from runtime.call.plan import Chain, Outputs, Workspace
 from runtime.call.request import Call, Options, Request
 from runtime.call.tensors import Checked, Numbers
 from runtime.errors import ArgumentError
@@ -55,6 +55,8 @@ def check(request: Request, checked: Checked) -> Call:
     found["alibi_stride_b"] = stride_of_slopes(given.get("alibi_slopes"), sizes["batch"])
     num_splits = 1
     if op == "fwd_paged":
+        from runtime.call import cache  # here, as all that dense calls do not need: a first call imports it
+
         cache.check(given, sizes)
         found |= cache.numbers(given, sizes, window, asked)
         num_splits = cache.check_num_splits(asked.num_splits, "seqused_q" in given)
@@ -154,7 +156,7 @@ def _max_seqlen(name: str, given: Any, longest: int, typical: int) -> int:
 def _is_expanded(given: Mapping[str, Any]) -> bool:
     """Whether all key/value heads are one, as `expand` makes them: that one then serves all query heads."""
     one = all(given[name].stride(-2) == 0 for name in ("k", "v"))
-    return one and given["k"].shape[-2] > 1 and not given.keys() & {"k_descale", "v_descale", *cache.APPENDED}
+    return one and given["k"].shape[-2] > 1 and not given.keys() & {"k_descale", "v_descale", *tensors.APPENDED}
 
 
 # -- numbers and facts ------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def stride_of_slopes(slopes: Any, batch: int) -> int:
     bits. Raises ArgumentError."""
     if slopes is None:
         return 0
-    stride = cache.stride_of_batch(slopes, batch)
+    stride = tensors.stride_of_batch(slopes, batch)
     if stride and batch * stride + slopes.shape[1] > tensors.MAX_I32:
         message = f"{batch} rows with a stride of {stride}, must be below 2**31 elements"
         raise ArgumentError("alibi_slopes", message, reason="too_large")
@@ -238,8 +240,16 @@ def _facts_of_request(request: Request, sizes: Mapping[str, int], window: tuple[
 
 def chain(call: Call, request: Request, maker: Maker) -> Chain:
     """Append what there is to append, attend, combine what is split."""
-    launches, workspaces, written, elsewhere = cache.appending(call, maker) if call.op == "fwd_paged" else cache.NOTHING
-    found = call.numbers | cache.numbers_of_copy(call) if "q" in elsewhere else call.numbers
+    launches: tuple[Launch, ...] = ()
+    workspaces: tuple[Workspace, ...] = ()
+    written: tuple[str, ...] = ()
+    elsewhere: Mapping[str, str] = {}
+    found = call.numbers
+    if call.op == "fwd_paged":
+        from runtime.call import cache
+
+        launches, workspaces, written, elsewhere = cache.appending(call, maker)
+        found = found | cache.numbers_of_copy(call) if "q" in elsewhere else found
     if call.sizes["batch"] == 0 or request.tensors["q"].numel() == 0:
         return Chain(launches, workspaces, written)
     num_splits = 1
@@ -248,12 +258,14 @@ def chain(call: Call, request: Request, maker: Maker) -> Chain:
         nonlocal num_splits
         pack = _pack(call, loaded.packs)
         num_splits = _choose_splits(call, loaded, pack)
-        more = combine.partial_numbers(call.sizes, num_splits) if num_splits > 1 else UNSPLIT
+        more = _of_splits(call, num_splits) if num_splits > 1 else UNSPLIT
         return Settled(found | (_of_pack(pack) if pack > 1 else UNPACKED) | more, pack, num_splits)
 
     attend = maker.prepared(call.op, call.facts, settle)
     launches = (*launches, attend)
     if num_splits > 1:
+        from runtime.call import combine
+
         workspaces = (*workspaces, *combine.partials(call.sizes, num_splits))
         elsewhere = {**elsewhere, "o": "o_partial", "lse": "lse_partial"}
         launches = (*launches, combine.joining(call, maker, num_splits))
@@ -299,6 +311,12 @@ def _of_pack(pack: int) -> Numbers:
     return {"pack": pack, "pack_magic": magic, "pack_shift": shift}
 
 
+def _of_splits(call: Call, num_splits: int) -> Numbers:
+    from runtime.call import combine
+
+    return combine.partial_numbers(call.sizes, num_splits)
+
+
 UNPACKED = _of_pack(1)
 UNSPLIT: Numbers = {"num_splits": 1, "o_stride_split": 0, "lse_stride_split": 0}
 
@@ -307,6 +325,8 @@ def _choose_splits(call: Call, loaded: Loaded, pack: int) -> int:
     """How many blocks share a tile's keys."""
     if call.num_splits:
         return call.num_splits
+    from runtime.call import splits
+
     facts, artifact = call.facts, loaded.kernel.artifact
     keys = splits.visible_keys(facts["seqlen_q"], facts["seqlen_k"], call.window)
     variant = Variant.parse(artifact.variant)

@@ -3,24 +3,24 @@
 `Launch.fire` is cuLaunchKernel with its grid bound; `plan._fire` and `attention._run_dense` call it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from operator import itemgetter
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from registry import ops
-from registry.contract import PARAM_FORMATS, Abi, DispatchRow
+from registry.contract import PARAM_FORMATS, Abi
 from runtime import stages
 from runtime.call.tensors import Numbers
 from runtime.errors import ArgumentError, IntegrityError
-from runtime.load import select
 from runtime.load.kernel import Kernel
 from runtime.load.session import Session
+
+if TYPE_CHECKING:
+    from registry.contract import DispatchRow
 
 MAX_BLOCKS = 2**31 - 1  # of grid.x
 MAX_ROWS = 2**31 - 32  # of an op whose grid counts rows: a block's rows behind the last are counted in 32 bits too
@@ -119,7 +119,7 @@ class Maker(NamedTuple):
     session: Session
     device: int
     known: dict[tuple[str, bool], Launch]
-    rows: dict[str, list[DispatchRow]]
+    rows: "dict[str, list[DispatchRow]]"
 
     def prepared(
         self,
@@ -151,6 +151,8 @@ class Maker(NamedTuple):
         return launch
 
     def _known(self, op: str, facts: Mapping[str, Any]) -> Launch | None:
+        from runtime.load import select  # here: a first call changes no plan
+
         if op not in self.rows:
             index = self.session.index_for_device(self.session.backend.capability(self.device))
             fixed = {name: value for name, value in facts.items() if name not in LENGTH_FACTS}

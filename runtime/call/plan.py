@@ -3,8 +3,6 @@
 `execute` is that path for every call; `runtime.api.attention` has it once more, inlined, for the plain dense one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter

@@ -1,7 +1,5 @@
 """What the user passed: a call before it is checked."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

@@ -3,8 +3,6 @@
 `check` is all of it; the other functions are its parts, and what other modules check in the same words.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Mapping
 from functools import cache, lru_cache
 from math import prod
@@ -20,6 +18,7 @@ TOTALS = ("total_q", "total_k")
 FIRST = ("q", "cu_seqlens_q")  # these say what a call's batch is; all others must agree
 ALIGNMENT = 16  # bytes that one copy of the kernels moves, along head_dim; other tensors are read by elements
 STRIDE = 8  # elements: the same of 16-bit numbers
+APPENDED = ("k_new", "v_new")  # what goes behind a cache's tokens
 MAX_HEAD_DIM = 256
 MAX_I32 = 2**31 - 1
 Numbers = dict[str, int | float]  # of kernels' scalars and strides, by name
@@ -318,6 +317,11 @@ def check_address(name: str, tensor: Any, address: int, alignment: int) -> None:
     check_alignment(alignment, (name, address))
     if not address:
         check_storage((name, tensor))
+
+
+def stride_of_batch(tensor: Any, batch: int) -> int:
+    """Elements from one entry's row to the next one's; 0 where one row serves all."""
+    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 and batch > 1 else 0
 
 
 def check_apart_within(name: str, tensor: Any) -> None:

@@ -1,7 +1,5 @@
 """From verified bytes to a kernel that can be launched."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

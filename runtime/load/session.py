@@ -7,17 +7,20 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry import ops
 from registry.contract import Artifact, OpenIndex, check_bytes
 from runtime import config, stages
 from runtime.errors import CaptureError, ConfigError, InstallError, IntegrityError
-from runtime.load import plans, select
+from runtime.load import plans
 from runtime.load.backend import TorchBackend
 from runtime.load.kernel import Kernel, load
 from runtime.sources.source import Source, open_source
-from runtime.trust import lockfile, resolve
+from runtime.trust import resolve
+
+if TYPE_CHECKING:
+    from runtime.trust.lockfile import LockFile
 
 BACKEND: Callable[[], Any] = TorchBackend  # made at the first call
 
@@ -27,7 +30,7 @@ class Session:
 
     def __init__(self, settings: config.Config | None = None):
         self.config = settings or config.current()
-        self.lock = lockfile.read(self.config.lock) if self.config.lock else None
+        self.lock = _lock_file(self.config.lock) if self.config.lock else None
         self.source: Source = open_source(self.config)
         self._lock = threading.RLock()
         self._digests: dict[str, str] | None = None
@@ -69,7 +72,7 @@ class Session:
         found: dict[str, str] = self._timed(stage, self.source.where, ask)
         return found
 
-    def _locked_digests(self, lock: lockfile.LockFile) -> dict[str, str]:
+    def _locked_digests(self, lock: LockFile) -> dict[str, str]:
         """The lock file's; ConfigError if a digest was given that is not among them."""
         others = [digest for _, digest in self.config.pins if digest not in lock.indexes.values()]
         if others:
@@ -118,6 +121,8 @@ class Session:
         if arch is None and self.lock is not None:
             raise self.lock.no_arch(capability)
         if arch is None:
+            from runtime.load import select  # here: only errors, and calls of other lengths, need it
+
             raise select.no_arch(capability, digests, self.source.where)
         return self.index_for_arch(arch)
 
@@ -161,6 +166,8 @@ class Session:
         artifact = index.artifact(served.variant) if served else None
         spent = (perf_counter() - start) * 1e3
         if served is None or artifact is None:
+            from runtime.load import select
+
             raise select.no_kernel(index.whole, op, facts)
         place = artifact.variant, device
         found = self._kernels.get(place)
@@ -208,6 +215,12 @@ def pick_arch(available: Iterable[str], capability: tuple[int, int]) -> str | No
     numbers = [int(arch.removeprefix("sm_")) for arch in available]
     fitting = [n for n in numbers if n // 10 == major and n % 10 <= minor]
     return f"sm_{max(fitting)}" if fitting else None
+
+
+def _lock_file(path: str) -> LockFile:
+    from runtime.trust import lockfile  # here: most processes have none
+
+    return lockfile.read(path)
 
 
 def _unloaded(what: str) -> CaptureError:

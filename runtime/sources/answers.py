@@ -6,8 +6,7 @@ import json
 import re
 from typing import Any
 
-from registry.contract import TUF_PATH, ContractError
-from registry.untrusted import channel
+from registry.contract import TUF_PATH, ContractError, check_arch, check_digest
 from runtime.errors import SourceError
 
 MAX_INDEX = 64 << 20  # bytes
@@ -21,7 +20,10 @@ def too_long(where: str, cap: int) -> SourceError:
 def as_channel(found: Any, what: str, reason: str) -> dict[str, str]:
     """{arch: digest} if it is that, else SourceError with this reason."""
     try:
-        return channel(found)
+        for arch, digest in found.items():
+            check_arch(arch)
+            check_digest(digest)
+        return dict(found)
     except (ContractError, AttributeError) as error:
         raise SourceError(f"{what} is no channel: {error}", reason=reason) from None
 

@@ -19,6 +19,8 @@ class FolderSource:
     no_channel, too_long.
     """
 
+    anyone = "it is a folder, which may come from anywhere"
+
     def __init__(self, path: str):
         self.path = os.path.abspath(path)
         self.where = self.path

@@ -12,12 +12,14 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from runtime.config import Config, Pins
 from runtime.errors import SourceError, UntrustedError
-from runtime.sources.folder import FolderSource
-from runtime.sources.source import EmbeddedSource, Source
-from runtime.trust.state import State, Trusted, read_root
+from runtime.sources.source import Source
+
+if TYPE_CHECKING:
+    from runtime.trust.state import Trusted
 
 
 def resolve(
@@ -40,8 +42,7 @@ def resolve(
     problem = why_remote(source)
     if not problem:
         return source.channel(channel)
-    if isinstance(source, (EmbeddedSource, FolderSource)):
-        source.check_present()
+    source.check_present()
     if settings is not None and settings.root:
         return _signed(source, channel, settings, newest)
     raise UntrustedError(
@@ -55,6 +56,8 @@ def resolve(
 
 def trusted(source: Source, channel: str, settings: Config) -> Trusted | None:
     """What was verified last of a channel under the given root: no TUF, no network. None if nothing was."""
+    from runtime.trust.state import State, read_root  # here: who believes a file or given digests needs no state
+
     return State(settings.state_folder, source.where, read_root(settings.root)).read(channel)
 
 
@@ -86,10 +89,10 @@ def _is_stale(found: Trusted, max_age: float | None) -> bool:
 
 def why_remote(source: Source) -> str | None:
     """Why a source does not count as local; None if it does."""
-    if not isinstance(source, EmbeddedSource):
-        return "it is a folder, which may come from anywhere" if isinstance(source, FolderSource) else "it is a server"
-    real = os.path.realpath(source.path)
-    folders = (os.path.dirname(source.path), os.path.dirname(real))  # of a link, and of what it names
+    if source.anyone:
+        return source.anyone
+    real = os.path.realpath(source.where)
+    folders = (os.path.dirname(source.where), os.path.dirname(real))  # of a link, and of what it names
     # Folders first: once nobody else can write them, what is found in them stays as it is judged.
     for path in (*folders, real, *(real + suffix for suffix in ("-wal", "-shm", "-journal"))):
         try:

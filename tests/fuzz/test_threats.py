@@ -16,9 +16,9 @@ import pytest
 
 from registry.contract import sha256_hex
 from runtime.errors import SourceError
-from runtime.sources import source
+from runtime.sources import server as server_source
 from runtime.sources.cache import DiskCache
-from runtime.sources.source import CachedSource, HttpSource
+from runtime.sources.server import CachedSource, HttpSource
 from tests.project.shell import ROOT
 
 # Those that the issue lists.
@@ -100,7 +100,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 @pytest.fixture
 def peer(monkeypatch) -> Iterator[type[Peer]]:
-    monkeypatch.setattr(source, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(server_source, "BACKOFF_S", 0.001)
     made: list[Peer] = []
 
     def start(*given) -> Peer:
@@ -146,7 +146,7 @@ def test_threat_stall(peer, tmp_path: Path, part: str):
 def test_threat_reset_and_truncation_on_the_wire(peer, tmp_path: Path, part: str, how: str):
     server = peer(PARTS[part], how)
     assert refused(server, tmp_path / "c", 20) == "unreachable"
-    assert server.asked == 2 * source.ATTEMPTS
+    assert server.asked == 2 * server_source.ATTEMPTS
 
 
 @pytest.mark.parametrize("how", ["reset", "close"])
@@ -159,4 +159,4 @@ def test_what_breaks_once_is_asked_for_again(peer, how: str):
 def test_threat_5xx(peer, tmp_path: Path, status: int):
     server = peer(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status, "close")
     assert refused(server, tmp_path / "c", 20) == "status"
-    assert server.asked == 2 * source.ATTEMPTS
+    assert server.asked == 2 * server_source.ATTEMPTS

@@ -15,7 +15,7 @@ import pytest
 from registry import ops
 from registry.contract import Condition, DispatchRow
 from runtime.cli import commands as cli
-from runtime.sources import source
+from runtime.sources import embedded
 from tests.runtime.backward_kernels import KERNELS
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry
@@ -263,7 +263,7 @@ def test_errors_are_short_on_stderr(capsys):
 
 def test_several_architectures(tmp_path: Path, capsys, monkeypatch):
     digests = write_registry(tmp_path / "r.db", "sm_120", "sm_90", only="bf16-d64")
-    monkeypatch.setattr(source, "MAX_INDEX", 1 << 20)
+    monkeypatch.setattr(embedded, "MAX_INDEX", 1 << 20)
     code, report = run(capsys, "prefetch", "--registry", tmp_path / "r.db", "--head-dim", 64, "--dtype", "bf16")
     assert code == 0 and report["indexes"] == digests and report["verified"] == 4
 

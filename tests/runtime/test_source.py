@@ -28,9 +28,11 @@ from registry.contract import sha256_hex
 from registry.store import Store
 from runtime.errors import InstallError, IntegrityError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources import source
+from runtime.sources import embedded
+from runtime.sources import server as server_source
 from runtime.sources.cache import DiskCache
-from runtime.sources.source import CachedSource, EmbeddedSource, HttpSource
+from runtime.sources.embedded import EmbeddedSource
+from runtime.sources.server import CachedSource, HttpSource
 from tests.runtime.fakes import FakeBackend, toy_index, write_registry
 from tests.support.sources import URL, Server, reply, server
 
@@ -99,7 +101,7 @@ def test_files_that_are_no_registry(tmp_path: Path):
 
 READ_AS_NOBODY = """
 import os, sys
-from runtime.sources.source import EmbeddedSource
+from runtime.sources.embedded import EmbeddedSource
 if os.geteuid() == 0: os.setuid(65534)
 print(EmbeddedSource(sys.argv[1]).channel("stable")["sm_120"])
 """
@@ -143,7 +145,7 @@ def plain(registry: Path) -> None:
 
 def test_a_locked_file_is_never_read_as_immutable(registry: Path, monkeypatch):
     plain(registry)
-    monkeypatch.setattr(source, "BUSY_S", 0.05)
+    monkeypatch.setattr(embedded, "BUSY_S", 0.05)
     writer = sqlite3.connect(registry, isolation_level=None)
     writer.execute("BEGIN EXCLUSIVE")
     assert "locked" in fails(lambda: EmbeddedSource(str(registry)).channel("stable"), "unreadable")
@@ -208,7 +210,7 @@ def test_a_file_of_others_cannot_fill_the_memory(registry: Path, monkeypatch):
         f"INSERT INTO indexes (digest, arch, body) VALUES ('{digest[::-1][1:]}2', 'sm_120', zeroblob(1001))",
     )
     assert source_.index(digest) == bytes(huge)
-    monkeypatch.setattr(source, "MAX_INDEX", 1000)
+    monkeypatch.setattr(embedded, "MAX_INDEX", 1000)
     fails(lambda: source_.index(digest), "too_long")
     fails(lambda: source_.index(digest[1:] + "2"), "too_long")
     artifact = toy_index()[0].artifacts[0]
@@ -223,7 +225,7 @@ def test_a_file_of_others_cannot_hold_a_call(registry: Path, monkeypatch):
         f"INSERT INTO channels {rows} SELECT 'x' || i, 'sm_120', '{'0' * 64}' FROM n",
     )  # fmt: skip
     fails(lambda: slow.channel("stable"), "no_channel")
-    monkeypatch.setattr(source, "FILE_S", -source.BUSY_S)
+    monkeypatch.setattr(embedded, "FILE_S", -embedded.BUSY_S)
     fails(lambda: slow.channel("stable"), "deadline")
 
 
@@ -281,10 +283,10 @@ def test_a_server_that_is_down(backend: FakeBackend, server: Server, tmp_path: P
     server.down = True
     runtime.configure(registry=URL, index=server.index.digest, cache=tmp_path / "cache")
     message = fails(lambda: runtime.flash_attn(Q, Q, Q), "unreachable")
-    assert URL in message and len(server.asked) == source.ATTEMPTS
+    assert URL in message and len(server.asked) == server_source.ATTEMPTS
     runtime.configure(registry=URL, index=server.index.digest, cache=tmp_path / "cache", offline=True)
     assert "prefetch" in fails(lambda: runtime.flash_attn(Q, Q, Q), "offline")
-    assert len(server.asked) == source.ATTEMPTS
+    assert len(server.asked) == server_source.ATTEMPTS
 
 
 def test_a_server_that_lies_is_refused_and_not_cached(backend: FakeBackend, server: Server, tmp_path: Path):
@@ -318,7 +320,7 @@ def test_a_corrupt_cache_entry_is_set_aside_and_fetched_once(backend, server: Se
 
 
 def test_server_errors_are_tried_again(monkeypatch):
-    monkeypatch.setattr(source, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(server_source, "BACKOFF_S", 0.001)
     answers = [httpx2.Response(503), httpx2.ReadError("reset"), reply(200, b"body")]
 
     def answer(request):
@@ -380,7 +382,7 @@ def test_https_never_falls_back_to_http():
 def test_more_bytes_than_may_be(server: Server, monkeypatch):
     artifact = server.index.artifacts[0]
     fails(lambda: mock(lambda _: reply(200, bytes(artifact.frame_size + 1))).frame(artifact), "too_long")
-    monkeypatch.setattr(source, "MAX_INDEX", 10)
+    monkeypatch.setattr(server_source, "MAX_INDEX", 10)
     fails(lambda: mock(lambda _: reply(200, bytes(11))).index("0" * 64), "too_long")
 
 

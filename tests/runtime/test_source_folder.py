@@ -25,9 +25,11 @@ from registry.export import to_folder
 from registry.store import Store
 from runtime.errors import IntegrityError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources import answers, folder, source
+from runtime.sources import answers, folder
 from runtime.sources.cache import DiskCache
-from runtime.sources.source import CachedSource, EmbeddedSource, FolderSource, HttpSource, OfflineSource
+from runtime.sources.embedded import EmbeddedSource
+from runtime.sources.folder import FolderSource
+from runtime.sources.server import CachedSource, HttpSource, OfflineSource
 from tests.runtime.fakes import FakeBackend, toy_index
 
 Q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
@@ -155,7 +157,7 @@ def test_no_file_costs_more_than_it_may(mirror: Path, monkeypatch):
     fails(lambda: here.index(digest), "too_long")
     monkeypatch.setattr(folder, "MAX_CHANNEL", 10)
     fails(lambda: here.channel("stable"), "too_long")
-    assert answers.MAX_INDEX == source.MAX_INDEX
+    assert answers.MAX_INDEX == embedded.MAX_INDEX
 
 
 def test_only_regular_files_are_read_and_links_lead_to_bytes_that_are_verified(mirror: Path):
@@ -183,7 +185,7 @@ def test_only_regular_files_are_read_and_links_lead_to_bytes_that_are_verified(m
 
 READ_AS_NOBODY = """
 import os, sys
-from runtime.sources.source import FolderSource
+from runtime.sources.folder import FolderSource
 from runtime.errors import SourceError
 if os.geteuid() == 0: os.setuid(65534)
 try: FolderSource(sys.argv[1]).channel("stable")

@@ -8,8 +8,8 @@ from functools import partial
 import httpx2
 import pytest
 
-from runtime.sources import source
-from runtime.sources.source import HttpSource
+from runtime.sources import server as server_source
+from runtime.sources.server import HttpSource
 from tests.runtime.fakes import toy_index
 
 URL = "http://registry.test"
@@ -48,6 +48,6 @@ class Server:
 def server(monkeypatch):
     """A server at URL for everything that opens an HttpSource."""
     made = Server(only="bf16-d64")
-    monkeypatch.setattr(source, "HttpSource", partial(HttpSource, transport=httpx2.MockTransport(made)))
-    monkeypatch.setattr(source, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(server_source, "HttpSource", partial(HttpSource, transport=httpx2.MockTransport(made)))
+    monkeypatch.setattr(server_source, "BACKOFF_S", 0.001)
     return made

@@ -15,7 +15,7 @@ import server.__main__
 from registry.releases import push
 from registry.releases.publish import DAYS
 from registry.store import Store
-from runtime.sources import source
+from runtime.sources import server as server_source
 from server.app import create_app
 from server.upload import Settings
 from tests.runtime.fakes import write_registry
@@ -42,10 +42,10 @@ def machine(tmp_path, monkeypatch):
         def get(self, path: str, cap: int) -> bytes:
             answer = client.get(path)
             if answer.status_code == 404:
-                raise source.SourceError(f"no {path}", reason="missing")
+                raise server_source.SourceError(f"no {path}", reason="missing")
             return answer.content
 
-        monkeypatch.setattr(source.HttpSource, "_get", get)
+        monkeypatch.setattr(server_source.HttpSource, "_get", get)
         yield tmp_path
 
 
