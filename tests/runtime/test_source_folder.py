@@ -25,7 +25,7 @@ from registry.export import to_folder
 from registry.store import Store
 from runtime.errors import IntegrityError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources import answers, folder
+from runtime.sources import answers, embedded, folder
 from runtime.sources.cache import DiskCache
 from runtime.sources.embedded import EmbeddedSource
 from runtime.sources.folder import FolderSource
