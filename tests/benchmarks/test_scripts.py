@@ -20,7 +20,7 @@ from benchmarks.cubins import BenchmarkError
 from registry.contract import Index
 from runtime.load import kernel
 from runtime.sources.cache import DiskCache
-from tests.benchmarks.fakes import FakeKernel, attend, fake_bind, tables_read, write_registry
+from tests.benchmarks.fakes import FakeHeld, FakeKernel, attend, fake_bind, tables_read, write_registry
 from tests.support.call import packed
 
 KEY = "fwd-bf16-d64-dv64-m64-n64-w4-s1"
@@ -44,6 +44,7 @@ def packed_attention(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
 def on_cpu(monkeypatch):
     monkeypatch.setattr(measure, "DEVICE", "cpu")
     monkeypatch.setattr(ours, "Kernel", FakeKernel)
+    monkeypatch.setattr(forward, "HeldPeer", FakeHeld)
     monkeypatch.setattr(shapes, "Kernel", FakeKernel)
     monkeypatch.setattr(shapes, "bind_fwd", fake_bind)
     monkeypatch.setattr(runtime, "flash_attn", attention)
@@ -55,7 +56,7 @@ def on_cpu(monkeypatch):
     runtime.configure()
 
 
-def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
+def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, monkeypatch, capsys):
     path = write_registry(tmp_path / "r.db", [KEY])
     assert forward.main(["--registry", str(path), "--out", str(tmp_path), "--repeats", "2"]) == 0
     for mode in ("free", "sm120"):
@@ -64,7 +65,21 @@ def test_forward_writes_a_file_per_mode(tmp_path, on_cpu, capsys):
         assert [row["case"] for row in value["rows"]] == ["tiny/S64/full", "tiny/S64/causal"]
         assert all(row["variant"] == KEY and len(row["ptx_sha256"]) == 64 for row in value["rows"])
         assert value["geomean"] > 0 and value["bars"][0]["bar"].startswith("geomean >= 1.0")
-    assert "2 of 2" in json.dumps(value["occupancy"]) and "geomean" in capsys.readouterr().out
+        assert all(row["peer_held"] == 4.0 and row["ratio_held"] > 0 for row in value["rows"]), "the median of 3 and 5"
+        assert value["geomean_held"] > 0 and value["held"] == {"bytes": 101_376, "asked": 1}
+    assert "2 of 2" in json.dumps(value["occupancy"]) and "held peer" in capsys.readouterr().out
+    tables = tables_read(tmp_path, monkeypatch)
+    assert [row[1:3] for row in tables.forward()][1] == [f"{value[name]:.3f}" for name in ("geomean", "geomean_held")]
+    assert tables.models()[0][5] == f"{value['rows'][0]['ratio_held']:.3f}"
+
+
+def test_the_held_peer_is_given_each_case_that_is_timed(tmp_path, on_cpu):
+    bench, peer = ours.Ours(write_registry(tmp_path / "r.db", [KEY]), "free"), FakeHeld()
+    for case in cases.grid():
+        row = forward.against_sdpa(bench, peer, case, "bf16", 2)
+        assert row["ratio_held"] == pytest.approx(4 / row["ours"], rel=1e-3)
+    assert peer.prepared == [("forward", "tiny/S64/full"), ("forward", "tiny/S64/causal")]
+    assert "peer_held" not in forward.against_sdpa(bench, None, case, "bf16", 2)
 
 
 def test_the_padding_is_what_emulates_sm120(tmp_path, on_cpu):
@@ -98,7 +113,10 @@ def test_bars_are_judged_and_fa4_is_met_cell_by_cell():
     assert [bar["met"] for bar in published.verdicts("free", value)] == [True, True, False]
     rows = [row(case, fa4 / fa2) for case, (fa2, fa4) in cells.items()]
     value = {"rows": rows, "geomean": 0.99, "against_fa4": published.against_fa4(rows, cells, "forward")}
-    assert [(bar["value"], bar["met"]) for bar in published.verdicts("sm120", value)] == [(0.99, False), (10, False)]
+    value["geomean_held"] = 1.0
+    bars = published.verdicts("sm120", value)
+    assert [(bar["value"], bar["met"]) for bar in bars] == [(0.99, False), (1.0, True), (10, False)]
+    assert [bar["bar"] for bar in bars[:2]] == ["geomean >= 1.0", "geomean, held peer >= 1.0"]
     assert "MISSED" in published.line(published.at_most("x", 1.36, 1.35))
 
 
