@@ -152,11 +152,12 @@ def _beside(variant: Variant, values: dict[str, set[int]]) -> Iterator[Variant]:
 def enlarged(table: Tiles, added: Iterable[Tile]) -> Tiles:
     """The table with tiles in classes that serve no call, tried before the class without conditions."""
     count: Counter[tuple[tuple[int, int], bool]] = Counter()
-    placed = []
+    placed, new = [], {}
     for tile in added:
         count[tile.dims, tile.e4m3] += 1
-        placed.append(replace(tile, call_class=f"timing_{count[tile.dims, tile.e4m3]}"))
-    new = {f"timing_{number + 1}": NO_CALL for number in range(max(count.values(), default=0))}
+        name = f"timing_{len(table.classes) + count[tile.dims, tile.e4m3]}"  # a new one in a larger table too
+        placed.append(replace(tile, call_class=name))
+        new[name] = NO_CALL
     bounded = {name: when for name, when in table.classes.items() if when}
     rest = {name: when for name, when in table.classes.items() if not when}
     made = replace(table, classes=bounded | new | rest)
@@ -178,7 +179,7 @@ def compiled(tiles: Iterable[Tile], registry: Path) -> set[str]:
 
 
 class Collected:
-    """A pytest plugin. pairs: (variant's key, test module) of the tests of kernels that would run."""
+    """A pytest plugin. pairs: (variant's key, test module) of the tests that would compile or execute a variant."""
 
     def __init__(self) -> None:
         self.pairs: set[tuple[str, str]] = set()
@@ -186,7 +187,8 @@ class Collected:
     def pytest_collection_finish(self, session: Any) -> None:
         from tests.kernels.conftest import variant_key
 
-        self.pairs = {(key, item.module.__name__) for item in session.items if (key := variant_key(item))}
+        with_kernel = [item for item in session.items if "variant_of" in getattr(item, "fixturenames", ())]
+        self.pairs = {(key, item.module.__name__) for item in with_kernel if (key := variant_key(item))}
 
 
 def record(variants: int, registry: str) -> None:
