@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def _mode(mode: str, options: argparse.Namespace, held: HeldPeer) -> int:
     """Measure and write one mode's file; how many cases failed."""
     ours = Ours(measure.registry_path(options.registry), mode)
+    held.start()  # what keeps it from that keeps it from every case
     rows, failures = _rows(cases.grid(), partial(against_sdpa, ours, held), options)
     extra, failed = _rows(EXTRA, partial(alone, ours), options)
     fa4 = published.against_fa4(rows, published.BACKWARD_FA2_FA4, "backward")

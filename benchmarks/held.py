@@ -1,8 +1,9 @@
 """FlashAttention-2 with the tiles that it takes on SM120, timed in a process of its own.
 
 It chooses tiles by how much shared memory a block may have, which is 99 KB on SM120 and 227 KB on an H200. In that
-process benchmarks/held.c is preloaded, so that the CUDA runtime answers 99 KB. The forward depends on that number at
-head_dim 224 alone, the backward at nearly all head dims. Nothing is padded: as many blocks share an SM as fit.
+process benchmarks/held.c is preloaded, so that the CUDA runtime answers 99 KB. In PyTorch's copy of it the forward has
+other tiles for that at head_dim 224 alone, the backward at nearly all head dims. Nothing is padded: as many blocks
+share an SM as fit.
 
 The process has the inputs and the graphs of one case at a time. It times rounds when it is asked to, between those of
 the process that asks, so that only one of them uses the GPU and clocks drift alike for both.
@@ -30,7 +31,7 @@ ANSWER_S = 300.0  # seconds in which the other process answers, the import of to
 
 
 class HeldPeer:
-    """The process, which starts when it is first asked for something, and again after it has died.
+    """The process. It starts again for the case after the one in which it died.
 
     proof: what it found when it started; empty before. Raises BenchmarkError where the process fails or cannot be
     started, and where the CUDA runtime answers something else than 99 KB in it.
@@ -48,13 +49,17 @@ class HeldPeer:
         self._stop()
         self._folder.cleanup()
 
+    def start(self) -> None:
+        """Start the process if it does not run."""
+        if self._process is None:
+            self._start()
+
     def prepare(self, what: str, case: Case, dtype: str) -> None:
         """Make the inputs of a dense case, run it for the first times, and let go of the case before.
 
         what: 'forward' or 'backward'.
         """
-        if self._process is None:
-            self._start()
+        self.start()
         self._ask("prepare", what=what, case=case, dtype=dtype)
 
     def round(self, repeat: int) -> list[float]:

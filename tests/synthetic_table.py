@@ -112,14 +112,16 @@ def neighbours(table: Tiles) -> Iterator[Tile]:
     known = {tile.variant(DTYPES[0]) for tile in table.tiles}
     loops = {kind(variant) for variant in known}
     values = {part.letter: {variant.size(part.letter) for variant in known} for part in ops.get(table.op).letters}
-    most = max(map(registers, known))
+    own = [registers(variant) for variant in known]
+    most = {what: max(needed[what] for needed in own) for what in own[0]}
     nearest = list(table.tiles)
     while nearest:
         by_dims: dict[tuple[int, int], list[Tile]] = defaultdict(list)
         for tile in nearest:
             for variant in _beside(tile.variant(DTYPES[0]), values):
-                fits = invalid(variant) is None and registers(variant) <= most and kind(variant) in loops
-                if fits and variant not in known:
+                if variant in known or invalid(variant) is not None or kind(variant) not in loops:
+                    continue
+                if all(needed <= most[what] for what, needed in registers(variant).items()):
                     known.add(variant)
                     text = variant.key.split("-", 4)[4]
                     by_dims[tile.dims].append(replace(tile, tile=text, pack=False, evidence=None))
@@ -127,11 +129,13 @@ def neighbours(table: Tiles) -> Iterator[Tile]:
         yield from nearest
 
 
-def registers(v: Variant) -> int:
-    """Of a thread, about: the forward's for O, scores and Q, the backward's for dK and dV."""
-    m, n, warps, steps = (v.size(letter) for letter in "mnwq")
-    elements = n * (v.head_dim + v.head_dim_v) if v.op == "bwd" else m * (v.head_dim_v + n + 8 * steps)
-    return elements // (32 * warps)
+def registers(v: Variant) -> dict[str, int]:
+    """Of a thread, about: the forward's for O and scores, and with Q besides; the backward's for dK and dV."""
+    m, n, threads = v.size("m"), v.size("n"), 32 * v.size("w")
+    if v.op == "bwd":
+        return {"accumulators": n * (v.head_dim + v.head_dim_v) // threads}
+    accumulators = m * (v.head_dim_v + n) // threads
+    return {"accumulators": accumulators, "all": accumulators + m * 8 * v.size("q") // threads}
 
 
 def kinds(op: str) -> Callable[[Variant], Hashable]:

@@ -90,6 +90,9 @@ class FakeHeld:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def start(self) -> None:
+        pass
+
     def prepare(self, what: str, case: Any, dtype: str) -> None:
         self.prepared.append((what, case.name))
 

@@ -15,7 +15,20 @@ pytest.importorskip("torch")
 
 import runtime
 from benchmarks import __main__ as every
-from benchmarks import cases, cold_start, derived, forward, host_overhead, large_index, measure, ours, published, shapes
+from benchmarks import (
+    backward,
+    cases,
+    cold_start,
+    derived,
+    forward,
+    held,
+    host_overhead,
+    large_index,
+    measure,
+    ours,
+    published,
+    shapes,
+)
 from benchmarks.cubins import BenchmarkError
 from kernels import dispatch
 from registry.contract import DispatchRow, Index
@@ -84,6 +97,19 @@ def test_the_held_peer_is_given_each_case_that_is_timed(tmp_path, on_cpu):
         assert row["ratio_held"] == pytest.approx(4 / row["ours"], rel=1e-3)
     assert peer.prepared == [("forward", "tiny/S64/full"), ("forward", "tiny/S64/causal")]
     assert "peer_held" not in forward.against_sdpa(bench, None, case, "bf16", 2)
+
+
+@pytest.mark.parametrize("script", [forward, backward], ids=lambda script: script.__name__)
+def test_a_peer_that_cannot_be_held_ends_the_run_with_one_line(tmp_path, on_cpu, monkeypatch, capsys, script):
+    path = write_registry(tmp_path / "r.db", [KEY])
+    monkeypatch.setattr(script, "HeldPeer", held.HeldPeer)
+    monkeypatch.setenv("CC", "no-such-cc")
+    options = ["--registry", str(path), "--out", str(tmp_path)]
+    assert measure.exit_code(lambda: script.main(options)) == 2
+    said = capsys.readouterr()
+    assert said.err == "python -m benchmarks: CC: no-such-cc cannot be run (No such file or directory); " \
+        "name a C compiler\n"  # fmt: skip
+    assert said.out == "" and not list(tmp_path.glob("*.json"))
 
 
 def test_the_padding_is_what_emulates_sm120(tmp_path, on_cpu):
