@@ -4,7 +4,7 @@
 
 A call is `torch.autograd.grad` of q, k and v through the graph of a forward that ran before, as training has it: all
 that the backward launches and allocates, and nothing of the forward. Ours and the peer get the same inputs and the same
-gradient of the output. Modes are those of benchmarks/forward.py.
+gradient of the output. Modes and the two peers are those of benchmarks/forward.py.
 
 Times are device times between CUDA events, medians, interleaved. autograd costs some 100 µs of host time a call (it
 wakes a thread of its own), more than the smallest cells take on the device. None of that is in the figures: a round's
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks import cases, forward, measure, published, reference
 from benchmarks.cases import Case, dense, varlen
 from benchmarks.cubins import BenchmarkError
+from benchmarks.held import HeldPeer
 from benchmarks.ours import MODES, Ours
 from benchmarks.workloads import lengths
 from registry.contract import CubineryError
@@ -47,6 +48,7 @@ EXTRA = (
     *(dense(f"d{d}-dv{dv}", 4096, True, 32, 8, d, 2, head_dim_v=dv) for d, dv in ((128, 64), (192, 128))),
 )
 Gradients = Callable[[], tuple[Any, ...]]
+Drawn = tuple[list[tuple[Any, Any, Any]], list[Any]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,33 +58,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(measure.DTYPES), default="bf16")
     parser.add_argument("--repeats", type=int, default=16)
     options = parser.parse_args(argv)
-    return int(sum([_mode(mode, options) for mode in options.modes]) > 0)
+    with HeldPeer() as held:
+        return int(sum([_mode(mode, options, held) for mode in options.modes]) > 0)
 
 
-def _mode(mode: str, options: argparse.Namespace) -> int:
+def _mode(mode: str, options: argparse.Namespace, held: HeldPeer) -> int:
     """Measure and write one mode's file; how many cases failed."""
     ours = Ours(measure.registry_path(options.registry), mode)
-    rows, failures = _rows(ours, cases.grid(), against_sdpa, options)
-    extra, failed = _rows(ours, EXTRA, alone, options)
+    held.start()  # what keeps it from that keeps it from every case
+    rows, failures = _rows(cases.grid(), partial(against_sdpa, ours, held), options)
+    extra, failed = _rows(EXTRA, partial(alone, ours), options)
     fa4 = published.against_fa4(rows, published.BACKWARD_FA2_FA4, "backward")
-    value = measure.result(mode, rows, geomean_spine=spine_geomean(rows), extra=extra, occupancy=ours.occupancy,
-                           against_fa4=fa4)  # fmt: skip
+    of_spine = [row for row in rows if row["case"] in cases.spine()]
+    means = {"geomean_spine": measure.mean_of(of_spine), "geomean_held": measure.mean_of(rows, "ratio_held"),
+             "geomean_spine_held": measure.mean_of(of_spine, "ratio_held")}  # fmt: skip
+    value = measure.result(mode, rows, **means, held=held.proof, extra=extra, occupancy=ours.occupancy, against_fa4=fa4)
     value["bars"] = published.backward_verdicts(mode, value)
     path = measure.write(options.out, f"backward.{mode}", value)
     forward.report(fa4["cells"])
     print("\n".join(map(published.line, value["bars"])))
-    print(f"{path}: geomean {value['geomean']} over {len(rows)} cases, {mode}; blocks per SM {ours.occupancy}")
+    print(f"{path}: {forward.summary(value)}, {mode}; blocks per SM {ours.occupancy}")
     return failures + failed
 
 
-def _rows(ours: Ours, found: Sequence[Case], one: Any, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+def _rows(found: Sequence[Case], one: Any, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """A row for each case that --cases names, and how many failed."""
     rows, failures = [], 0
     for case in found:
         if not fnmatchcase(case.name, options.cases):
             continue
         try:
-            rows.append(one(ours, case, options.dtype, options.repeats))
+            rows.append(one(case, options.dtype, options.repeats))
             print(line(rows[-1]), flush=True)
         except CubineryError as error:  # one case without a kernel must not cost the others
             failures += 1
@@ -90,32 +96,20 @@ def _rows(ours: Ours, found: Sequence[Case], one: Any, options: argparse.Namespa
     return rows, failures
 
 
-def spine_geomean(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Over the cells that the bars are about; None if the run had none of them."""
-    names = cases.spine()
-    ratios = [row["ratio"] for row in rows if row["case"] in names]
-    return round(measure.geomean(ratios), 4) if ratios else None
-
-
-def against_sdpa(ours: Ours, case: Case, dtype: str, repeats: int) -> dict[str, Any]:
-    """One dense case: check ours against the peer, then time both, and ours in fixed order, in turn."""
+def against_sdpa(ours: Ours, held: HeldPeer, case: Case, dtype: str, repeats: int) -> dict[str, Any]:
+    """One dense case: check ours against the peer, then time both, ours in fixed order and the held peer, in turn."""
     inputs, douts = _inputs(ours, case, dtype)
     runs = {"ours": gradients(ours.calls(case, inputs), inputs, douts)}
     with measure.flash_backend():
-        peer = [partial(measure.sdpa, *qkv, case.causal) for qkv in inputs]
-        runs["peer"] = gradients(peer, inputs, [dout.transpose(1, 2) for dout in douts])
+        runs["peer"] = peer(case, inputs, douts)
     if case.name in DETERMINISTIC:
         runs["deterministic"] = gradients(ours.calls(case, inputs, deterministic=True), inputs, douts)
     expected = runs["peer"][0]()
     for name in runs.keys() - {"peer"}:
         check(f"{case.name}, {name}", runs[name][0](), expected)
-    ms = _medians(runs, repeats)
-    row = {
-        **ours.facts(case, ms["ours"], dtype, "bwd"),
-        "peer": round(ms["peer"], 5),
-        "ratio": round(ms["peer"] / ms["ours"], 4),
-        "peer_tflops": round(case.tflops(ms["peer"], "bwd"), 1),
-    }
+    held.prepare("backward", case, dtype)
+    ms = _medians(runs, repeats, {"peer_held": held.round})
+    row = {**ours.facts(case, ms["ours"], dtype, "bwd"), **forward.beside_peers(case, ms, "bwd")}
     if "deterministic" in ms:
         row["deterministic"] = round(ms["deterministic"], 5)
         row["deterministic_ratio"] = round(ms["deterministic"] / ms["ours"], 4)
@@ -133,12 +127,17 @@ def alone(ours: Ours, case: Case, dtype: str, repeats: int) -> dict[str, Any]:
     return ours.facts(case, ms["ours"], dtype, "bwd")
 
 
-def _inputs(ours: Ours, case: Case, dtype: str) -> tuple[list[tuple[Any, Any, Any]], list[Any]]:
+def _inputs(ours: Ours, case: Case, dtype: str) -> Drawn:
+    """`draw`, after what is not to be asked for while anything is timed."""
+    for op in OPS:
+        ours.choice(case, dtype, op)  # its occupancy
+    return draw(case, dtype)
+
+
+def draw(case: Case, dtype: str) -> Drawn:
     """Sets of q, k, v that require gradients, and a gradient of the output for each."""
     import torch
 
-    for op in OPS:
-        ours.choice(case, dtype, op)  # its occupancy is asked for before anything is timed
     inputs, douts = measure.make_inputs(case, dtype), []
     generator = torch.Generator(measure.DEVICE).manual_seed(1)
     for q, k, v in inputs:
@@ -148,6 +147,11 @@ def _inputs(ours: Ours, case: Case, dtype: str) -> tuple[list[tuple[Any, Any, An
         for x in (q, k, v):
             x.requires_grad_()
     return inputs, douts
+
+
+def peer(case: Case, inputs: Sequence[tuple[Any, Any, Any]], douts: Sequence[Any]) -> list[Gradients]:
+    """SDPA's backward for each input set; to be called within `measure.flash_backend()`."""
+    return gradients(forward.peer(case, inputs), inputs, [dout.transpose(1, 2) for dout in douts])
 
 
 def gradients(
@@ -162,11 +166,13 @@ def gradients(
     ]
 
 
-def _medians(runs: dict[str, list[Gradients]], repeats: int) -> dict[str, float]:
+def _medians(
+    runs: dict[str, list[Gradients]], repeats: int, elsewhere: Mapping[str, measure.Elsewhere] | None = None
+) -> dict[str, float]:
     """Milliseconds by name."""
     timed: dict[str, measure.Run] = {name: partial(measure.call, calls) for name, calls in runs.items()}
-    sets = len(runs["ours"])
-    return {name: statistics.median(times) for name, times in measure.interleaved(timed, sets, repeats).items()}
+    times = measure.interleaved(timed, len(runs["ours"]), repeats, elsewhere=elsewhere)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def check(what: str, found: Sequence[Any], expected: Sequence[Any]) -> None:

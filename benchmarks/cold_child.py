@@ -1,6 +1,6 @@
 """One fresh process of cold_start: prints one JSON line. Run as a script: it imports nothing of ours before its clock.
 
-python benchmarks/cold_child.py ours|sdpa|whole cuda|cpu
+python benchmarks/cold_child.py ours|sdpa|whole|bindings cuda|cpu
 """
 
 import json
@@ -18,9 +18,13 @@ Call = Callable[[], torch.Tensor]
 
 def main(which: str, device: str) -> None:
     """Inputs and the device's context first; then the clock, the import, the first call and a second one; then torch's
-    autograd is started, and the first backward and a second one run. whole: ours, and that backward starts autograd."""
+    autograd is started, and the first backward and a second one run. whole: ours, and that backward starts autograd.
+    bindings: nothing but the import of NVIDIA's bindings of the driver."""
     qkv = _inputs(device)
     _wait(device)
+    if which == "bindings":
+        print(json.dumps({"ms": {"import": round(_bindings() * 1e3, 3)}}))
+        return
     call, imported = _sdpa(qkv, device) if which == "sdpa" else _ours(qkv)
     first, second = _timed(call, device), _timed(call, device)
     seconds = {"import": imported, "first": first, "total": imported + first, "second": second}
@@ -54,6 +58,15 @@ def _ours(qkv: Tensors) -> tuple[Call, float]:
         return out if isinstance(out, torch.Tensor) else out[0]
 
     return call, imported
+
+
+def _bindings() -> float:
+    """Seconds of the import without which nothing in Python launches a kernel."""
+    start = time.perf_counter()
+    import cuda.bindings.driver
+
+    assert cuda.bindings.driver.cuInit
+    return time.perf_counter() - start
 
 
 def _sdpa(qkv: Tensors, device: str) -> tuple[Call, float]:

@@ -6,6 +6,10 @@ Ours is `runtime.flash_attn` with the dispatch table's own choice. Mode sm120 pa
 launches until as many blocks share an H200 SM as would share an SM120 SM (by the sm_120 artifact's registers, threads
 and shared memory); the peer is never padded. Times are device times between CUDA events, medians, interleaved. The bars
 and FA4's published figures (benchmarks/published.py) stand beside the rows.
+
+The peer is measured twice, by turns in the same run: `peer` is free to use the shared memory of this GPU, `peer_held`
+is held to the 99 KB of an SM120 block (benchmarks/held.py), which needs a C compiler, $CC or cc. `ratio` and
+`ratio_held` are their times over ours.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -21,6 +25,7 @@ from typing import Any
 from benchmarks import cases, measure, published
 from benchmarks.cases import Case
 from benchmarks.cubins import BenchmarkError
+from benchmarks.held import HeldPeer
 from benchmarks.ours import MODES, Ours
 from registry.contract import CubineryError
 
@@ -34,58 +39,80 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(measure.DTYPES), default="bf16")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args(argv)
-    return int(sum([_mode(mode, options) for mode in options.modes]) > 0)
+    with HeldPeer() as held:
+        return int(sum([_mode(mode, options, held) for mode in options.modes]) > 0)
 
 
-def _mode(mode: str, options: argparse.Namespace) -> int:
+def _mode(mode: str, options: argparse.Namespace, held: HeldPeer) -> int:
     """Measure and write one mode's file; how many cases failed."""
     ours = Ours(measure.registry_path(options.registry), mode)
+    held.start()  # what keeps it from that keeps it from every case
     rows, failures = [], 0
     for case in cases.grid():
         if not fnmatchcase(case.name, options.cases):
             continue
         try:
-            rows.append(against_sdpa(ours, case, options.dtype, options.repeats))
+            rows.append(against_sdpa(ours, held, case, options.dtype, options.repeats))
             print(line(rows[-1]), flush=True)
         except CubineryError as error:  # one case without a kernel must not cost the others
             failures += 1
             print(f"  {case.name:<26} FAILED {error.reason}: {error}", flush=True)
     fa4 = published.against_fa4(rows, published.FA2_FA4, "forward")
-    value = measure.result(mode, rows, occupancy=ours.occupancy, against_fa4=fa4)
+    value = measure.result(mode, rows, geomean_held=measure.mean_of(rows, "ratio_held"), held=held.proof,
+                           occupancy=ours.occupancy, against_fa4=fa4)  # fmt: skip
     value["bars"] = published.verdicts(mode, value)
     path = measure.write(options.out, f"forward.{mode}", value)
     report(fa4["cells"])
     print("\n".join(map(published.line, value["bars"])))
-    print(f"{path}: geomean {value['geomean']} over {len(rows)} cases, {mode}; blocks per SM {ours.occupancy}")
+    print(f"{path}: {summary(value)}, {mode}; blocks per SM {ours.occupancy}")
     return failures
 
 
-def against_sdpa(ours: Ours, case: Case, dtype: str, repeats: int) -> dict[str, Any]:
-    """One dense case: check ours against the peer, then time both in turn."""
+def against_sdpa(ours: Ours, held: HeldPeer | None, case: Case, dtype: str, repeats: int) -> dict[str, Any]:
+    """One dense case: check ours against the peer, then time both, and the held peer if there is one, in turn."""
     inputs = measure.make_inputs(case, dtype)
     ours.choice(case, dtype)  # its occupancy is asked for before anything is timed
     with measure.flash_backend():
         mine = ours.calls(case, inputs)
-        peer = [partial(measure.sdpa, *qkv, case.causal) for qkv in inputs]
-        difference = measure.relative_error(mine[0](), peer[0]().transpose(1, 2))
+        theirs = peer(case, inputs)
+        difference = measure.relative_error(mine[0](), theirs[0]().transpose(1, 2))
         if not difference <= MAX_DIFFERENCE:
             raise BenchmarkError(f"{case.name}: ours differs from SDPA by {difference:.2e}")
-        runs: dict[str, measure.Run] = {"ours": partial(measure.call, mine), "peer": partial(measure.call, peer)}
-        times = measure.interleaved(runs, len(inputs), repeats, warmup=3)
-    ms, peer_ms = statistics.median(times["ours"]), statistics.median(times["peer"])
-    return {
-        **ours.facts(case, ms, dtype),
-        "peer": round(peer_ms, 5),
-        "ratio": round(peer_ms / ms, 4),
-        "peer_tflops": round(case.tflops(peer_ms), 1),
+        if held:
+            held.prepare("forward", case, dtype)
+        elsewhere = {"peer_held": held.round} if held else None
+        runs: dict[str, measure.Run] = {"ours": partial(measure.call, mine), "peer": partial(measure.call, theirs)}
+        times = measure.interleaved(runs, len(inputs), repeats, warmup=3, elsewhere=elsewhere)
+    ms = {name: statistics.median(found) for name, found in times.items()}
+    return {**ours.facts(case, ms["ours"], dtype), **beside_peers(case, ms)}
+
+
+def peer(case: Case, inputs: Sequence[tuple[Any, Any, Any]]) -> list[Any]:
+    """SDPA's call for each input set; they are to be made within `measure.flash_backend()`."""
+    return [partial(measure.sdpa, *qkv, case.causal) for qkv in inputs]
+
+
+def beside_peers(case: Case, ms: Mapping[str, float], op: str = "fwd") -> dict[str, Any]:
+    """What a row states of the peers. ms: by name, with 'ours', 'peer' and, where that was measured, 'peer_held'."""
+    row = {
+        "peer": round(ms["peer"], 5),
+        "ratio": round(ms["peer"] / ms["ours"], 4),
+        "peer_tflops": round(case.tflops(ms["peer"], op), 1),
     }
+    if "peer_held" in ms:
+        row |= {"peer_held": round(ms["peer_held"], 5), "ratio_held": round(ms["peer_held"] / ms["ours"], 4)}
+    return row
+
+
+def summary(value: Mapping[str, Any]) -> str:
+    return f"geomean {value['geomean']}, held peer {value['geomean_held']}, over {len(value['rows'])} cases"
 
 
 def line(row: dict[str, Any]) -> str:
     return (
         f"  {row['case']:<26} ours {row['ours']:8.4f} ms {row['tflops']:6.1f} TFLOP/s   "
-        f"SDPA {row['peer']:8.4f} ms {row['peer_tflops']:6.1f}   {row['ratio']:.3f}x   {row['variant']}"
-        + (" packed" if row["pack"] else "")
+        f"SDPA {row['peer']:8.4f} ms {row['peer_tflops']:6.1f}   {row['ratio']:.3f}x   held {row['ratio_held']:.3f}x   "
+        f"{row['variant']}" + (" packed" if row["pack"] else "")
     )
 
 

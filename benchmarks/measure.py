@@ -30,10 +30,15 @@ WAITS = (2_000_000, 8_000_000, 32_000_000)  # GPU cycles, the first about 1 ms
 DEVICE = "cuda"  # tests of the scripts themselves set "cpu"
 
 Run = Callable[[int], object]  # enqueues one call on input set i
+Elsewhere = Callable[[int], Sequence[float]]  # the milliseconds of round i, timed by whoever is asked
 
 
-def interleaved(runs: Mapping[str, Run], sets: int, repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Run], sets: int, repeats: int, warmup: int = 2, elsewhere: Mapping[str, Elsewhere] | None = None
+) -> dict[str, list[float]]:
     """Milliseconds of each run, `repeats` times: one call of every run a round, so that clocks drift alike for all.
+
+    elsewhere: what another process times, asked for once a round, before and after our own calls by turns.
 
     Input sets rotate from call to call, and so do the places within a round, in both directions: what runs before it
     moves a kernel by up to 2 %. On a GPU, events are recorded around each call while the queue is kept full,
@@ -42,15 +47,29 @@ def interleaved(runs: Mapping[str, Run], sets: int, repeats: int, warmup: int = 
     for i in range(warmup):
         for run in runs.values():
             run(i % sets)
-    time_round = _cuda_round if DEVICE == "cuda" else _cpu_round
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    beside = elsewhere or {}
+    times: dict[str, list[float]] = {name: [] for name in (*runs, *beside)}
     names = list(runs)
     for repeat in range(repeats):
         at = repeat // 2 % len(names)
         order = (names[at:] + names[:at])[:: -1 if repeat % 2 else 1]
-        for name, ms in time_round({name: runs[name] for name in order}, repeat, sets).items():
+        if repeat % 2:
+            _ask(beside, repeat, times)
+        for name, ms in one_round({name: runs[name] for name in order}, repeat, sets).items():
             times[name].append(ms)
+        if not repeat % 2:
+            _ask(beside, repeat, times)
     return times
+
+
+def _ask(elsewhere: Mapping[str, Elsewhere], repeat: int, times: dict[str, list[float]]) -> None:
+    for name, ask in elsewhere.items():
+        times[name] += ask(repeat)
+
+
+def one_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, float]:
+    """Milliseconds of one call of each run, on input sets from `repeat` on; the device is idle before and after."""
+    return (_cuda_round if DEVICE == "cuda" else _cpu_round)(runs, repeat, sets)
 
 
 def _cuda_round(runs: Mapping[str, Run], repeat: int, sets: int) -> dict[str, float]:
@@ -243,9 +262,13 @@ def _output(*command: str) -> str:
 
 def result(mode: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
     """One result file's content. Rows carry case, ours, peer, ratio (> 1: ours is faster), variant, ptx_sha256."""
-    ratios = geomean(row["ratio"] for row in rows)
-    mean = None if math.isnan(ratios) else round(ratios, 4)
-    return {**environment(), "mode": mode, "rows": list(rows), "geomean": mean, **more}
+    return {**environment(), "mode": mode, "rows": list(rows), "geomean": mean_of(rows), **more}
+
+
+def mean_of(rows: Iterable[Mapping[str, Any]], name: str = "ratio") -> float | None:
+    """The geometric mean of a ratio that all rows have; None without rows."""
+    mean = geomean(row[name] for row in rows)
+    return None if math.isnan(mean) else round(mean, 4)
 
 
 def write(folder: Path, name: str, value: Mapping[str, Any]) -> Path:

@@ -172,7 +172,7 @@ def asymmetric(ours: Ours, repeats: int) -> dict[str, Any]:
 def _beside_sdpa(ours: Ours, case: Case, repeats: int) -> dict[str, Any]:
     """With SDPA's FlashAttention-2 where it takes such head dims, else with its refusal."""
     try:
-        return forward.against_sdpa(ours, case, "bf16", repeats)
+        return forward.against_sdpa(ours, None, case, "bf16", repeats)
     except RuntimeError as error:
         (ms,) = timed(ours, (case,), repeats)
         return {**ours.facts(case, ms), "peer": None, "sdpa": str(error).splitlines()[0][:200]}

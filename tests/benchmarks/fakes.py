@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +60,44 @@ def tables_read(folder: Path, monkeypatch: Any) -> Any:
 
     monkeypatch.setattr(measured, "result", lambda name: json.loads((folder / f"{name}.json").read_text()))
     return measured
+
+
+def stand_in_cudart(folder: Path) -> Path:
+    """A CUDA runtime of one device, an H200, with versioned symbols as NVIDIA's has them; needs a C compiler."""
+    source, versions, library = folder / "cudart.c", folder / "versions", folder / "libcudart.so.13"
+    source.write_text(
+        "int cudaDeviceGetAttribute(int *value, int attribute, int device) {\n"
+        "    if (device) return 101;\n"
+        "    *value = attribute == 97 ? 232448 : attribute == 81 ? 233472 : 0;\n"
+        "    return 0;\n}\n"
+    )
+    versions.write_text("libcudart.so.13 { global: cudaDeviceGetAttribute; local: *; };\n")
+    options = [f"-Wl,-soname,{library.name}", f"-Wl,--version-script={versions}", "-o", str(library), str(source)]
+    subprocess.run(["cc", "-shared", "-fPIC", *options], check=True)
+    return library
+
+
+class FakeHeld:
+    """Stands in for benchmarks.held.HeldPeer: takes 3 and 5 ms. prepared: what was asked for."""
+
+    def __init__(self) -> None:
+        self.proof = {"bytes": 101_376, "asked": 1}
+        self.prepared: list[tuple[str, str]] = []
+
+    def __enter__(self) -> FakeHeld:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def prepare(self, what: str, case: Any, dtype: str) -> None:
+        self.prepared.append((what, case.name))
+
+    def round(self, repeat: int) -> list[float]:
+        return [3.0, 5.0]
 
 
 class FakeKernel:

@@ -17,7 +17,7 @@ from benchmarks.cases import dense, varlen
 from benchmarks.cubins import BenchmarkError
 from registry.contract import Variant
 from runtime.load import kernel
-from tests.benchmarks.fakes import FakeKernel, attend, tables_read, write_registry
+from tests.benchmarks.fakes import FakeHeld, FakeKernel, attend, tables_read, write_registry
 
 FORWARD = [f"fwd-bf16-d{d}-dv{dv}-m64-n64-w4-s1" for d, dv in ((64, 64), (64, 32))]
 KEY = "bwd-bf16-d64-dv64-m64-n64-w4-s1"
@@ -49,6 +49,7 @@ def plain(monkeypatch):
     made = Plain()
     monkeypatch.setattr(measure, "DEVICE", "cpu")
     monkeypatch.setattr(ours, "Kernel", FakeKernel)
+    monkeypatch.setattr(backward, "HeldPeer", FakeHeld)
     monkeypatch.setattr(runtime, "flash_attn", made.flash_attn)
     monkeypatch.setattr(runtime, "flash_attn_varlen", made.flash_attn_varlen)
     monkeypatch.setattr(kernel, "SMEM_PADDING", None)
@@ -76,25 +77,33 @@ def test_a_file_per_mode(registry, tmp_path, plain, capsys, monkeypatch):
         assert ["deterministic_ratio" in row for row in value["rows"]] == [False, True]
         assert [row["case"] for row in value["extra"]] == [case.name for case in SMALL]
         assert value["occupancy"].keys() == {*FORWARD, KEY, *AROUND}
+        assert value["geomean_spine_held"] == value["rows"][1]["ratio_held"] and value["geomean_held"] > 0
+        assert value["held"]["bytes"] == 101_376
+        over = "geomean over the spine's grid"
         assert [bar["bar"].split(" >=")[0].split(" <=")[0] for bar in value["bars"]] == [
-            "geomean over the spine's grid", "every cell ahead of FA4/FA2", "deterministic over default, slowest cell"
+            over, *([f"{over}, held peer"] if mode == "sm120" else []),
+            "every cell ahead of FA4/FA2", "deterministic over default, slowest cell",
         ]  # fmt: skip
     assert "2 of 2" in json.dumps(value["occupancy"]) and True in plain.asked
     assert "deterministic" in capsys.readouterr().out
     tables = tables_read(tmp_path, monkeypatch)
     ordered = f"{value['rows'][1]['deterministic_ratio']:.2f}"
-    assert [(row[0], len(row)) for row in tables.backward()] == [("`free`", 8), ("`sm120`", 8)]
-    assert tables.backward()[1][1:3] == [f"{value[name]:.3f}" for name in ("geomean", "geomean_spine")]
-    assert tables.backward()[1][7] == ordered
-    assert tables.backward_models()[0][0::3] == ["tiny", f"{value['rows'][0]['ratio']:.3f}"]
+    assert [(row[0], len(row)) for row in tables.backward()] == [("`free`", 10), ("`sm120`", 10)]
+    means = ("geomean", "geomean_held", "geomean_spine", "geomean_spine_held")
+    assert tables.backward()[1][1:5] == [f"{value[name]:.3f}" for name in means]
+    assert tables.backward()[1][9] == ordered
+    said = [f"{row[name]:.3f}" for name in ("ratio", "ratio_held") for row in value["rows"]]
+    assert tables.backward_models()[0][0::3] == ["tiny", said[0], said[3]]
 
 
 def test_a_row_counts_the_backwards_work(registry, plain, monkeypatch):
-    monkeypatch.setattr(backward, "_medians", lambda runs, repeats: {"ours": 1e-4, "peer": 2e-4})
+    monkeypatch.setattr(
+        backward, "_medians", lambda runs, repeats, elsewhere=None: {"ours": 1e-4, "peer": 2e-4, "peer_held": 3e-4}
+    )
     case = replace(TINY[1], batch=1)
-    row = backward.against_sdpa(ours.Ours(registry, "free"), case, "bf16", 1)
+    row = backward.against_sdpa(ours.Ours(registry, "free"), FakeHeld(), case, "bf16", 1)
     assert case.flops == 2 * 64 * 64 * 4 * 64
-    assert (row["tflops"], row["peer_tflops"], row["ratio"]) == (52.4, 26.2, 2.0)
+    assert (row["tflops"], row["peer_tflops"], row["ratio"], row["ratio_held"]) == (52.4, 26.2, 2.0, 3.0)
     assert backward.alone(ours.Ours(registry, "free"), SMALL[0], "bf16", 1)["tflops"] > 2.4 * SMALL[0].flops / 1e5
 
 
@@ -117,9 +126,12 @@ def test_a_wrong_gradient_fails_its_case(registry, plain, monkeypatch, case, of)
         return plain.flash_attn(**x, **more)
 
     monkeypatch.setattr(runtime, "flash_attn", flash_attn)
-    one = backward.against_sdpa if case.left is None else backward.alone
+    bench = ours.Ours(registry, "free")
     with pytest.raises(BenchmarkError, match=f"d{of} differs by"):
-        one(ours.Ours(registry, "free"), case, "bf16", 1)
+        if case.left is None:
+            backward.against_sdpa(bench, FakeHeld(), case, "bf16", 1)
+        else:
+            backward.alone(bench, case, "bf16", 1)
 
 
 def test_a_wrong_deterministic_gradient_fails_its_case(registry, plain, monkeypatch, tmp_path, capsys):
@@ -139,12 +151,14 @@ def test_the_forward_is_not_in_the_time(registry, plain, monkeypatch):
     timed = []
     real = measure.interleaved
 
-    def interleaved(runs, sets, repeats, warmup=2):
+    def interleaved(runs, sets, repeats, **more):
         timed.append(len(plain.asked))
-        return real(runs, sets, repeats, warmup)
+        return real(runs, sets, repeats, **more)
 
     monkeypatch.setattr(measure, "interleaved", interleaved)
-    backward.against_sdpa(bench, case, "bf16", 5)
+    peer = FakeHeld()
+    backward.against_sdpa(bench, peer, case, "bf16", 5)
+    assert peer.prepared == [("backward", "tiny/S64/full")]
     assert timed == [2] and len(plain.asked) == 2
 
 
@@ -170,10 +184,15 @@ def test_the_bars():
     fa4 = published.against_fa4(rows, cells, "backward")
     assert len(fa4["cells"]) == 10 and "backward" in fa4["source"]
     for mode, least in (("free", 0.95), ("sm120", 0.85)):
-        value = {"rows": rows, "geomean_spine": least, "against_fa4": fa4}
-        assert [bar["met"] for bar in published.backward_verdicts(mode, value)] == [True, True, False]
-        found = published.backward_verdicts(mode, {**value, "geomean_spine": least - 0.001, "rows": rows[2:]})
-        assert [bar["met"] for bar in found] == [False, True]
+        value = {"rows": rows, "geomean_spine": least, "geomean_spine_held": least - 0.001, "against_fa4": fa4}
+        held = [False] if mode == "sm120" else []  # only there the held peer has a bar
+        assert [bar["met"] for bar in published.backward_verdicts(mode, value)] == [True, *held, True, False]
+        value |= {"geomean_spine": least - 0.001, "geomean_spine_held": least, "rows": rows[2:]}
+        assert [bar["met"] for bar in published.backward_verdicts(mode, value)] == [
+            False,
+            *(not met for met in held),
+            True,
+        ]
     rows[3]["ratio"] -= 2e-6
     fa4 = published.against_fa4(rows, cells, "backward")
     assert [cell["met"] for cell in fa4["cells"]].count(False) == 1

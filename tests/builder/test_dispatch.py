@@ -20,9 +20,12 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+ROWS = dispatch.rows()  # once: reading and checking the tables takes longer than a thousand calls
+
+
 def first(**facts: Any) -> Any:
     call = {**FACTS, **facts}
-    return next(row for row in dispatch.rows() if all(c.holds(call) for c in row.when))
+    return next(row for row in ROWS if all(c.holds(call) for c in row.when))
 
 
 def test_the_file_is_the_one_text_of_its_table() -> None:
@@ -50,14 +53,13 @@ def test_short_queries_get_short_tiles_and_few_packed_rows_are_packed() -> None:
 
 
 def test_rows_pack_only_calls_with_groups_and_dtypes_share_tiles() -> None:
-    rows = dispatch.rows()
-    for row in rows:
+    for row in ROWS:
         assert not row.pack or any(c.fact == "group" and c.value >= 2 for c in row.when)
-    keys = {dtype: [r.variant.replace(dtype, "") for r in rows if f"-{dtype}-" in r.variant] for dtype in DTYPES}
-    (fp32,) = [row for row in rows if "-fp32-" in row.variant]  # partial outputs combined into fp32
+    keys = {dtype: [r.variant.replace(dtype, "") for r in ROWS if f"-{dtype}-" in r.variant] for dtype in DTYPES}
+    (fp32,) = [row for row in ROWS if "-fp32-" in row.variant]  # partial outputs combined into fp32
     assert fp32.op == "fwd_combine"
-    assert keys["bf16"] == keys["fp16"] and len(rows) == 2 * len(keys["bf16"]) + 1
-    assert [v.key for v in dispatch.variants()] == sorted({row.variant for row in rows})
+    assert keys["bf16"] == keys["fp16"] and len(ROWS) == 2 * len(keys["bf16"]) + 1
+    assert [v.key for v in dispatch.variants()] == sorted({row.variant for row in ROWS})
 
 
 def damaged(change: Callable[[dict[str, Any]], object], path: Path) -> str:
