@@ -82,7 +82,7 @@ def _gradients(ctx: Any, dout: Any, dlse: Any) -> Any:
     saved = dict(zip(kept.names, ctx.saved_tensors, strict=True))
     deterministic = kept.deterministic or torch.are_deterministic_algorithms_enabled()
     found = kept.gradients(call, saved, dout, dlse, needs, deterministic)
-    return (None, None, *[found.get(name) for name in call.given])
+    return (None, None, *map(found.get, call.given))
 
 
 _once_differentiable = once_differentiable(_gradients)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ SEMAPHORE_ROWS = 16
 GRADIENT_OF = {t.name: t.gradient_of for t in ops.get("bwd").tensors if t.gradient_of}
 WORKSPACE_OF = {argument: name for name, argument in GRADIENT_OF.items()}
 NO_OUTPUTS = Outputs(*(lambda *_: None,) * 4)
+KNOWN = tensors.described("bwd")  # imports the ops' descriptions with this module, and not in a first backward
+SHAPE_AND_DTYPE, STRIDE, DEVICE = attrgetter("shape", "dtype"), torch.Tensor.stride, torch.Tensor.get_device
 # With any of these, rows may belong to no sequence.
 LEAVES_ROWS = frozenset(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"))
 
@@ -134,20 +137,20 @@ def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs:
     saved: the forward's tensors, out and lse among them, by name. dout, dlse: of out and lse, with their shapes and
     dtypes; None: nothing depends on it. Raises what flash_attn raises.
     """
-    given = {**saved, "lse": saved["lse"].contiguous()}  # which a hook of saved tensors may have changed
-    given["dout"] = _readable(torch.zeros_like(saved["out"]) if dout is None else dout)
+    given = {**saved, "dout": _readable(torch.zeros_like(saved["out"]) if dout is None else dout)}
+    given["lse"] = saved["lse"].contiguous()  # which a hook of saved tensors may have changed
     if dlse is not None:
         given["dlse"] = dlse.resolve_neg()
-    numbers, facts = call.numbers, call.facts
+    numbers, facts, every = call.numbers, call.facts, given.values()
     key = ("bwd", needs, deterministic, call.window, numbers["scale_log2"], numbers["softcap_scale"],
            facts["seqlen_q"], facts["seqlen_k"],
-           *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
+           *given, *map(SHAPE_AND_DTYPE, every), *map(STRIDE, every), *map(DEVICE, every))  # fmt: skip
     kept: Plan | None = plans.plans.by_call.get(key)
     if kept is None:
-        steps, known = _steps(saved, needs), tensors.described("bwd")
+        steps = _steps(saved, needs)
         if not steps:
             return {name: _maker(saved[name], True)(saved[name]) for name in needs}
-        request = Request("bwd", {name: tensor for name, tensor in given.items() if name in known}, Options())
+        request = Request("bwd", {name: tensor for name, tensor in given.items() if name in KNOWN}, Options())
         kept = plan.prepare(Backward(call, steps, needs, deterministic), request, key)
     return _run(kept, needs, given)
 
