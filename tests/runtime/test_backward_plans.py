@@ -16,6 +16,7 @@ from runtime.load import plans
 from tests.runtime.fakes import FakeBackend
 from tests.support.attention import BF16, inputs
 from tests.support.backward import SINK, assert_close, attention64, leaves
+from tests.support.varlen import ints
 
 pytestmark = pytest.mark.usefixtures("backward_registry")
 
@@ -235,3 +236,15 @@ def test_both_outputs_gradients_come_and_go(backend: FakeBackend, monkeypatch):
             assert_close(found, want)
             read = backend.driver.launched("bwd_preprocess")[-1]["params"]
             assert bool(read["dlse"]) == any(output is lse for output in outputs)
+
+
+def test_tensors_that_lie_alike_are_told_apart(backend: FakeBackend):
+    """Lengths of queries and of keys, sinks and slopes: of one shape and dtype."""
+    q, k, v = inputs(seqlen_q=6, seqlen_k=6)
+    for name, other in (("seqused_q", "seqused_k"), ("seqused_k", "leftpad_k"), ("sink", "alibi_slopes")):
+        for which in (name, other, name):
+            value = torch.rand(4) if name == "sink" else ints(3, 4)
+            runtime.flash_attn_varlen(*leaves(q, k, v), **{which: value}).sum().backward()
+            read = backend.driver.launched("bwd")[-1]["params"]
+            for parameter in ("seqused_q", "seqused_k", "leftpad_k", "alibi_slopes"):
+                assert read[parameter] == (value.data_ptr() if parameter == which else 0)
