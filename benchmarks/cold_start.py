@@ -174,7 +174,8 @@ def fill_cache(registry: Path, arch: str, folder: Path) -> str:
     from runtime.sources.cache import DiskCache
 
     index, cache = read_index(registry, arch), DiskCache(str(folder))
-    cache.put("indexes", index.digest, index.to_bytes())
+    for digest, document in index.documents.items():
+        cache.put("indexes", digest, document)
     database = sqlite3.connect(f"file:{registry.resolve()}?mode=ro", uri=True)
     try:
         for sha256 in {artifact.frame_sha256 for artifact in index.artifacts}:

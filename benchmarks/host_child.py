@@ -67,6 +67,7 @@ def training_paths(runtime: Any, device: str) -> dict[str, Callable[[], Any]]:
     packed = [x[0] for x in (q, k, v)]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     dout = torch.randn_like(q)
+    out = runtime.flash_attn(*leaves, causal=True)
 
     def forward_backward() -> None:
         runtime.flash_attn(*leaves, causal=True).backward(dout)
@@ -97,6 +98,8 @@ def training_paths(runtime: Any, device: str) -> dict[str, Callable[[], Any]]:
         "varlen": lambda: runtime.flash_attn_varlen(
             *packed, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=44, max_seqlen_k=44, causal=True
         ),
+        "forward, recorded": lambda: runtime.flash_attn(*leaves, causal=True),
+        "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
         "forward and backward": forward_backward,
     }
 

@@ -4,7 +4,8 @@
     python -m benchmarks.host_paths --against ../other --stand-in          # without a GPU
 
 Both checkouts run in fresh processes, in turn, `--rounds` times; `ratio` is the median of ours over the median of
-theirs. Tiny calls: dense, with the LSE, packed, decode with and without append, forward and backward.
+theirs. Tiny calls: dense, with the LSE, packed, decode with and without append, forward and backward, each alone and
+together.
 """
 
 from __future__ import annotations

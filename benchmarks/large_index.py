@@ -11,7 +11,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -89,8 +89,7 @@ def _part(parts: dict[str, dict[Dims, Part]], key: str) -> Part:
 def _with_dims(part: Part, dims: Dims) -> Part:
     facts = dict(zip(("head_dim", "head_dim_v"), dims, strict=True))
     rows = [
-        replace(row, variant=_renamed(row.variant, dims),
-                when=tuple(Condition(c.fact, c.op, facts.get(c.fact, c.value)) for c in row.when))
+        row.replace(variant=_renamed(row.variant, dims), when=tuple(Condition(c.fact, c.op, facts.get(c.fact, c.value)) for c in row.when))
         for row in part.rows
     ]  # fmt: skip
     return Part([_made(artifact, _renamed(artifact.variant, dims)) for artifact in part.artifacts], rows)
@@ -98,11 +97,11 @@ def _with_dims(part: Part, dims: Dims) -> Part:
 
 def _made(artifact: Artifact, key: str) -> Artifact:
     symbol = artifact.symbol.replace(artifact.variant.replace("-", "_"), key.replace("-", "_"))
-    return replace(artifact, variant=key, symbol=symbol, ptx_sha256=sha256_hex(key.encode()))
+    return artifact.replace(variant=key, symbol=symbol, ptx_sha256=sha256_hex(key.encode()))
 
 
 def _renamed(key: str, dims: Dims) -> str:
-    return replace(Variant.parse(key), head_dim=dims[0], head_dim_v=dims[1]).key
+    return Variant.parse(key).replace(head_dim=dims[0], head_dim_v=dims[1]).key
 
 
 def _rank(key: str) -> tuple[int, int]:

@@ -3,63 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from registry import ops
 from runtime.call import backward, tensors
+from runtime.call.plan import Plan, execute
 from runtime.call.request import Call
 from runtime.errors import ArgumentError
 
 # Op.backward -> the function that computes the gradients: of a call's saved tensors, {name: gradient}.
 GRADIENTS: dict[str, Callable[..., dict[str, Any]]] = {"bwd": backward.gradients}
-Run = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 
 
-def apply(call: Call, given: Mapping[str, Any], return_lse: Any, deterministic: Any, run: Run) -> Any:
-    """(out, lse), with the backward behind them; lse None if it is not wanted.
+class Recorded(NamedTuple):
+    """What the calls of one plan leave to their backward, beside their tensors. names: of what is saved."""
 
-    given: the call's tensors by name, of which one requires grad. run: makes (out, lse) of them. Raises ArgumentError
-    where there are no gradients, and what flash_attn raises.
-    """
-    tensors.check_differentiable(ops.get(call.op), given.items())
+    call: Call
+    names: tuple[str, ...]
+    return_lse: bool
+    deterministic: bool
+    gradients: Callable[..., dict[str, Any]]
+
+
+def recorded(call: Call, given: Mapping[str, Any], return_lse: bool, deterministic: bool) -> Recorded:
+    """For calls like this one, with these tensors by name. Raises ArgumentError where there are no gradients."""
+    op = ops.get(call.op)
+    tensors.check_differentiable(op, given.items())
     if "out" in given:
         message = "cannot be given where it or an input requires grad; leave it out, or call under torch.no_grad()"
         raise ArgumentError("out", message, reason="requires_grad")
-    tensors.check_storage(*given.items())
-    tensors.check_tangents(forward_ad, given.items())
-    names = tuple(given)
-    found = Attention.apply(call, names, bool(deterministic), bool(return_lse), run, *given.values())
-    return found if return_lse else (found, None)
+    return Recorded(call, (*given, "out", "lse"), return_lse, deterministic, GRADIENTS[op.backward])
+
+
+def apply(kept: Recorded, plan: Plan, given: Mapping[str, Any]) -> Any:
+    """(out, lse), with the backward behind them; lse None if it is not wanted.
+
+    given: the call's tensors by name, of which one requires grad. Raises what flash_attn raises.
+    """
+    if plan.forward_ad._current_level >= 0:
+        tensors.check_tangents(plan.forward_ad, given.items())
+    try:
+        found = Attention.apply(kept, plan, *given.values())
+    except RuntimeError:  # torch has other words for torch.func's wrappers
+        tensors.check_storage(*given.items())
+        raise
+    return found if kept.return_lse else (found, None)
 
 
 class Attention(torch.autograd.Function):
     """Keeps all tensors of the call, out and lse."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, names: tuple[str, ...], deterministic: bool, return_lse: bool, run: Run,
-                *given: Any) -> Any:  # fmt: skip
-        out, lse = run(dict(zip(names, given, strict=True)))  # grad mode is off here
+    def forward(ctx: Any, kept: Recorded, plan: Plan, *given: Any) -> Any:
+        # grad mode is off here
+        out, lse = execute(plan, dict(zip(kept.call.given, given, strict=True)), return_lse=True, zeros=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, out, lse)
-        ctx.call, ctx.names, ctx.deterministic = call, names, deterministic
-        return (out, lse) if return_lse else out
+        ctx.kept = kept
+        return (out, lse) if kept.return_lse else out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
-        first = len(ctx.needs_input_grad) - len(ctx.names)  # of the tensors among the arguments
-        nothing = (None,) * first
-        if dout is None and dlse is None:
-            return (*nothing, *(None for _ in ctx.names))
-        known = tensors.described(ctx.call.op)
-        wanted = zip(ctx.names, ctx.needs_input_grad[first:], strict=True)
-        needs = frozenset(name for name, needed in wanted if needed and known[name].differentiable)
-        saved = dict(zip((*ctx.names, "out", "lse"), ctx.saved_tensors, strict=True))
-        deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
-        gradients = GRADIENTS[ops.get(ctx.call.op).backward]
-        found = gradients(ctx.call, saved, dout, dlse, needs, deterministic)
-        return (*nothing, *(found.get(name) for name in ctx.names))
+        # The decorator takes several µs, and changes nothing unless autograd records the backward (create_graph).
+        return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, dout, dlse)
+
+
+def _gradients(ctx: Any, dout: Any, dlse: Any) -> Any:
+    """One for each argument of `Attention.forward`."""
+    kept, needed = ctx.kept, ctx.needs_input_grad
+    if dout is None and dlse is None:
+        return (None,) * len(needed)
+    call = kept.call
+    needs = _needs(call.op, call.given, needed)
+    saved = dict(zip(kept.names, ctx.saved_tensors, strict=True))
+    deterministic = kept.deterministic or torch.are_deterministic_algorithms_enabled()
+    found = kept.gradients(call, saved, dout, dlse, needs, deterministic)
+    return (None, None, *map(found.get, call.given))
+
+
+_once_differentiable = once_differentiable(_gradients)
+
+
+@lru_cache(maxsize=256)
+def _needs(op: str, given: tuple[str, ...], needed: tuple[bool, ...]) -> frozenset[str]:
+    """Names of the tensors whose gradients are wanted. needed: by torch, of the arguments of `Attention.forward`."""
+    known, of_tensors = tensors.described(op), needed[len(needed) - len(given) :]
+    wanted = zip(given, of_tensors, strict=True)
+    return frozenset(name for name, is_needed in wanted if is_needed and known[name].differentiable)

@@ -7,7 +7,9 @@ left is torch's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,10 @@ PARTIAL_MULTIPLE = 64  # floats to whose multiples partial sums are rounded: 256
 SEMAPHORE_ROWS = 16
 # Workspace -> the argument whose gradient it adds up to.
 GRADIENT_OF = {t.name: t.gradient_of for t in ops.get("bwd").tensors if t.gradient_of}
+WORKSPACE_OF = {argument: name for name, argument in GRADIENT_OF.items()}
 NO_OUTPUTS = Outputs(*(lambda *_: None,) * 4)
+KNOWN = tensors.described("bwd")  # imports the ops' descriptions with this module, and not in a first backward
+SHAPE_AND_DTYPE, STRIDE, DEVICE = attrgetter("shape", "dtype"), torch.Tensor.stride, torch.Tensor.get_device
 # With any of these, rows may belong to no sequence.
 LEAVES_ROWS = frozenset(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"))
 
@@ -108,8 +113,13 @@ class Backward(NamedTuple):
         return tuple(found)
 
     def outputs(self, call: Call, request: Request, torch: Any) -> Outputs:
-        """`gradients` makes them itself: which there are depends on `needs`."""
-        return NO_OUTPUTS
+        """Gradients that the kernels write, and zeros for those that nothing depends on; sums over rows come later."""
+        launched, given = "bwd" in self.steps, request.tensors
+        zeros = not launched or not LEAVES_ROWS.isdisjoint(call.given)
+        made = [name for name in "qkv" if name in self.needs or (launched and name != "q")]
+        if not launched:
+            made += [name for name in GRADIENT_OF.values() if name in self.needs]
+        return NO_OUTPUTS._replace(gradients=tuple([(name, f"d{name}", _maker(given[name], zeros)) for name in made]))
 
 
 def _check_unchanged(sizes: Mapping[str, int], before: Mapping[str, int]) -> None:
@@ -127,21 +137,22 @@ def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs:
     saved: the forward's tensors, out and lse among them, by name. dout, dlse: of out and lse, with their shapes and
     dtypes; None: nothing depends on it. Raises what flash_attn raises.
     """
-    steps, known = _steps(saved, needs), tensors.described("bwd")
-    zeros = "bwd" not in steps or not LEAVES_ROWS.isdisjoint(saved)
-    made = ("q", "k", "v") if "q" in needs else ("k", "v")
-    grads = {f"d{name}": _new(saved[name], zeros) for name in made}
-    found = {name: grads[f"d{name}"] for name in "qkv" if name in needs}
-    found |= {name: torch.zeros_like(saved[name]) for name in needs - found.keys()}
-    if steps:
-        given = {name: tensor for name, tensor in saved.items() if name in known}
-        given["lse"] = saved["lse"].contiguous()  # which a hook of saved tensors may have changed
-        given["dout"] = _readable(torch.zeros_like(saved["out"]) if dout is None else dout)
-        if dlse is not None:
-            given["dlse"] = dlse.resolve_neg()
-        plan_of = _find(Backward(call, steps, needs, deterministic), given)
-        found |= _run(plan_of, needs, given, grads, saved.get("sink"))
-    return found
+    given = {**saved, "dout": _readable(torch.zeros_like(saved["out"]) if dout is None else dout)}
+    given["lse"] = saved["lse"].contiguous()  # which a hook of saved tensors may have changed
+    if dlse is not None:
+        given["dlse"] = dlse.resolve_neg()
+    numbers, facts, every = call.numbers, call.facts, given.values()
+    key = ("bwd", needs, deterministic, call.window, numbers["scale_log2"], numbers["softcap_scale"],
+           facts["seqlen_q"], facts["seqlen_k"],
+           *given, *map(SHAPE_AND_DTYPE, every), *map(STRIDE, every), *map(DEVICE, every))  # fmt: skip
+    kept: Plan | None = plans.plans.by_call.get(key)
+    if kept is None:
+        steps = _steps(saved, needs)
+        if not steps:
+            return {name: _maker(saved[name], True)(saved[name]) for name in needs}
+        request = Request("bwd", {name: tensor for name, tensor in given.items() if name in KNOWN}, Options())
+        kept = plan.prepare(Backward(call, steps, needs, deterministic), request, key)
+    return _run(kept, needs, given)
 
 
 def _steps(saved: Mapping[str, Any], needs: frozenset[str]) -> tuple[str, ...]:
@@ -155,32 +166,25 @@ def _steps(saved: Mapping[str, Any], needs: frozenset[str]) -> tuple[str, ...]:
     return ("bwd_preprocess", "bwd", *(("bwd_postprocess",) if "q" in needs else ()))
 
 
-def _find(role: Backward, given: Mapping[str, Any]) -> Plan:
-    """This thread's plan for such a call, made or changed if need be."""
-    facts = role.call.facts
-    hints = facts["seqlen_q"], facts["seqlen_k"]
-    layouts = [(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()]
-    request = Request("bwd", dict(given), Options())
-    key = ("bwd", role.fixed(request), hints, *layouts)
-    kept: Plan | None = plans.plans.by_call.get(key)
-    return kept or plan.prepare(role, request, key)
-
-
-def _run(kept: Plan, needs: frozenset[str], given: Mapping[str, Any], grads: Mapping[str, Any],
-         sink: Any) -> dict[str, Any]:  # fmt: skip
-    """Launch; the gradients of what is summed over rows, by name."""
-    at = plan.addresses(kept, given)
-    at |= {name: tensor.data_ptr() for name, tensor in grads.items()}
+def _run(kept: Plan, needs: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Allocate, launch, and sum up what is left to be summed; {name: gradient}."""
+    at, made = plan.addresses(kept, given), {}
+    for argument, name, new in kept.gradients:
+        gradient = made[argument] = new(given[argument])
+        at[name] = gradient.data_ptr()
     space = plan.allocate(kept, at)
     plan.fire(kept, at)
-    sums, heads = {}, kept.call.sizes["heads_q"]
-    if "sink" in needs:
-        lse_log2, delta = (plan.floats(kept, space, name).view(heads, -1) for name in ("lse_log2", "delta"))
-        sums["sink"] = _of_sink(sink, lse_log2, delta)
-    for name in GRADIENT_OF.keys() & kept.offsets.keys():
-        by_tile = plan.floats(kept, space, name).view(-1, heads)
-        sums[GRADIENT_OF[name]] = _over_tiles(kept, given[GRADIENT_OF[name]], given.get("cu_seqlens_k"), by_tile)
-    return sums
+    return {name: made[name] if name in made else _summed(name, kept, space, given) for name in needs}
+
+
+def _summed(name: str, kept: Plan, space: Any, given: Mapping[str, Any]) -> Any:
+    """The gradient of what every row has a part in. space: of the workspaces."""
+    heads = kept.call.sizes["heads_q"]
+    if name == "sink":
+        lse_log2, delta = (plan.floats(kept, space, part).view(heads, -1) for part in ("lse_log2", "delta"))
+        return _of_sink(given[name], lse_log2, delta)
+    by_tile = plan.floats(kept, space, WORKSPACE_OF[name]).view(-1, heads)
+    return _over_tiles(kept, given[name], given.get("cu_seqlens_k"), by_tile)
 
 
 def _of_sink(sink: Any, lse_log2: Any, delta: Any) -> Any:
@@ -203,13 +207,16 @@ def _over_tiles(kept: Plan, argument: Any, starts: Any, by_tile: Any) -> Any:
     return torch.segment_reduce(by_tile, "sum", offsets=firsts, axis=0, initial=0, unsafe=True)
 
 
-def _new(tensor: Any, zeros: bool) -> Any:
+def _maker(tensor: Any, zeros: bool) -> Callable[[Any], Any]:
+    """What makes a contiguous tensor of a tensor's shape and dtype; zeros: of zeros."""
     make = torch.zeros_like if zeros else torch.empty_like
-    return make(tensor, memory_format=torch.contiguous_format)
+    return make if tensor.is_contiguous() else partial(make, memory_format=torch.contiguous_format)
 
 
 def _readable(dout: Any) -> Any:
     """A contiguous copy, unless the kernels can read dout 16 bytes at a time."""
+    if dout.is_contiguous() and not dout.data_ptr() % tensors.ALIGNMENT and not dout.is_neg():
+        return dout  # as nearly always; its strides are multiples of a head_dim that the forward took
     dout = dout.resolve_neg()
     *strides, last = dout.stride()
     odd = any(n > 1 and (step % tensors.STRIDE or step == 0) for n, step in zip(dout.shape, strides, strict=False))

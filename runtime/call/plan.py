@@ -43,12 +43,14 @@ class Chain(NamedTuple):
 
 class Outputs(NamedTuple):
     """new_out: makes the output from the call's first tensor. new_lse: makes its LSE. zero_out, zero_lse: the same,
-    with zeros where rows may not be written."""
+    with zeros where rows may not be written. gradients: of a backward, (argument, its gradient's name among the
+    addresses, what makes that of the argument)."""
 
     new_out: Callable[[Any], Any]
     new_lse: Callable[[], Any]
     zero_out: Callable[[Any], Any]
     zero_lse: Callable[[], Any]
+    gradients: tuple[tuple[str, str, Callable[[Any], Any]], ...] = ()
 
 
 class Role(Protocol):
@@ -76,9 +78,9 @@ class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
     __slots__ = ("alignment_masks", "call", "chain", "empty", "family", "first", "float32", "forward_ad",
-                 "grad_enabled", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out", "new_space",
-                 "null_addresses", "offsets", "out_span", "single", "spans", "uint8", "written_names", "zero_lse",
-                 "zero_out", "zeros_from")  # fmt: skip
+                 "grad_enabled", "gradients", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out",
+                 "new_space", "null_addresses", "offsets", "out_span", "recorded", "single", "spans", "uint8",
+                 "written_names", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
     key: Any
     family: Any
     call: Call
@@ -101,6 +103,8 @@ class Plan:
     new_lse: Callable[[], Any]
     zero_out: Callable[[Any], Any]
     zero_lse: Callable[[], Any]
+    gradients: tuple[tuple[str, str, Callable[[Any], Any]], ...]
+    recorded: dict[tuple[bool, bool], Callable[[Plan, Mapping[str, Any]], Any]]  # see runtime.call.run
     new_space: Callable[[], Any]
     empty: Callable[..., Any]  # torch's
     uint8: Any  # torch's
@@ -185,7 +189,8 @@ def _aim(plan: Plan, call: Call, chain: Chain, outputs: Outputs, given: Mapping[
     plan.single = chain.launches[0] if len(chain.launches) == 1 and not chain.workspaces else None
     plan.null_addresses = {name: 0 for one in chain.launches for name in one.names}
     _place(plan, chain.workspaces)
-    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse = outputs
+    plan.new_out, plan.new_lse, plan.zero_out, plan.zero_lse, plan.gradients = outputs
+    plan.recorded = {}
     if plan.nbytes:
         plan.new_space = partial(plan.empty, plan.nbytes, dtype=plan.uint8, device=first.device)
     if "out" in given:

@@ -18,8 +18,14 @@ def run(plan: Plan, given: Mapping[str, Any], return_lse: Any, deterministic: An
     if plan.grad_enabled():
         for tensor in given.values():
             if tensor.requires_grad:
-                from runtime.call import autograd  # here: it imports torch
-
-                again = partial(execute, plan, return_lse=True, zeros=True)
-                return autograd.apply(plan.call, given, return_lse, deterministic, again)
+                flags = bool(return_lse), bool(deterministic)
+                return (plan.recorded.get(flags) or _record(plan, given, flags))(plan, given)
     return execute(plan, given, return_lse, zeros)
+
+
+def _record(plan: Plan, given: Mapping[str, Any], flags: tuple[bool, bool]) -> Any:
+    """The call through autograd, kept by its plan. Raises ArgumentError where an op has no gradients."""
+    from runtime.call import autograd  # here: it imports torch
+
+    made = plan.recorded[flags] = partial(autograd.apply, autograd.recorded(plan.call, given, *flags))
+    return made

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 import runtime
 from benchmarks import __main__ as every
 from benchmarks import (
@@ -211,14 +213,49 @@ def test_no_registry_is_told(monkeypatch):
         measure.registry_path(None)
 
 
-def test_host_overhead_measures_three_forms_of_the_call(tmp_path, on_cpu, monkeypatch):
-    path = write_registry(tmp_path / "r.db", [KEY])
-    monkeypatch.setattr(host_overhead, "CASES", (cases.dense("tiny", 8, True, 4, 2, 64, 1),))
+def test_host_overhead_measures_three_forms_of_the_call_and_the_backward(tmp_path, on_cpu, monkeypatch, capsys):
+    path = write_registry(tmp_path / "r.db", [KEY, KEY.replace("fwd", "bwd")])
+    tiny, grouped = cases.dense("tiny", 8, True, 4, 2, 64, 1), cases.dense("mqa", 16, True, 4, 1, 64, 1)
+    monkeypatch.setattr(host_overhead, "CASES", (tiny,))
+    monkeypatch.setattr(host_overhead, "BACKWARD_CASES", (tiny, grouped))
     options = ["--registry", str(path), "--out", str(tmp_path), "--series", "2", "--calls", "3"]
     assert host_overhead.main(options) == 0
     value = json.loads((tmp_path / "host_overhead.free.json").read_text())
-    assert list(value) == FIELDS
-    assert [row["case"] for row in value["rows"]] == [f"tiny/S8/causal{x}" for x in ("", "/lse", "/out")]
+    assert list(value) == [*FIELDS, "bars"]
+    forms, backwards = value["rows"][:3], value["rows"][3:]
+    assert [row["case"] for row in forms] == [f"tiny/S8/causal{x}" for x in ("", "/lse", "/out")]
+    assert [row["case"] for row in backwards] == ["tiny/S8/causal/backward", "mqa/S16/causal/backward"]
+    for row, bar in zip(backwards, value["bars"], strict=True):
+        assert row["variant"] == KEY.replace("fwd", "bwd") and min(row["both_ours"], row["both_peer"]) > 0
+        assert bar["value"] == round(row["ours"] / row["peer"], 4) and bar["met"] == (bar["value"] <= 1)
+    assert "with the forward" in capsys.readouterr().out
+    (line,) = tables_read(tmp_path, monkeypatch).host_time()
+    assert line[0] == "tiny/S8/causal" and len(line) == 5
+
+
+def test_the_backward_is_timed_alone_and_with_its_forward(tmp_path, on_cpu, monkeypatch):
+    """A series is shorter than the queue of launches, and a backward that is timed alone keeps its graph."""
+    asked, grad = [], torch.autograd.grad
+
+    def recorded(out, leaves, dout, **options):
+        asked.append((tuple(x.shape for x in leaves), options.get("retain_graph", False)))
+        return grad(out, leaves, dout, **options)
+
+    def series_us(runs, series, calls):
+        assert calls == host_overhead.BACKWARD_CALLS < 1024 / 8
+        for run in runs.values():
+            run()
+        return {name: [float(i + 1)] for i, name in enumerate(runs)}
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded)
+    monkeypatch.setattr(host_overhead, "series_us", series_us)
+    bench = ours.Ours(write_registry(tmp_path / "r.db", [KEY, KEY.replace("fwd", "bwd")]), "free")
+    row = host_overhead.backward_row(bench, cases.dense("tiny", 8, True, 4, 2, 64, 1), 2, 1000)
+    of_ours, of_peer = (((1, 8, h, 64) for h in (4, 2, 2)), ((1, h, 8, 64) for h in (4, 2, 2)))
+    shapes = tuple(of_ours), tuple(of_peer)
+    assert asked == [(shape, alone) for shape in shapes for alone in (True, False)]
+    assert (row["ours"], row["both_ours"], row["peer"], row["both_peer"]) == (0.001, 0.002, 0.003, 0.004)
+    assert row["ratio"] == 3.0
 
 
 COLD = ("embedded", "disk_cache", "embedded_40", "disk_cache_40")
