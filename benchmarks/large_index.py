@@ -88,10 +88,10 @@ def _part(parts: dict[str, dict[Dims, Part]], key: str) -> Part:
 
 def _with_dims(part: Part, dims: Dims) -> Part:
     facts = dict(zip(("head_dim", "head_dim_v"), dims, strict=True))
-    rows = [
-        row.replace(variant=_renamed(row.variant, dims), when=tuple(Condition(c.fact, c.op, facts.get(c.fact, c.value)) for c in row.when))
-        for row in part.rows
-    ]  # fmt: skip
+    rows = []
+    for row in part.rows:
+        when = tuple(Condition(c.fact, c.op, facts.get(c.fact, c.value)) for c in row.when)
+        rows.append(row.replace(variant=_renamed(row.variant, dims), when=when))
     return Part([_made(artifact, _renamed(artifact.variant, dims)) for artifact in part.artifacts], rows)
 
 

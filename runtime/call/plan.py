@@ -104,7 +104,7 @@ class Plan:
     zero_out: Callable[[Any], Any]
     zero_lse: Callable[[], Any]
     gradients: tuple[tuple[str, str, Callable[[Any], Any]], ...]
-    recorded: dict[tuple[bool, bool], Callable[[Plan, Mapping[str, Any]], Any]]  # see runtime.call.run
+    recorded: "dict[tuple[bool, bool], Callable[[Plan, Mapping[str, Any]], Any]]"  # see runtime.call.run
     new_space: Callable[[], Any]
     empty: Callable[..., Any]  # torch's
     uint8: Any  # torch's
