@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
 from runtime.api.attention import attend, given_of
-from runtime.api.fa2 import window_of
+from runtime.api.fa2 import softcap_of, window_of
 from runtime.call.request import Options
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
@@ -20,6 +20,7 @@ NAMES = {
     "seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad", "page_table": "block_table", "window": "window_size",
     "return_lse": "return_softmax_lse",
 }  # fmt: skip
+KEPT = ("k", "v", "out")  # not copied where the kernels cannot read them: a cache is large, and may be written
 
 
 @untraced
@@ -78,14 +79,16 @@ def flash_attn_with_kvcache(
         cache; None is 1.
     softmax_scale, softcap, alibi_slopes: as in `flash_attn`.
 
+    q and what goes into the cache are copied where the kernels cannot read them where they lie; the cache is not.
     Runs on torch's current stream, without synchronising: append, forward and combination, as far as they are needed.
-    Not differentiable.
+    Not differentiable: inputs may require grad, but a backward that comes to the call raises ArgumentError
+    ('requires_grad').
     Contents of cache_seqlens, block_table and cache may change between calls and between replays of a CUDA graph.
     Returns out, (batch, seqlen_q, heads_q, head_dim_v), or (out, lse). Raises what flash_attn raises.
     """
-    names = NAMES
+    names, given = NAMES, None
     try:
-        window = None if window_size == (-1, -1) else window_of(window_size)
+        window = window_of(window_size)
         if cache_batch_idx is not None:
             names = NAMES | {"page_table": "cache_batch_idx"}
             block_table = _as_table(cache_batch_idx, block_table)
@@ -95,11 +98,14 @@ def flash_attn_with_kvcache(
                          page_table=block_table, sink=sink, alibi_slopes=alibi_slopes, k_descale=k_descale,
                          v_descale=v_descale, k_new=k, v_new=v, rotary_cos=rotary_cos,
                          rotary_sin=rotary_sin)  # fmt: skip
-        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, num_splits,
+        options = Options(causal, softmax_scale, window, softcap_of(softcap), return_softmax_lse, None, num_splits,
                    rotary_interleaved)  # fmt: skip
-        return attend("fwd_paged", given, options)
+        return dropin.renamed_later(attend("fwd_paged", given, options), names)
     except ArgumentError as error:
-        raise dropin.renamed(error, names) from None
+        if given is None:
+            raise dropin.renamed(error, names) from None
+        found = dropin.again(lambda **given: attend("fwd_paged", given, options), error, given, names, KEPT)
+        return dropin.renamed_later(found, names)
 
 
 def _as_table(cache_batch_idx: Any, block_table: Any) -> Any:

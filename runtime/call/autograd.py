@@ -1,4 +1,7 @@
-"""What torch's autograd sees of a call. Imports torch, and so is imported where something first requires grad."""
+"""What torch's autograd sees of a call. Imports torch, and so is imported where something first requires grad.
+
+A call without gradients is recorded all the same: a backward that comes to it is told so, instead of missing a part.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,18 @@ Run = Callable[[Mapping[str, Any]], tuple[Any, Any]]
 def apply(call: Call, given: Mapping[str, Any], return_lse: Any, deterministic: Any, run: Run) -> Any:
     """(out, lse), with the backward behind them; lse None if it is not wanted.
 
-    given: the call's tensors by name, of which one requires grad. run: makes (out, lse) of them. Raises ArgumentError
-    where there are no gradients, and what flash_attn raises.
+    given: the call's tensors by name, of which one requires grad. run: makes (out, lse) of them. Raises what flash_attn
+    raises.
     """
-    tensors.check_differentiable(ops.get(call.op), given.items())
     if "out" in given:
         message = "cannot be given where it or an input requires grad; leave it out, or call under torch.no_grad()"
         raise ArgumentError("out", message, reason="requires_grad")
     tensors.check_storage(*given.items())
     tensors.check_tangents(forward_ad, given.items())
     names = tuple(given)
+    if not ops.get(call.op).backward:
+        out, lse = WithoutGradient.apply(call.op, names, run, *given.values())
+        return out, lse if return_lse else None
     found = Attention.apply(call, names, bool(deterministic), bool(return_lse), run, *given.values())
     return found if return_lse else (found, None)
 
@@ -63,3 +68,19 @@ class Attention(torch.autograd.Function):
         gradients = GRADIENTS[ops.get(ctx.call.op).backward]
         found = gradients(ctx.call, saved, dout, dlse, needs, deterministic)
         return (*nothing, *(found.get(name) for name in ctx.names))
+
+
+class WithoutGradient(torch.autograd.Function):
+    """A call of an op that has no backward. Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, names: tuple[str, ...], run: Run, *given: Any) -> Any:
+        ctx.op, ctx.names = op, names
+        return run(dict(zip(names, given, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        wanting = zip(ctx.names, ctx.needs_input_grad[-len(ctx.names) :], strict=True)
+        name = next(name for name, needed in wanting if needed)
+        message = f"requires grad, and gradients are not implemented {ops.get(ctx.op).no_gradient}; call under "
+        raise ArgumentError(name, message + "torch.no_grad() or .detach() it", reason="requires_grad")
