@@ -76,13 +76,17 @@ def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, **options: 
     num_splits changes no result: keys that cannot be split are not.
     """
     paged, num_splits = options.get("page_table") is not None, options.get("num_splits", 1)
+    call: Callable[..., Any] = partial(_over_pages, names) if paged else flash_attn_varlen
     try:
         if num_splits != 1 and (options.get("seqused_q") is not None or not (paged or options["cu_seqlens_k"] is None)):
             options["num_splits"] = min(check_num_splits(num_splits, False), 1)
-        found = flash_attn_varlen(q, k, v, **options)
+        return call(q=q, k=k, v=v, **options)
     except ArgumentError as error:
-        found = again(flash_attn_varlen, error, {"q": q, "k": k, "v": v} | options, names)
-    return renamed_later(found, names) if paged else found
+        return again(call, error, {"q": q, "k": k, "v": v} | options, names)
+
+
+def _over_pages(names: Mapping[str, str], **given: Any) -> Any:
+    return renamed_later(flash_attn_varlen(**given), names)
 
 
 # -- what is not served as it is --------------------------------------------------------------------------------------
@@ -92,15 +96,15 @@ def again(call: Callable[..., Any], error: ArgumentError, given: Mapping[str, An
           kept: Container[str] = ()) -> Any:  # fmt: skip
     """call(**given), which was refused with `error`, once its tensors are made such as the kernels can read.
 
-    kept: names of what is not copied. Raises the error under the caller's names where no copy helps.
+    kept: names of what is not copied, but for padding. Raises the error under the caller's names where no copy helps.
     """
     given, tried, width = dict(given), set(), None
-    while (error.argument, error.reason) not in tried and error.argument not in kept:
+    while (error.argument, error.reason) not in tried:
         tried.add((error.argument, error.reason))
-        if error.reason in UNREADABLE:
+        if error.reason in UNREADABLE and error.argument not in kept:
             for name in TOGETHER.get(error.argument, (error.argument,)):
                 given[name] = _copy(given[name])
-        elif error.reason == "head_dim" and "v" in given and "v" not in kept:
+        elif error.reason == "head_dim" and "v" in given and given["v"].element_size() > 1:
             width = given["v"].shape[-1]
             _pad(given)
         else:
@@ -127,7 +131,7 @@ def _pad(given: dict[str, Any]) -> None:
 
     if given.get("softmax_scale") is None:
         given["softmax_scale"] = max(given["q"].shape[-1], 1) ** -0.5
-    for name in ("q", "k", "v"):
+    for name in given.keys() & {"q", "k", "v", "k_new", "v_new"}:
         given[name] = torch.nn.functional.pad(given[name], (0, -given[name].shape[-1] % STRIDE))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
 from runtime.api.attention import attend, given_of
 from runtime.api.fa2 import softcap_of, window_of
 from runtime.call.request import Options
+from runtime.call.tensors import check_apart_within
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
 
@@ -79,7 +81,8 @@ def flash_attn_with_kvcache(
         cache; None is 1.
     softmax_scale, softcap, alibi_slopes: as in `flash_attn`.
 
-    q and what goes into the cache are copied where the kernels cannot read them where they lie; the cache is not.
+    q and what goes into the cache are copied where the kernels cannot read them where they lie. The cache is not, but
+    where its head dims are no multiple of 8: then it is padded, whole, in each call, and what is appended copied back.
     Runs on torch's current stream, without synchronising: append, forward and combination, as far as they are needed.
     Not differentiable: inputs may require grad, but a backward that comes to the call raises ArgumentError
     ('requires_grad').
@@ -104,8 +107,30 @@ def flash_attn_with_kvcache(
     except ArgumentError as error:
         if given is None:
             raise dropin.renamed(error, names) from None
-        found = dropin.again(lambda **given: attend("fwd_paged", given, options), error, given, names, KEPT)
+        return _again(error, given, options, names)
+
+
+def _again(error: ArgumentError, given: dict[str, Any], options: Options, names: Mapping[str, str]) -> Any:
+    """`dropin.again` of a call whose cache may be padded: what was appended to the copy goes back."""
+    caches = {name: given[name] for name in ("k", "v")}
+
+    def attended(softmax_scale: Any, **tensors: Any) -> Any:
+        padded = [name for name in caches if "k_new" in tensors and tensors[name] is not caches[name]]
+        for name in padded:
+            check_apart_within(name, caches[name])
+        found = attend("fwd_paged", tensors, options._replace(softmax_scale=softmax_scale))
+        for name in padded:
+            _put_back(caches[name], tensors[name])
         return dropin.renamed_later(found, names)
+
+    return dropin.again(attended, error, given | {"softmax_scale": options.softmax_scale}, names, KEPT)
+
+
+def _put_back(cache: Any, padded: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        cache.copy_(padded[..., : cache.shape[-1]])
 
 
 def _as_table(cache_batch_idx: Any, block_table: Any) -> Any:

@@ -189,6 +189,32 @@ def test_what_the_kernels_cannot_read_is_copied(backend: FakeBackend, name):
 
 
 @pytest.mark.usefixtures("cache_registry")
+@pytest.mark.parametrize("appends", [True, False])
+def test_head_dims_of_a_cache_are_padded(backend: FakeBackend, appends):
+    """As upstream does it: the whole cache is copied in each call, and back again where something was appended."""
+    narrow = filled() if appends else filled() | dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin"))
+    for name in ("q", "k_cache", "v_cache", "k", "v"):
+        if narrow[name] is not None:
+            narrow[name] = narrow[name][..., :60].clone()
+    wide = dict(narrow)
+    for name in ("q", "k_cache", "v_cache", "k", "v"):
+        if wide[name] is not None:
+            wide[name] = torch.nn.functional.pad(wide[name], (0, 4))
+    want, want_lse = runtime.flash_attn_with_kvcache(**wide, softmax_scale=60**-0.5, return_softmax_lse=True)
+    before = narrow["k_cache"].clone()
+    for _ in range(2):
+        out, lse = runtime.flash_attn_with_kvcache(**narrow, return_softmax_lse=True)
+        assert out.shape[-1] == 60 and torch.equal(out, want[..., :60]) and torch.equal(lse, want_lse)
+        for name in ("k_cache", "v_cache"):
+            assert torch.equal(narrow[name], wide[name][..., :60])
+    assert torch.equal(narrow["k_cache"], before) is not appends
+    out = runtime.flash_attn_with_kvcache(**narrow | {"q": narrow["q"].requires_grad_()})
+    with pytest.raises(ArgumentError, match="not implemented over a cache") as error:
+        out.sum().backward()
+    assert error.value.argument == "q"
+
+
+@pytest.mark.usefixtures("cache_registry")
 @pytest.mark.parametrize("name", ["k_cache", "v_cache", "out"])
 def test_what_is_written_or_large_is_not_copied(backend: FakeBackend, name):
     given = filled() | {"out": t(2, 1, 4, 64)}
