@@ -13,7 +13,7 @@ from typing import Any
 from runtime.api.attention import flash_attn
 from runtime.api.varlen import flash_attn_varlen
 from runtime.call.cache import check_num_splits
-from runtime.call.plain import integer, number
+from runtime.call.plain import SIDES, integer, number
 from runtime.call.tensors import STRIDE, check_flag
 from runtime.errors import ArgumentError
 
@@ -42,9 +42,11 @@ def refuse(**given: Any) -> None:
 
 def check_options(deterministic: Any, dropout_p: Any = 0.0) -> None:
     """ArgumentError for a dropout, which there is none of, or a deterministic that is no flag."""
-    if number(dropout_p) != 0:
+    found = dropout_p if type(dropout_p) is float else number(dropout_p)
+    if type(found) not in (bool, int, float) or found != 0:
         raise ArgumentError("dropout_p", f"{dropout_p!r:.50}: there is no dropout, must be 0.0", reason="unsupported")
-    check_flag("deterministic", deterministic)
+    if deterministic is not False:
+        check_flag("deterministic", deterministic)
 
 
 def sides(window_size: Any) -> Pair:
@@ -55,38 +57,49 @@ def sides(window_size: Any) -> Pair:
         left, right = window_size
     except (TypeError, ValueError):
         raise ArgumentError("window_size", f"{window_size!r:.100} is not (left, right)", reason="type") from None
-    return integer(left), integer(right)
+    return left if type(left) in SIDES else integer(left), right if type(right) in SIDES else integer(right)
 
 
-def dense(q: Any, k: Any, v: Any, pack_gqa: Any = None, num_splits: Any = 1, names: Mapping[str, str] = NAMES,
-          **options: Any) -> Any:  # fmt: skip
+def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair | None, softcap: Any, sink: Any,
+          alibi_slopes: Any, return_lse: Any, deterministic: Any, pack_gqa: Any = None, num_splits: Any = 1,
+          names: Mapping[str, str] = NAMES) -> Any:  # fmt: skip
     """`flash_attn`, with what only `flash_attn_varlen` takes, whose errors have the caller's names: ours -> theirs."""
     call: Callable[..., Any] = flash_attn
     if pack_gqa is not None or type(num_splits) is not int or num_splits not in (0, 1):
         call = partial(flash_attn_varlen, pack_gqa=pack_gqa, num_splits=num_splits)
     try:
-        return call(q, k, v, **options)
+        return call(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap, sink=sink,
+                    alibi_slopes=alibi_slopes, return_lse=return_lse, deterministic=deterministic)  # fmt: skip
     except ArgumentError as error:
-        return again(call, error, {"q": q, "k": k, "v": v} | options, names)
+        given = {"q": q, "k": k, "v": v, "causal": causal, "softmax_scale": softmax_scale, "window": window,
+                 "softcap": softcap, "sink": sink, "alibi_slopes": alibi_slopes, "return_lse": return_lse,
+                 "deterministic": deterministic}  # fmt: skip
+        return again(call, error, given, names)
 
 
-def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, **options: Any) -> Any:
+def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, num_splits: Any = 1, page_table: Any = None,
+           **options: Any) -> Any:  # fmt: skip
     """`flash_attn_varlen`, whose errors have the caller's names: ours -> theirs.
 
     num_splits changes no result: keys that cannot be split are not.
     """
-    paged, num_splits = options.get("page_table") is not None, options.get("num_splits", 1)
-    call: Callable[..., Any] = partial(_over_pages, names) if paged else flash_attn_varlen
     try:
-        if num_splits != 1 and (options.get("seqused_q") is not None or not (paged or options["cu_seqlens_k"] is None)):
-            options["num_splits"] = min(check_num_splits(num_splits, False), 1)
-        return call(q=q, k=k, v=v, **options)
+        if (type(num_splits) is not int or num_splits != 1) and (
+            options.get("seqused_q") is not None or (page_table is None and options["cu_seqlens_k"] is not None)
+        ):
+            num_splits = min(check_num_splits(num_splits, False), 1)
+        if page_table is None:
+            return flash_attn_varlen(q, k, v, num_splits=num_splits, **options)
+        return _over_pages(q, k, v, names, num_splits=num_splits, page_table=page_table, **options)
     except ArgumentError as error:
-        return again(call, error, {"q": q, "k": k, "v": v} | options, names)
+        options |= {"q": q, "k": k, "v": v, "num_splits": num_splits, "page_table": page_table}
+        return again(
+            flash_attn_varlen if page_table is None else partial(_over_pages, names=names), error, options, names
+        )
 
 
-def _over_pages(names: Mapping[str, str], **given: Any) -> Any:
-    return renamed_later(flash_attn_varlen(**given), names)
+def _over_pages(q: Any, k: Any, v: Any, names: Mapping[str, str], **options: Any) -> Any:
+    return renamed_later(flash_attn_varlen(q, k, v, **options), names)
 
 
 # -- what is not served as it is --------------------------------------------------------------------------------------
@@ -144,7 +157,8 @@ def renamed(error: ArgumentError, names: Mapping[str, str] = NAMES) -> ArgumentE
 
 
 def renamed_later(found: Any, names: Mapping[str, str]) -> Any:
-    """`found`, of a call over a cache: a backward that comes to it is refused under the caller's names, too."""
+    """`found`, of a call over a cache, in new tensors: a backward that comes to it is refused under the caller's names,
+    too."""
     out = found[0] if isinstance(found, tuple) else found
     if out.grad_fn is not None:
         out.grad_fn.names = tuple([names.get(name, name) for name in out.grad_fn.names])

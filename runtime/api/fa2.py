@@ -20,6 +20,7 @@ from runtime.load.dynamo import untraced
 if TYPE_CHECKING:
     import torch
 
+BOTH_OPEN = (-1, -1)  # the default, which is told by its identity
 NAMES_OF_QKV = (
     dropin.NAMES | dict.fromkeys("qkv", "qkv") | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "cu_seqlens")
 )
@@ -35,7 +36,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -57,10 +58,9 @@ def flash_attn_func(
     if unsupported:
         dropin.refuse(**unsupported)
     dropin.check_options(deterministic, dropout_p)
-    found = dropin.dense(q, k, v, pack_gqa, num_splits, causal=causal, softmax_scale=softmax_scale,
-                         window=window_of(window_size), softcap=softcap_of(softcap), sink=learnable_sink,
-                         alibi_slopes=alibi_slopes, return_lse=_wants_lse(return_attn_probs, return_lse),
-                         deterministic=deterministic)  # fmt: skip
+    found = dropin.dense(q, k, v, causal, softmax_scale, window_of(window_size), softcap_of(softcap), learnable_sink,
+                         alibi_slopes, _wants_lse(return_attn_probs, return_lse), deterministic, pack_gqa,
+                         num_splits)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
 
@@ -76,7 +76,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -103,7 +103,8 @@ def flash_attn_varlen_func(
     if unsupported:
         dropin.refuse(**unsupported)
     dropin.check_options(deterministic, dropout_p)
-    check_flag("disable_scheduler_metadata", disable_scheduler_metadata)
+    if disable_scheduler_metadata is not False:
+        check_flag("disable_scheduler_metadata", disable_scheduler_metadata)
     names = dropin.NAMES
     if block_table is not None:
         names = names | {"page_table": "block_table"}
@@ -127,7 +128,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -139,9 +140,9 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = _parts("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)", 3, 5)
     dropin.check_options(deterministic, dropout_p)
-    found = dropin.dense(q, k, v, names=NAMES_OF_QKV, causal=causal, softmax_scale=softmax_scale,
-                         window=window_of(window_size), softcap=softcap_of(softcap), alibi_slopes=alibi_slopes,
-                         return_lse=_wants_lse(return_attn_probs, False), deterministic=deterministic)  # fmt: skip
+    found = dropin.dense(q, k, v, causal, softmax_scale, window_of(window_size), softcap_of(softcap), None,
+                         alibi_slopes, _wants_lse(return_attn_probs, False), deterministic,
+                         names=NAMES_OF_QKV)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
 
@@ -152,7 +153,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -164,9 +165,9 @@ def flash_attn_kvpacked_func(
     """
     k, v = _parts("kv", kv, "(batch, seqlen_k, 2, heads_kv, head_dim)", 2, 5)
     dropin.check_options(deterministic, dropout_p)
-    found = dropin.dense(q, k, v, names=NAMES_OF_KV, causal=causal, softmax_scale=softmax_scale,
-                         window=window_of(window_size), softcap=softcap_of(softcap), alibi_slopes=alibi_slopes,
-                         return_lse=_wants_lse(return_attn_probs, False), deterministic=deterministic)  # fmt: skip
+    found = dropin.dense(q, k, v, causal, softmax_scale, window_of(window_size), softcap_of(softcap), None,
+                         alibi_slopes, _wants_lse(return_attn_probs, False), deterministic,
+                         names=NAMES_OF_KV)  # fmt: skip
     return _with_probs(found) if return_attn_probs else found
 
 
@@ -178,7 +179,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -209,7 +210,7 @@ def flash_attn_varlen_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -246,19 +247,25 @@ def _parts(name: str, packed: Any, form: str, n: int, rank: int) -> tuple[Any, .
 
 def window_of(window_size: Any) -> dropin.Pair | None:
     """Ours of FlashAttention-2's, where a negative side is open; None where both sides are."""
-    if window_size is None:
+    if window_size is BOTH_OPEN:
         return None
     left, right = dropin.sides(window_size)
-    return None if type(left) is int and left < 0 else left, None if type(right) is int and right < 0 else right
+    if type(left) is int and left < 0:
+        left = None
+    if type(right) is int and right < 0:
+        right = None
+    return None if left is right is None else (left, right)
 
 
 def softcap_of(softcap: Any) -> Any:
     """Ours of FlashAttention-2's, where only a positive one counts."""
-    found = number(softcap)
+    found = softcap if type(softcap) is float else number(softcap)
     return 0.0 if type(found) in (int, float) and found <= 0 else softcap
 
 
 def _wants_lse(return_attn_probs: Any, return_lse: Any) -> Any:
+    if return_attn_probs is False:
+        return return_lse
     check_flag("return_attn_probs", return_attn_probs)
     if return_attn_probs and return_lse:
         raise ArgumentError("return_lse", "return_attn_probs returns the LSE already; ask for one", reason="value")

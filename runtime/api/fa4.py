@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
+from runtime.call.plain import flag, number
 from runtime.call.tensors import check_flag
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     Result = tuple[torch.Tensor, torch.Tensor | None]
+
+BOTH_OPEN = (None, None)  # the default, which is told by its identity
 
 
 @untraced
@@ -35,7 +38,7 @@ def flash_attn_func(
     gather_kv_indices: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
+    window_size: tuple[int | None, int | None] = BOTH_OPEN,
     learnable_sink: torch.Tensor | None = None,
     softcap: float | None = 0.0,
     num_splits: int = 1,
@@ -65,9 +68,8 @@ def flash_attn_func(
                   block_sparse_tensors_bwd=block_sparse_tensors_bwd)  # fmt: skip
     dropin.check_options(deterministic)
     wants_lse = _wants_lse(return_lse, q, k, v, learnable_sink)
-    found = dropin.dense(q, k, v, pack_gqa, num_splits, causal=causal, softmax_scale=softmax_scale,
-                         window=_window(window_size, causal), softcap=_softcap(softcap), sink=learnable_sink,
-                         return_lse=wants_lse, deterministic=deterministic)  # fmt: skip
+    found = dropin.dense(q, k, v, causal, softmax_scale, _window(window_size, causal), _softcap(softcap),
+                         learnable_sink, None, wants_lse, deterministic, pack_gqa, num_splits)  # fmt: skip
     return found if wants_lse else (found, None)
 
 
@@ -88,7 +90,7 @@ def flash_attn_varlen_func(
     page_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
+    window_size: tuple[int | None, int | None] = BOTH_OPEN,
     learnable_sink: torch.Tensor | None = None,
     softcap: float | None = 0.0,
     num_splits: int = 1,
@@ -117,7 +119,8 @@ def flash_attn_varlen_func(
                   mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, aux_tensors=aux_tensors,
                   aux_scalars=aux_scalars, seqlen_k_per_split=seqlen_k_per_split)  # fmt: skip
     dropin.check_options(deterministic)
-    check_flag("disable_scheduler_metadata", disable_scheduler_metadata)
+    if disable_scheduler_metadata is not False:
+        check_flag("disable_scheduler_metadata", disable_scheduler_metadata)
     wants_lse = _wants_lse(return_lse, q, k, v, learnable_sink)
     found = dropin.varlen(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
                           max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal,
@@ -127,24 +130,35 @@ def flash_attn_varlen_func(
     return found if wants_lse else (found, None)
 
 
-def _wants_lse(return_lse: Any, *tensors: Any) -> bool:
+def _wants_lse(return_lse: Any, q: Any, k: Any, v: Any, sink: Any) -> bool:
     """Upstream asks for `requires_grad` alone, so without autograd too."""
-    check_flag("return_lse", return_lse)
-    return bool(return_lse) or any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+    if return_lse is not False:
+        check_flag("return_lse", return_lse)
+        if return_lse:
+            return True
+    try:
+        found: bool = q.requires_grad or k.requires_grad or v.requires_grad
+        return found or (sink is not None and sink.requires_grad)
+    except AttributeError:  # of what is no tensor
+        return False
 
 
-def _window(window_size: Any, causal: Any) -> dropin.Pair:
-    left, right = dropin.sides(window_size)
-    if causal:
+def _window(window_size: Any, causal: Any) -> dropin.Pair | None:
+    left, right = window_size if window_size is BOTH_OPEN else dropin.sides(window_size)
+    if causal is not False and causal is not True:
+        causal = flag(causal)
+    if type(causal) in (bool, int) and causal:
         right = 0
     if type(left) is type(right) is int and left + right < 0:
-        return None, None
+        return None
     for side in (left, right):
         if type(side) is int and side < 0:
             message = f"{window_size!r:.50}: a window that is moved off the diagonal by a negative side is not served"
             raise ArgumentError("window_size", message, reason="value")
-    return left, right
+    return None if left is right is None else (left, right)
 
 
 def _softcap(softcap: Any) -> Any:
-    return 0.0 if softcap is None else softcap
+    """Upstream has softcap · tanh(score / softcap), in which a sign changes nothing."""
+    found = softcap if type(softcap) is float else number(softcap)
+    return 0.0 if found is None else abs(found) if type(found) in (int, float) else softcap

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
 from runtime.api.attention import attend, given_of
-from runtime.api.fa2 import softcap_of, window_of
+from runtime.api.fa2 import BOTH_OPEN, softcap_of, window_of
 from runtime.call.request import Options
 from runtime.call.tensors import check_apart_within
 from runtime.errors import ArgumentError
@@ -40,7 +40,7 @@ def flash_attn_with_kvcache(
     block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: torch.Tensor | None = None,
@@ -103,7 +103,8 @@ def flash_attn_with_kvcache(
                          rotary_sin=rotary_sin)  # fmt: skip
         options = Options(causal, softmax_scale, window, softcap_of(softcap), return_softmax_lse, None, num_splits,
                    rotary_interleaved)  # fmt: skip
-        return dropin.renamed_later(attend("fwd_paged", given, options), names)
+        found = attend("fwd_paged", given, options)
+        return found if "out" in given else dropin.renamed_later(found, names)
     except ArgumentError as error:
         if given is None:
             raise dropin.renamed(error, names) from None
@@ -121,7 +122,7 @@ def _again(error: ArgumentError, given: dict[str, Any], options: Options, names:
         found = attend("fwd_paged", tensors, options._replace(softmax_scale=softmax_scale))
         for name in padded:
             _put_back(caches[name], tensors[name])
-        return dropin.renamed_later(found, names)
+        return found if "out" in given else dropin.renamed_later(found, names)
 
     return dropin.again(attended, error, given | {"softmax_scale": options.softmax_scale}, names, KEPT)
 

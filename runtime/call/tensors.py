@@ -395,6 +395,8 @@ def family(op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def check_flag(name: str, given: Any) -> None:
     """Of an argument that is True or False, or equals one of them."""
+    if given is True or given is False:
+        return
     found = flag(given)
     if not isinstance(found, int) or found not in (0, 1):
         raise ArgumentError(name, f"{given!r:.100} is neither True nor False", reason="type")

@@ -178,7 +178,7 @@ UNSUPPORTED = [
         "qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars",
         "block_sparse_tensors", "page_table", "seqlen_k_per_split")),
     ("fa4", "num_splits", 2.5), ("fa4", "return_lse", "yes"), ("fa4 varlen", "return_lse", None),
-    ("fa4", "num_splits", None), ("fa4", "pack_gqa", "no"), ("fa4", "softcap", -2.0),
+    ("fa4", "num_splits", None), ("fa4", "pack_gqa", "no"), ("fa4", "softcap", "2"),
     ("fa4", "deterministic", None), ("fa4 varlen", "num_splits", None),
     ("fa4 varlen", "learnable_sink", torch.zeros(3)), ("fa4 varlen", "disable_scheduler_metadata", None),
 ]  # fmt: skip

@@ -166,6 +166,18 @@ def test_a_gradient_is_refused_when_it_is_asked_for(backend: FakeBackend, wantin
         assert error.value.argument == "out"
 
 
+@pytest.mark.usefixtures("cache_registry")
+def test_an_out_of_another_call_keeps_that_one_s_names(backend: FakeBackend):
+    given = filled()
+    given["k_cache"].requires_grad_()
+    out = runtime.flash_attn_with_kvcache(**given)
+    with torch.no_grad():
+        assert runtime.flash_attn_with_kvcache(**filled(), out=out) is out
+    with pytest.raises(ArgumentError) as error:
+        out.sum().backward()
+    assert error.value.argument == "k_cache"
+
+
 def misplaced(tensor):
     """The same numbers where the kernels cannot read them: the last dimension not contiguous, then an odd address."""
     yield tensor.mT.contiguous().mT if tensor.dim() > 1 else torch.stack((tensor, tensor), 1)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -111,6 +112,44 @@ def test_what_is_no_number_is_refused_first_and_warm(backend: FakeBackend, call,
             assert error.value.argument == name and error.value.reason in ("type", "value"), (given, warm)
             assert len(plans.plans.by_call) == warm
             call(**{name: value})
+
+
+NUMBERS = frozenset((
+    *("dropout_p", "softmax_scale", "causal", "softcap", "deterministic", "return_attn_probs", "num_splits"),
+    *("pack_gqa", "return_lse", "max_seqlen", "max_seqlen_q", "max_seqlen_k", "disable_scheduler_metadata"),
+    *("return_softmax_lse", "rotary_interleaved", "zero_unused"),
+))  # fmt: skip
+STARTS = ints(0, 3, 9)
+ROWS = {"q": torch.zeros(9, 4, 64).bfloat16(), "k": torch.zeros(9, 2, 64).bfloat16(),
+        "v": torch.zeros(9, 2, 64).bfloat16(), "cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS}  # fmt: skip
+WIDE = torch.zeros(9, 3, 4, 64).bfloat16()
+WHOLE = dict(zip("qkv", inputs(), strict=True))
+FUNCTIONS: list[tuple[Any, dict[str, Any]]] = [
+    (runtime.flash_attn, WHOLE), (runtime.flash_attn_varlen, ROWS), (runtime.flash_attn_varlen, WHOLE),
+    (runtime.flash_attn_func, WHOLE), (runtime.flash_attn_varlen_func, ROWS), (runtime.flash_attn_varlen_func, WHOLE),
+    (runtime.flash_attn_qkvpacked_func, {"qkv": WIDE[None]}),
+    (runtime.flash_attn_kvpacked_func, {"q": WIDE[None, :, 0], "kv": WIDE[None, :, :2]}),
+    (runtime.flash_attn_varlen_qkvpacked_func, {"qkv": WIDE, "cu_seqlens": STARTS, "max_seqlen": 6}),
+    (runtime.flash_attn_varlen_kvpacked_func, {
+        "q": WIDE[:, 0], "kv": WIDE[:, :2], "cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS, "max_seqlen_q": 6,
+        "max_seqlen_k": 6}),
+    (runtime.flash_attn_with_kvcache, {
+        "q": WHOLE["q"], "k_cache": WHOLE["k"], "v_cache": WHOLE["v"], "cache_seqlens": ints(3, 4)}),
+    (fa4.flash_attn_func, WHOLE), (fa4.flash_attn_varlen_func, ROWS), (fa4.flash_attn_varlen_func, WHOLE),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("cache_registry")
+@pytest.mark.parametrize(
+    ("function", "given"), FUNCTIONS, ids=lambda x: getattr(x, "__name__", " ".join(x) if isinstance(x, dict) else None)
+)
+def test_every_function_names_what_is_no_number(backend: FakeBackend, function, given):
+    function(**given)
+    for name in NUMBERS & inspect.signature(function).parameters.keys():
+        for value in NO_NUMBERS:
+            with pytest.raises(ArgumentError) as error:
+                function(**given | {name: value})
+            assert error.value.argument == name, value
 
 
 @pytest.mark.usefixtures("registry")

@@ -378,7 +378,7 @@ CASES = {
     "slopes strided": ({"alibi_slopes": zeros(4, 8, dtype=torch.float32)[:, ::2]}, "alibi_slopes", "contiguity"),
     "max_seqlen_q negative": ({"max_seqlen_q": -1}, "max_seqlen_q", "value"),
     "max_seqlen_q of several": ({"max_seqlen_q": ints(70, 9)}, "max_seqlen_q", "value"),
-    "max_seqlen_k float": ({"max_seqlen_k": 9.0}, "max_seqlen_k", "value"),
+    "max_seqlen_k float": ({"max_seqlen_k": 9.5}, "max_seqlen_k", "value"),
     "pack_gqa": ({"pack_gqa": 2}, "pack_gqa", "type"),
     "softcap": ({"softcap": -1.0}, "softcap", "value"),
     "window": ({"window": (-1, 0)}, "window", "value"),
