@@ -77,25 +77,28 @@ def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair 
         return again(call, error, given, names)
 
 
-def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, num_splits: Any = 1, page_table: Any = None,
-           **options: Any) -> Any:  # fmt: skip
+def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, **options: Any) -> Any:
     """`flash_attn_varlen`, whose errors have the caller's names: ours -> theirs.
 
     num_splits changes no result: keys that cannot be split are not.
     """
+    call: Callable[..., Any] = flash_attn_varlen
     try:
-        if (type(num_splits) is not int or num_splits != 1) and (
-            options.get("seqused_q") is not None or (page_table is None and options["cu_seqlens_k"] is not None)
-        ):
-            num_splits = min(check_num_splits(num_splits, False), 1)
-        if page_table is None:
-            return flash_attn_varlen(q, k, v, num_splits=num_splits, **options)
-        return _over_pages(q, k, v, names, num_splits=num_splits, page_table=page_table, **options)
+        if options.get("page_table") is not None:
+            call = partial(_over_pages, names=names)
+        num_splits = options.get("num_splits", 1)
+        if type(num_splits) is not int or num_splits != 1:
+            _leave_whole(options)
+        return call(q, k, v, **options)
     except ArgumentError as error:
-        options |= {"q": q, "k": k, "v": v, "num_splits": num_splits, "page_table": page_table}
-        return again(
-            flash_attn_varlen if page_table is None else partial(_over_pages, names=names), error, options, names
-        )
+        return again(call, error, {"q": q, "k": k, "v": v} | options, names)
+
+
+def _leave_whole(options: dict[str, Any]) -> None:
+    """Keys that cu_seqlens_k places, or that queries of several lengths attend to, are not split."""
+    placed = options["page_table"] is None and options["cu_seqlens_k"] is not None
+    if placed or options["seqused_q"] is not None:
+        options["num_splits"] = min(check_num_splits(options["num_splits"], False), 1)
 
 
 def _over_pages(q: Any, k: Any, v: Any, names: Mapping[str, str], **options: Any) -> Any:

@@ -104,7 +104,9 @@ def flash_attn_with_kvcache(
         options = Options(causal, softmax_scale, window, softcap_of(softcap), return_softmax_lse, None, num_splits,
                    rotary_interleaved)  # fmt: skip
         found = attend("fwd_paged", given, options)
-        return found if "out" in given else dropin.renamed_later(found, names)
+        if out is not None or not (found[0] if return_softmax_lse else found).requires_grad:
+            return found
+        return dropin.renamed_later(found, names)
     except ArgumentError as error:
         if given is None:
             raise dropin.renamed(error, names) from None
