@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from runtime.call import forward, memory, tensors
+from runtime.call.plain import PLAIN, SIDES, plain
 from runtime.call.plan import Plan, execute, prepare, prepare_packed
 from runtime.call.request import Hints, Options, Request
 from runtime.call.run import run
@@ -42,12 +43,12 @@ def flash_attn(
         fp16, on one CUDA device, with memory of their own; the last dimension contiguous, other strides multiples of
         8 elements, 16-byte aligned; seqlen_q + seqlen_k below 2**30.
     causal: True or False (or 1 or 0): query i sees keys up to i + seqlen_k - seqlen_q (aligned bottom-right).
-    softmax_scale: an int or float from 1e-30 to 1e30, so neither 0 nor negative; None is head_dim ** -0.5.
+    softmax_scale: a number from 1e-30 to 1e30, so neither 0 nor negative; None is head_dim ** -0.5.
     window: (left, right): how many keys before and after that diagonal a query sees; None is an open side. With
         causal, right is 0. Calls are fastest when it is a tuple of ints and None.
     softcap: c > 0 makes a scaled score s into c · tanh(s / c); 0 does not.
-    sink: (heads_q,), fp32 or of q's dtype: each row's softmax gets one more column with this score, unscaled, that
-        has no value; the LSE includes it.
+    sink: (heads_q,), fp32, bf16 or fp16: each row's softmax gets one more column with this score, unscaled, that
+        has no value; the LSE includes it. One of 16 bits that is not of q's dtype takes a conversion in each call.
     alibi_slopes: (heads_q,) or (batch, heads_q), fp32: slope · |i + seqlen_k - seqlen_q - j| is taken off the score of
         query i and key j, after scale and softcap.
     return_lse: True or False (or 1 or 0): also return the log-sum-exp of the scores, natural log, fp32,
@@ -56,6 +57,9 @@ def flash_attn(
         memory apart from the inputs'. Not where an input requires grad.
     deterministic: True or False (or 1 or 0): the backward gives the same bits each time; docs/tuning.md has its cost.
         The forward always does. torch.use_deterministic_algorithms(True) asks for the same.
+
+    A number counts as what it equals, whatever its type: an int, a Fraction, one of NumPy's. So does a tensor of one
+    element, which is read, and that synchronises if it is on a device.
 
     A query that sees no key gives zeros and an LSE of -inf, or of the sink. Returns out, or (out, lse).
 
@@ -91,8 +95,12 @@ def flash_attn(
         plan = None
     if plan is None:
         given = given_of(q, k, v, out)
-        options = Options(causal, softmax_scale, window, softcap, return_lse)
-        plan = prepare(forward, Request("fwd", given, options), key)
+        request = Request("fwd", given, Options(causal, softmax_scale, window, softcap, return_lse))
+        if not _is_plain(request) and (simple := plain(request)) is not request:
+            causal, softmax_scale, window, softcap, return_lse, *_ = simple.options
+            return flash_attn(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap,
+                              return_lse=return_lse, out=out, deterministic=deterministic)  # fmt: skip
+        plan = prepare(forward, request, key)
         if plan.grad_enabled() and any(map(REQUIRES_GRAD, given.values())):
             out, lse = run(plan, given, return_lse, deterministic)
         else:
@@ -110,7 +118,7 @@ def attend(op: str, given: dict[str, Any], options: Options, hints: Hints = NO_H
     """
     key: Any = None
     try:
-        key = (op, options, hints, type(hints.max_seqlen_q), type(hints.max_seqlen_k), given["q"].is_cuda,
+        key = (op, options, hints, given["q"].is_cuda,
                *[(name, t.shape, t.stride(), t.dtype, t.get_device()) for name, t in given.items()])  # fmt: skip
         plan = plans.plans.by_call[key]
     except KeyError:
@@ -119,6 +127,8 @@ def attend(op: str, given: dict[str, Any], options: Options, hints: Hints = NO_H
         plan = key = None
     if plan is None:
         request = Request(op, given, options, hints)
+        if not _is_plain(request) and (simple := plain(request)) is not request:
+            return attend(*simple, deterministic, zeros)
         plan = prepare_packed(forward, request, key) or prepare(forward, request, key)
     out, lse = run(plan, given, options.return_lse, deterministic, zeros)
     return out if lse is None else (out, lse)
@@ -133,6 +143,18 @@ def given_of(q: Any, k: Any, v: Any, out: Any, **optional: Any) -> dict[str, Any
         if tensor is not None:
             found[name] = tensor
     return found
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether `plain` has nothing to do, as for most calls."""
+    asked, window = request.options, request.options.window
+    if window is not None and (type(window) is not tuple or not SIDES.issuperset(map(type, window))):
+        return False
+    if not SIDES.issuperset(map(type, (asked.num_splits, *request.hints))):
+        return False
+    scalars = (asked.causal, asked.softmax_scale, asked.softcap, asked.return_lse, asked.pack_gqa,
+               asked.rotary_interleaved)  # fmt: skip
+    return "sink" not in request.tensors and PLAIN.issuperset(map(type, scalars))
 
 
 def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, deterministic: Any) -> Any:

@@ -1,14 +1,20 @@
-"""What the drop-in functions of `runtime.api.fa2` and `runtime.fa4` share: what is refused, and under which names."""
+"""What the drop-in functions of `runtime.api.fa2` and `runtime.fa4` share: what is refused, and under which names.
+
+Upstream's functions copy what their kernels cannot read where it lies. So do these, once ours have refused it: a call
+that needs no copy does not look for one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Any
 
-from runtime.api.attention import attend, flash_attn, given_of
+from runtime.api.attention import flash_attn
 from runtime.api.varlen import flash_attn_varlen
-from runtime.call.request import Options
-from runtime.call.tensors import check_flag
+from runtime.call.cache import check_num_splits
+from runtime.call.plain import SIDES, integer, number
+from runtime.call.tensors import STRIDE, check_flag
 from runtime.errors import ArgumentError
 
 # FlashAttention's arguments that this package does not serve: each must be None, which is upstream's default.
@@ -18,6 +24,9 @@ UNSUPPORTED = frozenset((
     *("aux_tensors", "aux_scalars", "block_sparse_tensors", "block_sparse_tensors_bwd", "scheduler_metadata"),
     *("seqlen_k_per_split", "q_descale", "k_descale", "v_descale"),
 ))  # fmt: skip
+# Reasons of refusals for which a copy is the remedy.
+UNREADABLE = frozenset(("contiguity", "stride", "alignment"))
+TOGETHER = {"rotary_sin": ("rotary_cos", "rotary_sin")}  # they have one row stride
 NAMES = {"sink": "learnable_sink", "window": "window_size"}  # ours -> theirs
 Pair = tuple[Any, Any]
 
@@ -33,51 +42,127 @@ def refuse(**given: Any) -> None:
 
 def check_options(deterministic: Any, dropout_p: Any = 0.0) -> None:
     """ArgumentError for a dropout, which there is none of, or a deterministic that is no flag."""
-    if dropout_p != 0.0:
+    found = dropout_p if type(dropout_p) is float else number(dropout_p)
+    if type(found) not in (bool, int, float) or found != 0:
         raise ArgumentError("dropout_p", f"{dropout_p!r:.50}: there is no dropout, must be 0.0", reason="unsupported")
-    check_flag("deterministic", deterministic)
-
-
-def check_unsplit(num_splits: Any) -> None:
-    """ArgumentError for a split where k and v are not a cache."""
-    if num_splits not in (0, 1):
-        message = f"{num_splits!r:.50}: only keys of a KV cache can be split, must be 1, or 0 for our choice"
-        raise ArgumentError("num_splits", message, reason="unsupported")
+    if deterministic is not False:
+        check_flag("deterministic", deterministic)
 
 
 def sides(window_size: Any) -> Pair:
-    """(left, right) of a window_size; None is both sides open."""
+    """(left, right) of a window_size, as plain numbers; None is both sides open."""
     if window_size is None:
         return None, None
     try:
         left, right = window_size
     except (TypeError, ValueError):
         raise ArgumentError("window_size", f"{window_size!r:.100} is not (left, right)", reason="type") from None
-    return left, right
+    return left if type(left) in SIDES else integer(left), right if type(right) in SIDES else integer(right)
 
 
 def dense(q: Any, k: Any, v: Any, causal: Any, softmax_scale: Any, window: Pair | None, softcap: Any, sink: Any,
-          alibi_slopes: Any, return_lse: Any, pack_gqa: Any, deterministic: Any) -> Any:  # fmt: skip
-    """`flash_attn`, whose errors then name the arguments as FlashAttention does."""
+          alibi_slopes: Any, return_lse: Any, deterministic: Any, pack_gqa: Any = None, num_splits: Any = 1,
+          names: Mapping[str, str] = NAMES) -> Any:  # fmt: skip
+    """`flash_attn`, with what only `flash_attn_varlen` takes, whose errors have the caller's names: ours -> theirs."""
+    call: Callable[..., Any] = flash_attn
+    if pack_gqa is not None or type(num_splits) is not int or num_splits not in (0, 1):
+        call = partial(flash_attn_varlen, pack_gqa=pack_gqa, num_splits=num_splits)
     try:
-        if pack_gqa is None:
-            return flash_attn(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap,
-                              sink=sink, alibi_slopes=alibi_slopes, return_lse=return_lse,
-                              deterministic=deterministic)  # fmt: skip
-        options = Options(causal, softmax_scale, window, softcap, return_lse, pack_gqa=pack_gqa)
-        given = given_of(q, k, v, None, sink=sink, alibi_slopes=alibi_slopes)
-        return attend("fwd", given, options, deterministic=deterministic)
+        return call(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap, sink=sink,
+                    alibi_slopes=alibi_slopes, return_lse=return_lse, deterministic=deterministic)  # fmt: skip
     except ArgumentError as error:
-        raise renamed(error) from None
+        given = {"q": q, "k": k, "v": v, "causal": causal, "softmax_scale": softmax_scale, "window": window,
+                 "softcap": softcap, "sink": sink, "alibi_slopes": alibi_slopes, "return_lse": return_lse,
+                 "deterministic": deterministic}  # fmt: skip
+        return again(call, error, given, names)
 
 
 def varlen(q: Any, k: Any, v: Any, names: Mapping[str, str] = NAMES, **options: Any) -> Any:
-    """`flash_attn_varlen`, whose errors then have the caller's names. names: ours -> theirs."""
+    """`flash_attn_varlen`, whose errors have the caller's names: ours -> theirs.
+
+    num_splits changes no result: keys that cannot be split are not.
+    """
+    call: Callable[..., Any] = flash_attn_varlen
     try:
-        return flash_attn_varlen(q, k, v, **options)
+        if options.get("page_table") is not None:
+            call = partial(_over_pages, names=names)
+        num_splits = options.get("num_splits", 1)
+        if type(num_splits) is not int or num_splits != 1:
+            _leave_whole(options)
+        return call(q, k, v, **options)
     except ArgumentError as error:
-        raise renamed(error, names) from None
+        return again(call, error, {"q": q, "k": k, "v": v} | options, names)
+
+
+def _leave_whole(options: dict[str, Any]) -> None:
+    """Keys that cu_seqlens_k places, or that queries of several lengths attend to, are not split."""
+    placed = options["page_table"] is None and options["cu_seqlens_k"] is not None
+    if placed or options["seqused_q"] is not None:
+        options["num_splits"] = min(check_num_splits(options["num_splits"], False), 1)
+
+
+def _over_pages(q: Any, k: Any, v: Any, names: Mapping[str, str], **options: Any) -> Any:
+    return renamed_later(flash_attn_varlen(q, k, v, **options), names)
+
+
+# -- what is not served as it is --------------------------------------------------------------------------------------
+
+
+def again(call: Callable[..., Any], error: ArgumentError, given: Mapping[str, Any], names: Mapping[str, str],
+          kept: Container[str] = ()) -> Any:  # fmt: skip
+    """call(**given), which was refused with `error`, once its tensors are made such as the kernels can read.
+
+    kept: names of what is not copied, but for padding. Raises the error under the caller's names where no copy helps.
+    """
+    given, tried, width = dict(given), set(), None
+    while (error.argument, error.reason) not in tried:
+        tried.add((error.argument, error.reason))
+        if error.reason in UNREADABLE and error.argument not in kept:
+            for name in TOGETHER.get(error.argument, (error.argument,)):
+                given[name] = _copy(given[name])
+        elif error.reason == "head_dim" and "v" in given and given["v"].element_size() > 1:
+            width = given["v"].shape[-1]
+            _pad(given)
+        else:
+            break
+        try:
+            found = call(**given)
+        except ArgumentError as another:
+            error = another
+            continue
+        return found if width is None else _cut(found, width)
+    raise renamed(error, names) from None
+
+
+def _copy(tensor: Any) -> Any:
+    """A contiguous one, through which gradients flow back."""
+    import torch
+
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _pad(given: dict[str, Any]) -> None:
+    """Zeros behind each head change no score, and what they add to the output is cut off. The scale is the head's."""
+    import torch
+
+    if given.get("softmax_scale") is None:
+        given["softmax_scale"] = max(given["q"].shape[-1], 1) ** -0.5
+    for name in given.keys() & {"q", "k", "v", "k_new", "v_new"}:
+        given[name] = torch.nn.functional.pad(given[name], (0, -given[name].shape[-1] % STRIDE))
+
+
+def _cut(found: Any, width: int) -> Any:
+    return (found[0][..., :width], *found[1:]) if isinstance(found, tuple) else found[..., :width]
 
 
 def renamed(error: ArgumentError, names: Mapping[str, str] = NAMES) -> ArgumentError:
     return error.renamed(names[error.argument]) if error.argument in names else error
+
+
+def renamed_later(found: Any, names: Mapping[str, str]) -> Any:
+    """`found`, of a call over a cache, in new tensors: a backward that comes to it is refused under the caller's names,
+    too."""
+    out = found[0] if isinstance(found, tuple) else found
+    if out.grad_fn is not None:
+        out.grad_fn.names = tuple([names.get(name, name) for name in out.grad_fn.names])
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from runtime.api import dropin
 from runtime.api.attention import attend, given_of
-from runtime.api.fa2 import window_of
+from runtime.api.fa2 import BOTH_OPEN, softcap_of, window_of
 from runtime.call.request import Options
+from runtime.call.tensors import check_apart_within
 from runtime.errors import ArgumentError
 from runtime.load.dynamo import untraced
 
@@ -20,6 +22,7 @@ NAMES = {
     "seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad", "page_table": "block_table", "window": "window_size",
     "return_lse": "return_softmax_lse",
 }  # fmt: skip
+KEPT = ("k", "v", "out")  # not copied where the kernels cannot read them: a cache is large, and may be written
 
 
 @untraced
@@ -37,7 +40,7 @@ def flash_attn_with_kvcache(
     block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = BOTH_OPEN,
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: torch.Tensor | None = None,
@@ -78,14 +81,17 @@ def flash_attn_with_kvcache(
         cache; None is 1.
     softmax_scale, softcap, alibi_slopes: as in `flash_attn`.
 
+    q and what goes into the cache are copied where the kernels cannot read them where they lie. The cache is not, but
+    where its head dims are no multiple of 8: then it is padded, whole, in each call, and what is appended copied back.
     Runs on torch's current stream, without synchronising: append, forward and combination, as far as they are needed.
-    Not differentiable.
+    Not differentiable: inputs may require grad, but a backward that comes to the call raises ArgumentError
+    ('requires_grad').
     Contents of cache_seqlens, block_table and cache may change between calls and between replays of a CUDA graph.
     Returns out, (batch, seqlen_q, heads_q, head_dim_v), or (out, lse). Raises what flash_attn raises.
     """
-    names = NAMES
+    names, given = NAMES, None
     try:
-        window = None if window_size == (-1, -1) else window_of(window_size)
+        window = window_of(window_size)
         if cache_batch_idx is not None:
             names = NAMES | {"page_table": "cache_batch_idx"}
             block_table = _as_table(cache_batch_idx, block_table)
@@ -95,11 +101,39 @@ def flash_attn_with_kvcache(
                          page_table=block_table, sink=sink, alibi_slopes=alibi_slopes, k_descale=k_descale,
                          v_descale=v_descale, k_new=k, v_new=v, rotary_cos=rotary_cos,
                          rotary_sin=rotary_sin)  # fmt: skip
-        options = Options(causal, softmax_scale, window, softcap, return_softmax_lse, None, num_splits,
+        options = Options(causal, softmax_scale, window, softcap_of(softcap), return_softmax_lse, None, num_splits,
                    rotary_interleaved)  # fmt: skip
-        return attend("fwd_paged", given, options)
+        found = attend("fwd_paged", given, options)
+        if out is not None or not (found[0] if return_softmax_lse else found).requires_grad:
+            return found
+        return dropin.renamed_later(found, names)
     except ArgumentError as error:
-        raise dropin.renamed(error, names) from None
+        if given is None:
+            raise dropin.renamed(error, names) from None
+        return _again(error, given, options, names)
+
+
+def _again(error: ArgumentError, given: dict[str, Any], options: Options, names: Mapping[str, str]) -> Any:
+    """`dropin.again` of a call whose cache may be padded: what was appended to the copy goes back."""
+    caches = {name: given[name] for name in ("k", "v")}
+
+    def attended(softmax_scale: Any, **tensors: Any) -> Any:
+        padded = [name for name in caches if "k_new" in tensors and tensors[name] is not caches[name]]
+        for name in padded:
+            check_apart_within(name, caches[name])
+        found = attend("fwd_paged", tensors, options._replace(softmax_scale=softmax_scale))
+        for name in padded:
+            _put_back(caches[name], tensors[name])
+        return found if "out" in given else dropin.renamed_later(found, names)
+
+    return dropin.again(attended, error, given | {"softmax_scale": options.softmax_scale}, names, KEPT)
+
+
+def _put_back(cache: Any, padded: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        cache.copy_(padded[..., : cache.shape[-1]])
 
 
 def _as_table(cache_batch_idx: Any, block_table: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from runtime.api.attention import attend, given_of
+from runtime.call.cache import check_num_splits
 from runtime.call.request import Hints, Options
 from runtime.call.tensors import check_flag
 from runtime.errors import ArgumentError
@@ -52,7 +53,8 @@ def flash_attn_varlen(
         nor are attended to. Masks are aligned with these lengths. With or without cu_seqlens.
     max_seqlen_q, max_seqlen_k: ints, a hint about the longest sequence of a packed array, by which a tile is chosen
         and nothing else: any value gives the same result. None takes the mean, total / batch; a dense array's length
-        is known. Not tensors: reading one would synchronise. With page_table, max_seqlen_k guides num_splits too.
+        is known. A tensor counts as its value on the CPU and as None on a device: reading it there would synchronise.
+        With page_table, max_seqlen_k guides num_splits too.
     pack_gqa: whether the query heads of a key/value head share tiles, which changes no result; None is our choice.
     page_table: (batch, max_pages), int32, any row stride: k and v then are a cache, (pages, page_size, heads_kv,
         head_dim or head_dim_v) of any page size, and key j of sequence b lies in row j % page_size of page
@@ -62,7 +64,8 @@ def flash_attn_varlen(
     num_splits: how many blocks share the keys of one tile, 1 to 256, for few queries and long keys; 0 chooses by shapes
         and hints alone, so that a CUDA graph keeps its choice. More than 1 needs k and v that are a cache or dense, and
         no seqused_q; partial outputs take num_splits · (head_dim_v + 1) · 4 bytes for each head of each query, from
-        torch's allocator, and rows of `out` that belong to no sequence are written, too. Without page_table 0 is 1.
+        torch's allocator, and rows of `out` that belong to no sequence are written, too. Without page_table 0 is 1,
+        and so is any number where dense k and v, or another input, require grad.
     k_descale, v_descale: (heads_kv,) or (batch, heads_kv), fp32: factors of a k and v that are float8_e4m3fn (head dims
         and strides multiples of 16); None is 1. A float8 k and v need page_table or one of these.
     leftpad_k: (batch,), int32: each sequence's first key, counted from its start: those before it are padding, which is
@@ -70,8 +73,9 @@ def flash_attn_varlen(
         with that end.
     zero_unused: True or False (or 1 or 0): rows of a new output and LSE that belong to no sequence are zeros, for one
         more pass over them; where an input requires grad they always are. With cu_seqlens_q num_splits is then 1.
-    Everything else: as in `flash_attn`, whose errors this function raises as well. Without page_table, descales and
-        splits it is differentiable as that function is; a packed q has (total_q / 128 + batch) · 128 rows there.
+    Everything else: as in `flash_attn`, whose errors this function raises as well. Without page_table and descales it
+        is differentiable as that function is; a packed q has (total_q / 128 + batch) · 128 rows there. With them an
+        input may require grad, but a backward that comes to the call raises ArgumentError ('requires_grad').
 
     Totals and hints may differ in every call; a batch size is prepared for once, like any other shape.
     Lengths that point outside an array are cut to it. Rows that belong to no sequence, or lie beyond its seqused_q,
@@ -87,14 +91,29 @@ def flash_attn_varlen(
                      seqused_k=seqused_k, leftpad_k=leftpad_k, page_table=page_table, sink=sink,
                      alibi_slopes=alibi_slopes, k_descale=k_descale, v_descale=v_descale)  # fmt: skip
     op = "fwd"
+    if type(num_splits) is not int:
+        num_splits = check_num_splits(num_splits, False)
     if page_table is not None or k_descale is not None or v_descale is not None or num_splits not in (0, 1):
         if cu_seqlens_k is not None:
             raise _needs_cache(page_table, num_splits)
-        op = "fwd_paged"
+        if _unsplit_for_gradients(given, num_splits):
+            num_splits = 1
+        else:
+            op = "fwd_paged"
         if zero_unused and cu_seqlens_q is not None:
             num_splits = _unsplit(num_splits)
     options = Options(causal, softmax_scale, window, softcap, return_lse, pack_gqa, num_splits)
     return attend(op, given, options, Hints(max_seqlen_q, max_seqlen_k), deterministic, zero_unused)
+
+
+def _unsplit_for_gradients(given: dict[str, Any], num_splits: Any) -> bool:
+    """Whether splits, which change no result, are left out: only the forward of dense k and v has gradients."""
+    if not {"page_table", "k_descale", "v_descale"}.isdisjoint(given):
+        return False
+    check_num_splits(num_splits, "seqused_q" in given)
+    import torch
+
+    return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in given.values())
 
 
 def _unsplit(num_splits: Any) -> int:

@@ -1,4 +1,7 @@
-"""What torch's autograd sees of a call. Imports torch, and so is imported where something first requires grad."""
+"""What torch's autograd sees of a call. Imports torch, and so is imported where something first requires grad.
+
+A call without gradients is recorded all the same: a backward that comes to it is told so, instead of missing a part.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,22 @@ GRADIENTS: dict[str, Callable[..., dict[str, Any]]] = {"bwd": backward.gradients
 
 
 class Recorded(NamedTuple):
-    """What the calls of one plan leave to their backward, beside their tensors. names: of what is saved."""
+    """What the calls of one plan leave to their backward, beside their tensors. names: of what is saved. gradients:
+    None for an op without."""
 
     call: Call
     names: tuple[str, ...]
     return_lse: bool
     deterministic: bool
-    gradients: Callable[..., dict[str, Any]]
+    gradients: Callable[..., dict[str, Any]] | None
 
 
 def recorded(call: Call, given: Mapping[str, Any], return_lse: bool, deterministic: bool) -> Recorded:
-    """For calls like this one, with these tensors by name. Raises ArgumentError where there are no gradients."""
-    op = ops.get(call.op)
-    tensors.check_differentiable(op, given.items())
+    """For calls like this one, with these tensors by name. Raises ArgumentError if `out` is one of them."""
     if "out" in given:
         message = "cannot be given where it or an input requires grad; leave it out, or call under torch.no_grad()"
         raise ArgumentError("out", message, reason="requires_grad")
-    return Recorded(call, (*given, "out", "lse"), return_lse, deterministic, GRADIENTS[op.backward])
+    return Recorded(call, (*given, "out", "lse"), return_lse, deterministic, GRADIENTS.get(ops.get(call.op).backward))
 
 
 def apply(kept: Recorded, plan: Plan, given: Mapping[str, Any]) -> Any:
@@ -47,7 +49,7 @@ def apply(kept: Recorded, plan: Plan, given: Mapping[str, Any]) -> Any:
     if plan.forward_ad._current_level >= 0:
         tensors.check_tangents(plan.forward_ad, given.items())
     try:
-        found = Attention.apply(kept, plan, *given.values())
+        found = (Attention if kept.gradients else WithoutGradient).apply(kept, plan, *given.values())
     except RuntimeError:  # torch has other words for torch.func's wrappers
         tensors.check_storage(*given.items())
         raise
@@ -70,6 +72,23 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
         # The decorator takes several µs, and changes nothing unless autograd records the backward (create_graph).
         return (_once_differentiable if torch.is_grad_enabled() else _gradients)(ctx, dout, dlse)
+
+
+class WithoutGradient(torch.autograd.Function):
+    """A call of an op that has no backward. Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Recorded, plan: Plan, *given: Any) -> Any:
+        ctx.op, ctx.names = kept.call.op, kept.call.given
+        out, lse = execute(plan, dict(zip(ctx.names, given, strict=True)), return_lse=True, zeros=True)
+        return (out, lse) if kept.return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        wanting = zip(ctx.names, ctx.needs_input_grad[-len(ctx.names) :], strict=True)
+        name = next(name for name, needed in wanting if needed)
+        message = f"requires grad, and gradients are not implemented {ops.get(ctx.op).no_gradient}; call under "
+        raise ArgumentError(name, message + "torch.no_grad() or .detach() it", reason="requires_grad")
 
 
 def _gradients(ctx: Any, dout: Any, dlse: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.call import tensors
 from runtime.call.launch import Launch, Maker, Settled
+from runtime.call.plain import integer
 from runtime.call.plan import Workspace
 from runtime.call.request import Call, Options
 from runtime.call.splits import MAX_SPLITS
@@ -87,11 +87,8 @@ def _check_rotary(given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
 
 def check_num_splits(given: Any, has_seqused_q: bool) -> int:
     """What is asked for: 0 is our choice. Raises ArgumentError."""
-    try:
-        found = operator.index(given)
-    except TypeError:
-        found = -1
-    if not 0 <= found <= MAX_SPLITS:
+    found = integer(given)
+    if type(found) is not int or not 0 <= found <= MAX_SPLITS:
         message = f"{given!r:.50}, must be an integer from 1 to {MAX_SPLITS}, or 0 for our choice"
         raise ArgumentError("num_splits", message, reason="value")
     if has_seqused_q and found > 1:

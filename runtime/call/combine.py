@@ -45,6 +45,61 @@ def check(request: Request, checked: Checked) -> Call:
     return Call(request.op, facts, checked.strides | counts, sizes, tuple(given))
 
 
+def used_rows(parts: Any, cu_seqlens: Any, seqused: Any, virtual_batch_idx: Any) -> Any:
+    """A mask of the rows that belong to a sequence, (batch, seqlen) or (tokens,), on the device; None for all.
+
+    parts: out_partial of `flash_attn_combine`. Raises ArgumentError for a tensor of lengths that does not fit it.
+    """
+    import torch
+
+    if not is_plain_tensor(parts) or parts.dim() not in (4, 5):
+        return None  # refused with the rest of the call
+    if cu_seqlens is not None and parts.dim() == 5:
+        message = "needs parts of packed tokens, (splits, tokens, heads, head_dim_v)"
+        raise ArgumentError("cu_seqlens", message, reason="rank")
+    if cu_seqlens is None and seqused is not None and parts.dim() == 4:
+        raise ArgumentError("seqused", "needs cu_seqlens where tokens are packed", reason="value")
+    given = {"cu_seqlens": cu_seqlens, "seqused": seqused, "virtual_batch_idx": virtual_batch_idx}
+    batch = parts.shape[1] if parts.dim() == 5 else None
+    for name, tensor in given.items():
+        if tensor is not None:
+            batch = _check_lengths(name, tensor, parts.device, batch)
+    if cu_seqlens is None:
+        return None if seqused is None else torch.arange(parts.shape[2], device=parts.device) < seqused[:, None]
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    if seqused is not None:
+        ends = torch.minimum(ends, starts + seqused.clamp(min=0))
+    steps = torch.zeros(parts.shape[1] + 1, dtype=torch.int32, device=parts.device)
+    for edges, step in ((starts, 1), (ends, -1)):
+        steps.index_add_(0, edges.clamp(0, parts.shape[1]), torch.full_like(edges, step))
+    return steps.cumsum(0)[:-1] > 0
+
+
+def is_plain_tensor(given: Any) -> bool:
+    import torch
+
+    return isinstance(given, torch.Tensor) and given.layout is torch.strided and not given.is_nested
+
+
+def _check_lengths(name: str, tensor: Any, device: Any, batch: int | None) -> int | None:
+    """The batch, which cu_seqlens tells where it is None. Raises ArgumentError."""
+    plus = int(name == "cu_seqlens")
+    form = f"(batch{' + 1' if plus else ''},)"
+    if not is_plain_tensor(tensor):
+        raise ArgumentError(name, f"{type(tensor).__name__}, must be a torch.Tensor, {form}", reason="type")
+    if str(tensor.dtype) != "torch.int32":
+        raise ArgumentError(name, f"dtype {tensor.dtype}, must be torch.int32", reason="dtype")
+    if tensor.dim() != 1:
+        raise ArgumentError(name, f"{tensor.dim()} dimensions, must be the 1 of {form}", reason="rank")
+    if tensor.device != device:
+        raise ArgumentError(name, f"is on {tensor.device}, must be on out_partial's device, {device}", reason="device")
+    n = tensor.shape[0] - plus
+    if n < 0 or (batch is not None and n != batch):
+        message = f"{tensor.shape[0]} entries, must be {form} with a batch of {max(n, 0) if batch is None else batch}"
+        raise ArgumentError(name, message, reason="shape")
+    return n
+
+
 def _of_new_lse(heads: int, seqlen: int) -> Numbers:
     """Contiguous along seqlen."""
     return {"lse_stride_b": heads * seqlen, "lse_stride_s": 1, "lse_stride_h": seqlen}

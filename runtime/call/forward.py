@@ -142,10 +142,7 @@ def _softcap(given: Any, softmax_scale: float) -> float:
 
 
 def _max_seqlen(name: str, given: Any, longest: int, typical: int) -> int:
-    """A hint about the longest entry, cut to `longest`; `typical` if it is not given.
-
-    A tensor is refused: reading one from a device would synchronise.
-    """
+    """A hint about the longest entry, cut to `longest`; `typical` if it is not given."""
     if given is None:
         return typical
     if (type(given) is not int and not isinstance(given, Integral)) or int(given) < 0:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from registry import ops
 from registry.ops.attention import LENGTHS
-from registry.ops.describe import CALL, Layout, Op, Tensor
+from registry.ops.describe import CALL, Layout, Tensor
+from runtime.call.plain import flag
 from runtime.errors import ArgumentError
 
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "i32": "int32", "e4m3": "float8_e4m3fn"}
@@ -151,8 +152,6 @@ def check(op: str, tensors: Mapping[str, Any], torch: Any, device_type: str) -> 
     _check_head_dims(tensors, found)
     check_memory(op, tensors)
     check_tangents(torch.autograd.forward_ad, tensors.items())
-    if torch.is_grad_enabled():
-        check_differentiable(ops.get(op), tensors.items())
     return Checked(found, strides(op, tensors, found))
 
 
@@ -334,14 +333,6 @@ def check_apart_within(name: str, tensor: Any) -> None:
         reach += step * (n - 1)
 
 
-def check_differentiable(op: Op, tensors: Iterable[tuple[str, Any]]) -> None:
-    """ArgumentError for a tensor that requires grad where an op has no gradients."""
-    for name, tensor in tensors:
-        if not op.backward and tensor.requires_grad:
-            message = f"requires grad, and gradients are not implemented {op.no_gradient}; call under torch.no_grad() "
-            raise ArgumentError(name, message + "or .detach() it", reason="requires_grad")
-
-
 def check_tangents(forward_ad: Any, tensors: Iterable[tuple[str, Any]]) -> None:
     """ArgumentError for a tensor whose tangent of forward-mode AD would be lost."""
     if forward_ad._current_level < 0:
@@ -406,7 +397,10 @@ def family(op: str, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def check_flag(name: str, flag: Any) -> None:
-    """Of an argument that is True or False."""
-    if not isinstance(flag, int) or flag not in (0, 1):
-        raise ArgumentError(name, f"{flag!r:.100} is neither True nor False", reason="type")
+def check_flag(name: str, given: Any) -> None:
+    """Of an argument that is True or False, or equals one of them."""
+    if given is True or given is False:
+        return
+    found = flag(given)
+    if not isinstance(found, int) or found not in (0, 1):
+        raise ArgumentError(name, f"{given!r:.100} is neither True nor False", reason="type")

@@ -2,7 +2,8 @@
 
 Those of docs/decode.md, training.md, settings.md, trust.md and care.md are run, by test_kvcache_docs.py,
 test_training_docs.py and test_settings.py of tests/runtime, tests/trust/test_document.py and
-tests/registry/test_care_page.py; here their names and links count.
+tests/registry/test_care_page.py; here their names and links count. tests/runtime/test_compatibility.py calls what
+docs/compatibility.md says.
 """
 
 import ast
@@ -19,7 +20,8 @@ from runtime.config import _READERS as READERS
 from tests.project.shell import ROOT, run
 
 CHECKED = (ROOT / "README.md", ROOT / "docs/operations.md")
-PAGES = (*CHECKED, *(ROOT / f"docs/{name}.md" for name in ("settings", "decode", "training", "trust", "care")))
+NAMED = ("settings", "decode", "training", "compatibility", "trust", "care")
+PAGES = (*CHECKED, *(ROOT / f"docs/{name}.md" for name in NAMED))
 TEXT = {page: page.read_text() for page in PAGES}
 README = TEXT[CHECKED[0]]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

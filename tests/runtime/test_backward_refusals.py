@@ -54,6 +54,7 @@ def test_out_cannot_be_given(backend: FakeBackend, wanting):
 
 @pytest.mark.parametrize("wanting", ["q", "k", "sink", "alibi_slopes", "page_table"])
 def test_there_are_no_gradients_over_a_cache(backend: FakeBackend, tmp_path: Path, wanting):
+    """The forward is served, and says that it depends on what requires grad: a backward must not miss that part."""
     write_cache_registry(tmp_path / "r.db")
     runtime.configure(registry=tmp_path / "r.db")
     q, k, v = inputs(seqlen_k=16)
@@ -62,8 +63,13 @@ def test_there_are_no_gradients_over_a_cache(backend: FakeBackend, tmp_path: Pat
         if wanting == "page_table":  # nothing to refuse
             assert not runtime.flash_attn_varlen(**given, deterministic=True).requires_grad
             continue
+        out, lse = runtime.flash_attn_varlen(
+            **given | {wanting: given[wanting].clone().requires_grad_()}, return_lse=True
+        )
+        want = runtime.flash_attn_varlen(**given, return_lse=True)
+        assert torch.equal(out, want[0]) and torch.equal(lse, want[1]) and out.requires_grad and lse.requires_grad
         with pytest.raises(ArgumentError, match="not implemented over a cache") as error:
-            runtime.flash_attn_varlen(**given | {wanting: given[wanting].clone().requires_grad_()})
+            (out.float().sum() + lse.sum()).backward()
         assert (error.value.argument, error.value.reason) == (wanting, "requires_grad")
         with torch.no_grad():
             runtime.flash_attn_varlen(**given | {wanting: given[wanting].clone().requires_grad_()})

@@ -32,6 +32,11 @@ FA4_VARLEN = (
     "score_mod_bwd mask_mod block_sparse_tensors aux_tensors aux_scalars return_lse scheduler_metadata "
     "seqlen_k_per_split disable_scheduler_metadata"
 )
+FA2_QKV = FA2.replace("q k v", "qkv")
+FA2_KV = FA2.replace("q k v", "q kv")
+FA2_VARLEN_QKV = FA2_QKV.replace("qkv", "qkv cu_seqlens max_seqlen")
+FA2_VARLEN_KV = FA2_KV.replace("q kv", "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k")
+COMBINE = "out_partial lse_partial out out_dtype cu_seqlens seqused virtual_batch_idx return_lse"
 SLOPES, SINK = torch.tensor([0.5, 0.1, 0.0, 2.0]), torch.tensor([1.0, -2, 0, 5])
 
 
@@ -41,8 +46,11 @@ def close(found, want):
 
 @pytest.mark.parametrize(("function", "names"), [
     (runtime.flash_attn_func, FA2), (runtime.flash_attn_varlen_func, FA2_VARLEN),
-    (fa4.flash_attn_func, FA4), (fa4.flash_attn_varlen_func, FA4_VARLEN),
-], ids=["fa2", "fa2 varlen", "fa4", "fa4 varlen"])  # fmt: skip
+    (runtime.flash_attn_qkvpacked_func, FA2_QKV), (runtime.flash_attn_kvpacked_func, FA2_KV),
+    (runtime.flash_attn_varlen_qkvpacked_func, FA2_VARLEN_QKV),
+    (runtime.flash_attn_varlen_kvpacked_func, FA2_VARLEN_KV),
+    (fa4.flash_attn_func, FA4), (fa4.flash_attn_varlen_func, FA4_VARLEN), (fa4.flash_attn_combine, COMBINE),
+], ids=lambda given: getattr(given, "__name__", ""))  # fmt: skip
 def test_positional_order_is_upstream_s(function, names):
     """Flash-attention 0251105a, flash_attn_interface.py and cute/interface.py."""
     parameters = inspect.signature(function).parameters.values()
@@ -120,7 +128,8 @@ BOTH = (OPEN, OPEN)
 @pytest.mark.parametrize(("function", "causal", "window_size", "bounds"), [
     ("fa2", False, (-1, -1), BOTH), ("fa2", False, (None, None), BOTH), ("fa2", False, None, BOTH),
     ("fa2", False, [-1, None], BOTH), ("fa2", False, (-1, 0), (OPEN, 0)), ("fa2", False, (3, -1), (3, OPEN)),
-    ("fa2", False, (None, 2), (OPEN, 2)), ("fa2", True, (-1, -1), (OPEN, 0)), ("fa2", True, (4, 7), (4, 0)),
+    ("fa2", False, (-2, 0), (OPEN, 0)), ("fa2", False, (None, 2), (OPEN, 2)), ("fa2", True, (-1, -1), (OPEN, 0)),
+    ("fa2", True, (4, 7), (4, 0)),
     ("fa4", False, (None, None), BOTH), ("fa4", False, (-1, -1), BOTH), ("fa4", True, (-1, -1), (OPEN, 0)),
     ("fa4", False, (-1, 0), (OPEN, OPEN)), ("fa4", False, (None, 0), (OPEN, 0)), ("fa4", False, (3, None), (3, OPEN)),
     ("fa4", True, (3, None), (3, 0)), ("fa4", True, (3, -1), (3, 0)), ("fa4", False, (2, -3), (OPEN, OPEN)),
@@ -140,7 +149,7 @@ def test_window_spellings(backend: FakeBackend, registry: Path, function, causal
 
 
 @pytest.mark.parametrize(("functions", "window_size"), [
-    ("fa2", (-2, 0)), ("fa2", 3), ("fa2", (1, 2, 3)), ("fa2", (1.5, 0)), ("fa2", ("1", 0)),
+    ("fa2", 3), ("fa2", (1, 2, 3)), ("fa2", (1.5, 0)), ("fa2", ("1", 0)),
     ("fa4", (3, -1)), ("fa4", (None, -1)), ("fa4", (-1, 5)), ("fa4", (-1, None)), ("fa4", 3), ("fa4", (1.5, 0)),
 ])  # fmt: skip
 def test_windows_that_are_refused(backend: FakeBackend, registry: Path, functions, window_size):
@@ -154,23 +163,24 @@ def test_windows_that_are_refused(backend: FakeBackend, registry: Path, function
 
 SOME = object()
 UNSUPPORTED = [
-    ("fa2", "dropout_p", 0.1), ("fa2", "dropout_p", None), ("fa2", "num_splits", 2), ("fa2", "deterministic", "no"),
+    ("fa2", "dropout_p", 0.1), ("fa2", "dropout_p", None), ("fa2", "num_splits", 257), ("fa2", "deterministic", "no"),
     ("fa2", "return_attn_probs", 3), ("fa2", "page_table", ints(0)), ("fa2", "block_sparse_tensors", SOME),
     ("fa2", "block_sparse_tensors_bwd", SOME), ("fa2", "learnable_sink", torch.zeros(3)), ("fa2", "qv", SOME),
     ("fa2", "k_descale", SOME), ("fa2", "pack_gqa", 7), ("fa2", "return_lse", "yes"), ("fa2", "alibi_slopes", 0.5),
     ("fa2 varlen", "page_table", SOME), ("fa2 varlen", "seqlen_k_per_split", 64), ("fa2 varlen", "dropout_p", 0.5),
     ("fa2 varlen", "scheduler_metadata", SOME), ("fa2 varlen", "seqused_k", ints(1)), ("fa2 varlen", "mask_mod", SOME),
-    ("fa2 varlen", "learnable_sink", 3.0), ("fa2 varlen", "max_seqlen_q", torch.tensor(3)),
-    ("fa2 varlen", "disable_scheduler_metadata", SOME), ("fa2 varlen", "num_splits", 8),
+    ("fa2 varlen", "learnable_sink", 3.0), ("fa2 varlen", "max_seqlen_q", ints(3, 4)),
+    ("fa2 varlen", "disable_scheduler_metadata", SOME), ("fa2 varlen", "num_splits", -1),
     *(("fa4", name, SOME) for name in FA4.split() if name in (
         "qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars",
         "block_sparse_tensors", "block_sparse_tensors_bwd")),
     *(("fa4 varlen", name, SOME) for name in FA4_VARLEN.split() if name in (
         "qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars",
-        "block_sparse_tensors", "page_table", "min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
-    ("fa4", "num_splits", 3), ("fa4", "num_splits", None), ("fa4", "pack_gqa", "no"), ("fa4", "softcap", -2.0),
-    ("fa4", "deterministic", None), ("fa4 varlen", "num_splits", 3), ("fa4 varlen", "learnable_sink", torch.zeros(3)),
-    ("fa4 varlen", "disable_scheduler_metadata", None),
+        "block_sparse_tensors", "page_table", "seqlen_k_per_split")),
+    ("fa4", "num_splits", 2.5), ("fa4", "return_lse", "yes"), ("fa4 varlen", "return_lse", None),
+    ("fa4", "num_splits", None), ("fa4", "pack_gqa", "no"), ("fa4", "softcap", "2"),
+    ("fa4", "deterministic", None), ("fa4 varlen", "num_splits", None),
+    ("fa4 varlen", "learnable_sink", torch.zeros(3)), ("fa4 varlen", "disable_scheduler_metadata", None),
 ]  # fmt: skip
 
 

@@ -199,7 +199,7 @@ CASES = {
     "num_splits": (bad(num_splits=257), "num_splits", "value"),
     "num_splits negative": (bad(num_splits=-1), "num_splits", "value"),
     "num_splits kind": (bad(num_splits=2.5), "num_splits", "value"),
-    "max_seqlen_k": (bad(max_seqlen_k=torch.tensor(3)), "max_seqlen_k", "value"),
+    "max_seqlen_k": (bad(max_seqlen_k=ints(3, 4)), "max_seqlen_k", "value"),
     "seqused_k": (bad(seqused_k=ints(1, 2)), "seqused_k", "shape"),
     "splits of packed keys": (packed() | {"num_splits": 2}, "num_splits", "unsupported"),
     "descales of packed keys": (packed() | {"k_descale": torch.ones(2)}, "cu_seqlens_k", "unsupported"),

@@ -104,7 +104,7 @@ def wrong(given: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
         "v": {"v": given["v"][:-1]},
         "out": {"out": torch.empty_like(q)[:-1]},
         "max_seqlen_q": {"max_seqlen_q": -1},
-        "max_seqlen_k": {"max_seqlen_k": torch.tensor(3)},
+        "max_seqlen_k": {"max_seqlen_k": torch.tensor(3.5)},
         "q": {"q": torch.empty(1).bfloat16().expand(2**30, *q.shape[1:])},
         "k": {"k": k.to(torch.float16)},
         "cu_seqlens_q": {"cu_seqlens_q": given["cu_seqlens_q"][:-1]},

@@ -108,8 +108,9 @@ def test_importing_costs_little_and_imports_nothing_heavy():
 
 def test_exports():
     assert runtime.__all__ == ["CubineryError", "configure", "fa4", "flash_attn", "flash_attn_combine",
-                               "flash_attn_func", "flash_attn_varlen", "flash_attn_varlen_func",
-                               "flash_attn_with_kvcache", "ledger"]  # fmt: skip
+                               "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func",
+                               "flash_attn_varlen", "flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func",
+                               "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache", "ledger"]  # fmt: skip
     assert all(callable(getattr(runtime, name)) for name in runtime.__all__ if name != "fa4")
     assert callable(runtime.fa4.flash_attn_func) and callable(runtime.fa4.flash_attn_varlen_func)
     from runtime import errors

@@ -251,8 +251,8 @@ def test_new_totals_are_checked(backend: FakeBackend, registry: Path, monkeypatc
     bad = [
         ({"v": given["v"][:-1]}, "v", "shape"), ({"k": given["k"][:-1]}, "v", "shape"),
         ({"out": torch.zeros(9, 4, 64, dtype=BF16)}, "out", "shape"), ({"q": given["q"][:-1]}, "out", "shape"),
-        ({"max_seqlen_q": -1}, "max_seqlen_q", "value"), ({"max_seqlen_k": torch.tensor(3)}, "max_seqlen_k", "value"),
-        ({"max_seqlen_k": 3.0}, "max_seqlen_k", "value"),
+        ({"max_seqlen_q": -1}, "max_seqlen_q", "value"), ({"max_seqlen_k": ints(3, 4)}, "max_seqlen_k", "value"),
+        ({"max_seqlen_k": 3.5}, "max_seqlen_k", "value"),
         ({"q": torch.zeros(40, 4, 64, dtype=BF16), "out": torch.zeros(40, 4, 64, dtype=BF16)}, "q", "too_large"),
     ]  # fmt: skip
     monkeypatch.setattr(forward, "MAX_TOKENS", 52)
@@ -367,7 +367,7 @@ CASES = {
     "seqused_k shape": ({"seqused_k": zeros(3)}, "seqused_k", "shape"),
     "seqused_k strided": ({"seqused_k": zeros(8)[::2]}, "seqused_k", "contiguity"),
     "sink shape": ({"sink": zeros(2, dtype=torch.float32)}, "sink", "shape"),
-    "sink fp16": ({"sink": zeros(4, dtype=torch.float16)}, "sink", "dtype"),
+    "sink i32": ({"sink": zeros(4, dtype=torch.int32)}, "sink", "dtype"),
     "sink fp64": ({"sink": zeros(4, dtype=torch.float64)}, "sink", "dtype"),
     "sink number": ({"sink": 1.0}, "sink", "type"),
     "sink strided": ({"sink": zeros(8, dtype=torch.float32)[::2]}, "sink", "contiguity"),
@@ -377,8 +377,8 @@ CASES = {
     "slopes batch": ({"alibi_slopes": zeros(3, 4, dtype=torch.float32)}, "alibi_slopes", "shape"),
     "slopes strided": ({"alibi_slopes": zeros(4, 8, dtype=torch.float32)[:, ::2]}, "alibi_slopes", "contiguity"),
     "max_seqlen_q negative": ({"max_seqlen_q": -1}, "max_seqlen_q", "value"),
-    "max_seqlen_q tensor": ({"max_seqlen_q": torch.tensor(70)}, "max_seqlen_q", "value"),
-    "max_seqlen_k float": ({"max_seqlen_k": 9.0}, "max_seqlen_k", "value"),
+    "max_seqlen_q of several": ({"max_seqlen_q": ints(70, 9)}, "max_seqlen_q", "value"),
+    "max_seqlen_k float": ({"max_seqlen_k": 9.5}, "max_seqlen_k", "value"),
     "pack_gqa": ({"pack_gqa": 2}, "pack_gqa", "type"),
     "softcap": ({"softcap": -1.0}, "softcap", "value"),
     "window": ({"window": (-1, 0)}, "window", "value"),
