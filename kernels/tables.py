@@ -15,7 +15,8 @@ from kernels import validity
 from registry import ops
 from registry.contract.dispatch import Condition, DispatchRow
 from registry.contract.errors import ContractError
-from registry.contract.variant import DTYPES, Variant
+from registry.contract.storage import DTYPES
+from registry.contract.variant import Variant
 from registry.ops.attention import DTYPE, E4M3, HEAD_DIMS, KV_DTYPE
 
 ALL_HEAD_DIMS = 256  # of a kernel that serves every head_dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from registry.contract import CubineryError
+from registry.contract.errors import CubineryError
 
 
 class StoreError(CubineryError):

@@ -8,7 +8,9 @@ import io
 import struct
 import sys
 
-from registry.contract import MAX_CONTENT, Artifact, ContractError, IntegrityError
+from registry.contract.artifact import Artifact
+from registry.contract.errors import ContractError, IntegrityError
+from registry.contract.storage import MAX_CONTENT
 from registry.errors import StoreError
 
 if sys.version_info >= (3, 14):

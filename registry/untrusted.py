@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import stat
 import time
+from typing import TYPE_CHECKING
 
-from registry.contract import SCHEMA
+from registry.contract.storage import SCHEMA
 from registry.errors import StoreError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 # Whether there is the table of TUF's files, and no view in its place: a file of schema 1 has none.
 HAS_TUF = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND rootpage > 0 AND name = 'tuf'"
@@ -41,6 +44,8 @@ def connect(uri: str, path: str, longest: int, busy_s: float, seconds: float) ->
     and nothing runs for longer than `seconds` after it has waited `busy_s` for a writer. Raises sqlite3.Error, and
     StoreError ('newer', 'not_a_registry').
     """
+    import sqlite3  # here: clients of a server read files alone
+
     db = sqlite3.connect(uri, uri=True, timeout=busy_s)
     end = time.monotonic() + busy_s + seconds
     try:

@@ -3,7 +3,8 @@
 from kernels.tables import all_head_dims
 from kernels.trunk import limits
 from registry.contract.dispatch import DispatchRow
-from registry.contract.variant import DTYPES, Variant
+from registry.contract.storage import DTYPES
+from registry.contract.variant import Variant
 from registry.ops.workspaces import ROWS
 
 

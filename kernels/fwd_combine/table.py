@@ -2,7 +2,8 @@
 
 from kernels.trunk import limits
 from registry.contract.dispatch import Condition, DispatchRow
-from registry.contract.variant import ALL_DTYPES, Variant
+from registry.contract.storage import ALL_DTYPES
+from registry.contract.variant import Variant
 
 
 def invalid(variant: Variant) -> str | None:

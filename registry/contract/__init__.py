@@ -5,9 +5,7 @@ on what the files beside it define, and imports each when one of its names is fi
 `kernels` imports from the files themselves: a fingerprint then covers what a kernel uses.
 """
 
-from typing import TYPE_CHECKING
-
-from registry.contract.lazy import hand_on
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from registry.contract.abi import PARAM_FORMATS as PARAM_FORMATS
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from registry.contract.canonical import check_digest as check_digest
     from registry.contract.canonical import check_fields as check_fields
     from registry.contract.canonical import sha256_hex as sha256_hex
-    from registry.contract.dispatch import RELATIONS as RELATIONS
     from registry.contract.dispatch import Condition as Condition
     from registry.contract.dispatch import DispatchRow as DispatchRow
     from registry.contract.division import fast_divmod as fast_divmod
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from registry.contract.index import Read as Read
     from registry.contract.index import part_digests as part_digests
     from registry.contract.index import verified_part as verified_part
-    from registry.contract.lazy import hand_on as hand_on
     from registry.contract.opened import OpenIndex as OpenIndex
     from registry.contract.opened import Served as Served
     from registry.contract.parts import ENTRY_FIELDS as ENTRY_FIELDS
@@ -53,16 +49,17 @@ if TYPE_CHECKING:
     from registry.contract.parts import read_part as read_part
     from registry.contract.record import Record as Record
     from registry.contract.record import derived as derived
+    from registry.contract.storage import ALL_DTYPES as ALL_DTYPES
     from registry.contract.storage import CHANNEL as CHANNEL
+    from registry.contract.storage import DTYPES as DTYPES
     from registry.contract.storage import FORMAT as FORMAT
     from registry.contract.storage import INDEX_FIELDS as INDEX_FIELDS
     from registry.contract.storage import MAX_CONTENT as MAX_CONTENT
     from registry.contract.storage import PARTED as PARTED
     from registry.contract.storage import PARTED_FIELDS as PARTED_FIELDS
+    from registry.contract.storage import RELATIONS as RELATIONS
     from registry.contract.storage import SCHEMA as SCHEMA
     from registry.contract.storage import TUF_PATH as TUF_PATH
-    from registry.contract.variant import ALL_DTYPES as ALL_DTYPES
-    from registry.contract.variant import DTYPES as DTYPES
     from registry.contract.variant import Variant as Variant
 
 _FILES = {
@@ -70,16 +67,26 @@ _FILES = {
     "arch": "MAX_SMEM ARCH check_arch",
     "artifact": "Artifact ARTIFACT_FIELDS",
     "canonical": "DIGEST canonical_json sha256_hex check_bytes check_digest check_fields",
-    "dispatch": "RELATIONS Condition DispatchRow",
+    "dispatch": "Condition DispatchRow",
     "division": "fast_divmod",
     "errors": "CubineryError ContractError IntegrityError",
     "grid": "GRID_RULES Grid",
     "index": "MAX_WHOLE Read Index part_digests verified_part",
-    "lazy": "hand_on",
     "opened": "Served OpenIndex",
     "parts": "PART_ROWS ENTRY_FIELDS PART_FIELDS parts_of common_conditions check_entry read_part check_part is_part",
     "record": "derived Record",
-    "storage": "SCHEMA MAX_CONTENT CHANNEL TUF_PATH FORMAT PARTED INDEX_FIELDS PARTED_FIELDS",
-    "variant": "DTYPES ALL_DTYPES Variant",
+    "storage": "SCHEMA MAX_CONTENT CHANNEL TUF_PATH FORMAT PARTED INDEX_FIELDS PARTED_FIELDS DTYPES ALL_DTYPES "
+    "RELATIONS",
+    "variant": "Variant",
 }  # file -> the names that it defines
-__all__, __getattr__ = hand_on(__name__, _FILES)
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}
+__all__ = sorted(_FILE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+    return value

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from registry.contract.canonical import check_fields
 from registry.contract.errors import ContractError
 from registry.contract.record import Record
+from registry.contract.storage import RELATIONS
 from registry.contract.variant import Variant
-
-# A condition's operator -> a function of (value, fact), the way round that 'in' has it.
-RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "<=": operator.ge,
-    ">=": operator.le,
-    "in": operator.contains,
-}
 
 
 class Condition(Record):

@@ -1,4 +1,9 @@
-"""What a registry keeps, in a file or behind a server: its schema, its bounds, and how its names look."""
+"""What a registry keeps, in a file or behind a server: its schema, its bounds, how its names look, what its documents
+consist of."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
 
 SCHEMA = 3  # of the registry file, the user_version in its header: the number of registry.store's migrations
 MAX_CONTENT = 64 << 20  # bytes of one cubin or PTX text, and of the frame that holds it
@@ -11,3 +16,13 @@ INDEX_FIELDS: dict[str, type] = {
     "format": int, "arch": str, "release": str, "artifacts": list, "rows": list, "abis": list,
 }  # fmt: skip
 PARTED_FIELDS: dict[str, type] = {"format": int, "arch": str, "release": str, "parts": list, "abis": list}
+DTYPES = ("bf16", "fp16")  # of queries
+ALL_DTYPES = (*DTYPES, "fp32")  # of a variant: fp32 is for outputs alone
+
+# A condition's operator -> a function of (value, fact), the way round that 'in' has it.
+RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "<=": operator.ge,
+    ">=": operator.le,
+    "in": operator.contains,
+}

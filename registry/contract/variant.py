@@ -6,9 +6,7 @@ import re
 
 from registry.contract.errors import ContractError
 from registry.contract.record import Record
-
-DTYPES = ("bf16", "fp16")  # of queries
-ALL_DTYPES = (*DTYPES, "fp32")  # of a variant: fp32 is for outputs alone
+from registry.contract.storage import ALL_DTYPES
 
 _KEY = (  # compiled when a key is first read: a first call may read none
     r"(?P<op>[a-z]+(?:_[a-z]+)*)-(?P<dtype>[a-z][a-z0-9]+)-d(?P<d>[1-9]\d{0,3})-dv(?P<dv>[1-9]\d{0,3})"

@@ -16,7 +16,7 @@ from registry.contract.abi import PARAM_FORMATS, Abi, Param
 from registry.contract.errors import ContractError
 from registry.contract.grid import GRID_RULES
 from registry.contract.record import Record, derived
-from registry.contract.variant import ALL_DTYPES, DTYPES
+from registry.contract.storage import ALL_DTYPES, DTYPES
 
 ROLES = ("in", "out", "inout", "workspace")
 # How a kernel reads or writes a tensor, and so what its strides and address must be: pieces of 16 bytes along the last

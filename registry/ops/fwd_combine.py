@@ -1,7 +1,7 @@
 """`fwd_combine`: the weighted sum of partial outputs."""
 
 import registry.ops.attention as a
-from registry.contract.variant import ALL_DTYPES
+from registry.contract.storage import ALL_DTYPES
 from registry.ops.describe import Fact, Letter, Op, Scalar, Tensor, layout
 
 PARTIAL = (layout("splits batch seqlen heads head_dim_v"), layout("splits tokens heads head_dim_v"))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from runtime.call import forward, memory, tensors
-from runtime.call.plain import PLAIN, SIDES, plain
+from runtime.call import forward, tensors
 from runtime.call.plan import Plan, execute, prepare, prepare_packed
-from runtime.call.request import Hints, Options, Request
+from runtime.call.request import PLAIN, SIDES, Hints, Options, Request
 from runtime.call.run import run
 from runtime.load import plans
 from runtime.load.dynamo import untraced
@@ -96,7 +95,7 @@ def flash_attn(
     if plan is None:
         given = given_of(q, k, v, out)
         request = Request("fwd", given, Options(causal, softmax_scale, window, softcap, return_lse))
-        if not _is_plain(request) and (simple := plain(request)) is not request:
+        if not _is_plain(request) and (simple := _plain(request)) is not request:
             causal, softmax_scale, window, softcap, return_lse, *_ = simple.options
             return flash_attn(q, k, v, causal=causal, softmax_scale=softmax_scale, window=window, softcap=softcap,
                               return_lse=return_lse, out=out, deterministic=deterministic)  # fmt: skip
@@ -127,7 +126,7 @@ def attend(op: str, given: dict[str, Any], options: Options, hints: Hints = NO_H
         plan = key = None
     if plan is None:
         request = Request(op, given, options, hints)
-        if not _is_plain(request) and (simple := plain(request)) is not request:
+        if not _is_plain(request) and (simple := _plain(request)) is not request:
             return attend(*simple, deterministic, zeros)
         plan = prepare_packed(forward, request, key) or prepare(forward, request, key)
     out, lse = run(plan, given, options.return_lse, deterministic, zeros)
@@ -143,6 +142,12 @@ def given_of(q: Any, k: Any, v: Any, out: Any, **optional: Any) -> dict[str, Any
         if tensor is not None:
             found[name] = tensor
     return found
+
+
+def _plain(request: Request) -> Request:
+    from runtime.call.plain import plain  # here: few calls need it
+
+    return plain(request)
 
 
 def _is_plain(request: Request) -> bool:
@@ -182,6 +187,8 @@ def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, de
     if is_given:
         for start, (_, nbytes) in zip((q_at, k_at, v_at), plan.spans, strict=True):
             if out_at < start + nbytes and start < out_at + plan.out_span:
+                from runtime.call import memory
+
                 memory.check_apart(out, ("q", q), ("k", k), ("v", v))
         plan.mark_written(out)
     lse = plan.new_lse() if return_lse else None

@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any
 
 from registry import ops
-from registry.contract import WINDOW_OPEN, Variant, fast_divmod
+from registry.contract import WINDOW_OPEN, fast_divmod
 from runtime.call import tensors
 from runtime.call.launch import Launch, Loaded, Maker, Settled
 from runtime.call.plan import Chain, Outputs, Workspace
@@ -326,6 +326,6 @@ def _choose_splits(call: Call, loaded: Loaded, pack: int) -> int:
 
     facts, artifact = call.facts, loaded.kernel.artifact
     keys = splits.visible_keys(facts["seqlen_q"], facts["seqlen_k"], call.window)
-    variant = Variant.parse(artifact.variant)
+    variant = splits.Variant.parse(artifact.variant)
     units, key_blocks = artifact.grid.blocks(facts, pack), -(-keys // variant.size("n"))
     return splits.num_splits(units, key_blocks, *loaded.resident, heavy=splits.is_heavy(variant))

@@ -6,7 +6,7 @@
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from operator import itemgetter
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -176,8 +176,17 @@ class Maker(NamedTuple):
         return Loaded(kernel, packs, resident), fresh
 
 
-@lru_cache(maxsize=256)
+_layouts: dict[str, ParameterBuffer] = {}  # by the ABI's digest
+
+
 def layout(abi: Abi, variant: str) -> ParameterBuffer:
+    """`_layout`, once for each ABI."""
+    if abi.digest not in _layouts:
+        _layouts[abi.digest] = _layout(abi, variant)
+    return _layouts[abi.digest]
+
+
+def _layout(abi: Abi, variant: str) -> ParameterBuffer:
     """How this client fills the parameters of an ABI, which may come from another release than its descriptions.
 
     Raises IntegrityError ('abi') for an ABI with a parameter that this client does not know, or without one that it

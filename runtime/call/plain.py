@@ -10,10 +10,8 @@ from __future__ import annotations
 from numbers import Number
 from typing import Any
 
-from runtime.call.request import Hints, Options, Request
+from runtime.call.request import PLAIN, SIDES, Hints, Options, Request
 
-PLAIN = frozenset((bool, int, float, type(None)))
-SIDES = frozenset((int, type(None)))
 LOW = ("torch.float16", "torch.bfloat16")
 
 

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 from runtime import stages
-from runtime.call import memory, tensors
+from runtime.call import tensors
 from runtime.call.launch import Launch, Maker
 from runtime.call.request import Call, Request
 from runtime.call.tensors import Checked
@@ -194,6 +194,8 @@ def _aim(plan: Plan, call: Call, chain: Chain, outputs: Outputs, given: Mapping[
     if plan.nbytes:
         plan.new_space = partial(plan.empty, plan.nbytes, dtype=plan.uint8, device=first.device)
     if "out" in given:
+        from runtime.call import memory  # here: only calls with out need it
+
         plan.spans = tuple([(name, memory.span(tensor)) for name, tensor in given.items() if name != "out"])
         plan.out_span = memory.span(given["out"])
 
@@ -349,5 +351,7 @@ def _check_apart(plan: Plan, found: Mapping[str, int], given: Mapping[str, Any])
     start = found["out"]
     for name, nbytes in plan.spans:
         if start < found[name] + nbytes and found[name] < start + plan.out_span:
+            from runtime.call import memory
+
             memory.check_apart(given["out"], *((other, given[other]) for other, _ in plan.spans))
             return

@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+PLAIN = frozenset((bool, int, float, type(None)))  # types of numbers as a key should hold them
+SIDES = frozenset((int, type(None)))  # the same of a window's sides
+
 
 class Options(NamedTuple):
     """A call's arguments that are no tensors; `flash_attn` and the other public functions say what each is.

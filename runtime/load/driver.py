@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from runtime import stages
 from runtime.errors import DriverError, InstallError
+from runtime.load import bindings
 
 INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE: also 'there is no such parameter'
 
@@ -41,7 +42,7 @@ class CudaDriver:
     """The real one. Raises InstallError without cuda-bindings, DriverError ('no_driver') without libcuda."""
 
     def __init__(self) -> None:
-        with stages.stage("import bindings"):
+        with stages.stage("import bindings"), bindings.without_pathfinder():
             try:
                 from cuda.bindings import driver
             except ImportError:

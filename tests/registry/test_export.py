@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 READ_AS_NOBODY = """
 import os, sys
-from runtime.sources.embedded import EmbeddedSource
+from runtime.sources.source import EmbeddedSource
 if os.geteuid() == 0: os.setuid(65534)
 print(EmbeddedSource(sys.argv[1]).channel("stable")["sm_120"])
 """

@@ -15,7 +15,7 @@ from registry.export import backup, to_file
 from registry.schema import APPLICATION_ID, m001_tables
 from registry.store import SCHEMA, Store, StoreError
 from runtime.errors import SourceError
-from runtime.sources.embedded import EmbeddedSource
+from runtime.sources.source import EmbeddedSource
 from tests.registry.samples import fill
 
 

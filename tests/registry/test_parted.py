@@ -12,8 +12,8 @@ from registry.contract import Index, part_digests, parts, sha256_hex
 from registry.contract import index as index_file
 from registry.export import backup, to_file, to_folder
 from registry.store import Store, StoreError
-from runtime.sources.embedded import EmbeddedSource
 from runtime.sources.folder import FolderSource
+from runtime.sources.source import EmbeddedSource
 from tests.registry.samples import KEYS, artifact, index
 
 

@@ -15,7 +15,7 @@ import pytest
 from registry import ops
 from registry.contract import Condition, DispatchRow
 from runtime.cli import commands as cli
-from runtime.sources import embedded
+from runtime.sources import source as embedded
 from tests.runtime.backward_kernels import KERNELS
 from tests.runtime.cache_kernels import write_cache_registry
 from tests.runtime.fakes import TABLE, rows, toy_index, write_registry

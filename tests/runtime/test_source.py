@@ -28,11 +28,11 @@ from registry.contract import sha256_hex
 from registry.store import Store
 from runtime.errors import InstallError, IntegrityError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources import embedded
 from runtime.sources import server as server_source
+from runtime.sources import source as embedded
 from runtime.sources.cache import DiskCache
-from runtime.sources.embedded import EmbeddedSource
 from runtime.sources.server import CachedSource, HttpSource
+from runtime.sources.source import EmbeddedSource
 from tests.runtime.fakes import FakeBackend, toy_index, write_registry
 from tests.support.sources import URL, Server, reply, server
 
@@ -100,8 +100,8 @@ def test_files_that_are_no_registry(tmp_path: Path):
 
 
 READ_AS_NOBODY = """
-import os, sys
-from runtime.sources.embedded import EmbeddedSource
+import os, sqlite3, sys
+from runtime.sources.source import EmbeddedSource
 if os.geteuid() == 0: os.setuid(65534)
 print(EmbeddedSource(sys.argv[1]).channel("stable")["sm_120"])
 """

@@ -25,11 +25,12 @@ from registry.export import to_folder
 from registry.store import Store
 from runtime.errors import IntegrityError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources import answers, embedded, folder
+from runtime.sources import answers, folder
+from runtime.sources import source as embedded
 from runtime.sources.cache import DiskCache
-from runtime.sources.embedded import EmbeddedSource
 from runtime.sources.folder import FolderSource
 from runtime.sources.server import CachedSource, HttpSource, OfflineSource
+from runtime.sources.source import EmbeddedSource
 from tests.runtime.fakes import FakeBackend, toy_index
 
 Q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)

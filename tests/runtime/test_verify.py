@@ -142,7 +142,7 @@ def test_an_index_must_hash_to_its_digest():
         OpenIndex(data.replace(b"fwd-bf16", b"fwd-fp16"), index.digest)
     assert error.value.reason == "sha256"
     with pytest.raises(ContractError, match="update it"):
-        newer = data.replace(b'"format":2', b'"format":3')
+        newer = data.replace(b'"format":2', b'"format":4')
         OpenIndex(newer, sha256_hex(newer))
 
 
