@@ -13,7 +13,8 @@ from typing import Any
 from runtime.api.attention import flash_attn
 from runtime.api.varlen import flash_attn_varlen
 from runtime.call.cache import check_num_splits
-from runtime.call.plain import SIDES, integer, number
+from runtime.call.plain import integer, number
+from runtime.call.request import SIDES
 from runtime.call.tensors import STRIDE, check_flag
 from runtime.errors import ArgumentError
 

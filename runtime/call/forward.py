@@ -322,10 +322,11 @@ def _choose_splits(call: Call, loaded: Loaded, pack: int) -> int:
     """How many blocks share a tile's keys."""
     if call.num_splits:
         return call.num_splits
+    from registry.contract.variant import Variant
     from runtime.call import splits
 
     facts, artifact = call.facts, loaded.kernel.artifact
     keys = splits.visible_keys(facts["seqlen_q"], facts["seqlen_k"], call.window)
-    variant = splits.Variant.parse(artifact.variant)
+    variant = Variant.parse(artifact.variant)
     units, key_blocks = artifact.grid.blocks(facts, pack), -(-keys // variant.size("n"))
     return splits.num_splits(units, key_blocks, *loaded.resident, heavy=splits.is_heavy(variant))
