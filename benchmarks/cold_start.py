@@ -162,7 +162,9 @@ def child(which: str, env: dict[str, str]) -> dict[str, Any]:
     """One fresh process' answer. BenchmarkError with the end of its output if it fails."""
     script = Path(__file__).with_name("cold_child.py")
     command = [sys.executable, str(script), which, measure.DEVICE]
-    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(measure.ROOT), os.environ.get("PYTHONPATH", "")]), **env}
+    # An installed package has its bytecode: pip compiles it.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    given = {**kept, "PYTHONPATH": os.pathsep.join([str(measure.ROOT), os.environ.get("PYTHONPATH", "")]), **env}
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=180, check=False)
     if done.returncode:
         raise BenchmarkError(f"{which} in a fresh process: {done.stderr.strip()[-2000:]}")

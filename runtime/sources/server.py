@@ -14,9 +14,9 @@ from registry.contract import Artifact
 from runtime.errors import SourceError
 from runtime.sources.answers import MAX_CHANNEL, MAX_INDEX, document, tuf_path
 from runtime.sources.cache import DiskCache
-from runtime.sources.source import Source
 
 if TYPE_CHECKING:
+    from runtime.sources.source import Source
     from runtime.sources.transport import Line
 
 DEADLINE_S = 60.0  # of a whole request with its retries

@@ -30,6 +30,8 @@ class Repository:
     files: what is served, by path below v1/tuf/. asked: every path that a client asked for, in order.
     """
 
+    anyone = "it is a server"
+
     def __init__(self, where: str = "https://repository.test") -> None:
         self.where = where
         self.files: dict[str, bytes] = {}
@@ -112,6 +114,9 @@ class Repository:
         return MetaFile.from_data(getattr(self, role).version, self.files[self.path(role)], ["sha256"])
 
     # -- the source ---------------------------------------------------------------------------------------------------
+
+    def check_present(self) -> None:
+        pass
 
     def tuf(self, path: str, cap: int) -> bytes:
         self.asked.append(path)

@@ -28,6 +28,7 @@ class Release:
     """A source that serves what the store does, but for one file. asked: whether that file was asked for."""
 
     where = "https://release.test"
+    anyone = "it is a server"
 
     def __init__(self, folder: Path):
         write_registry(folder / "r.db", only="16-d64")
