@@ -16,7 +16,8 @@ from runtime.errors import CaptureError, ConfigError, InstallError, IntegrityErr
 from runtime.load import plans
 from runtime.load.backend import TorchBackend
 from runtime.load.kernel import Kernel, load
-from runtime.sources.source import Source, open_source
+from runtime.sources import Source
+from runtime.sources.source import open_source
 from runtime.trust import resolve
 
 if TYPE_CHECKING:

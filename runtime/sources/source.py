@@ -1,19 +1,11 @@
-"""What a source of indexes and frames is, and which one the settings name. Nothing that it gives is verified here.
-
-A source has `where` (for messages), `channel(name) -> {arch: digest}`, `index(digest) -> bytes` of an index's document
-or of a part, `frame(artifact) -> bytes`, `tuf(path, cap) -> bytes` of a file below v1/tuf/, SourceError ('missing') if
-it has none, and `discard(kind, digest) -> bool`: whether a cached copy was set aside, so that asking again may give
-other bytes. `close()` ends the connections that nobody is using; a source may be used after it. `anyone`: why what it
-gives may come from anybody; '' for a file, whose owner and mode say so. `check_present()` raises SourceError
-('no_registry') where a file or folder is not there.
-"""
+"""Which source the settings name, and the embedded one: a registry file, read with the standard library's SQLite."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import urllib.parse
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from registry.contract.arch import ARCH
 from registry.contract.canonical import DIGEST
@@ -21,6 +13,7 @@ from registry.errors import StoreError
 from registry.untrusted import HAS_TUF, connect
 from runtime.config import Config
 from runtime.errors import SourceError
+from runtime.sources import Source
 from runtime.sources.answers import MAX_CHANNEL, MAX_INDEX, as_channel, too_long, tuf_path
 
 if TYPE_CHECKING:
@@ -37,19 +30,6 @@ NO_LOCKS = frozenset(("SQLITE_IOERR_LOCK", "SQLITE_IOERR_RDLOCK", "SQLITE_IOERR_
                       "SQLITE_IOERR_SHMOPEN", "SQLITE_IOERR_SHMMAP", "SQLITE_IOERR_SHMLOCK"))  # fmt: skip
 
 
-class Source(Protocol):
-    where: str
-    anyone: str
-
-    def channel(self, name: str) -> dict[str, str]: ...
-    def index(self, digest: str) -> bytes: ...
-    def frame(self, artifact: Artifact) -> bytes: ...
-    def tuf(self, path: str, cap: int) -> bytes: ...
-    def discard(self, kind: str, digest: str) -> bool: ...
-    def check_present(self) -> None: ...
-    def close(self) -> None: ...
-
-
 def open_source(config: Config) -> Source:
     """The source that the settings name; nothing is opened yet. A server stands behind the disk cache. Each kind is
     imported where it is used: a process uses one."""
@@ -60,7 +40,7 @@ def open_source(config: Config) -> Source:
             return FolderSource(config.registry)
         return EmbeddedSource(config.registry)
     from runtime.sources.cache import DiskCache
-    from runtime.sources.server import CachedSource, HttpSource, OfflineSource
+    from runtime.sources.remote import CachedSource, HttpSource, OfflineSource
 
     inner: Source = OfflineSource(config.registry) if config.offline else HttpSource(config.registry)
     return CachedSource(inner, DiskCache(config.cache_folder, config.cache_limit))

@@ -17,7 +17,7 @@ from runtime.trust.state import State, Trusted, read_root
 
 if TYPE_CHECKING:
     from registry.releases.client import Client
-    from runtime.sources.source import Source
+    from runtime.sources import Source
 
 
 def refresh(source: Source, channel: str, settings: Config) -> Trusted:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from runtime.config import Config, Pins
 from runtime.errors import SourceError, UntrustedError
-from runtime.sources.source import Source
+from runtime.sources import Source
 
 if TYPE_CHECKING:
     from runtime.trust.state import Trusted

@@ -16,9 +16,9 @@ import pytest
 
 from registry.contract import sha256_hex
 from runtime.errors import SourceError
-from runtime.sources import server as server_source
+from runtime.sources import remote as server_source
 from runtime.sources.cache import DiskCache
-from runtime.sources.server import CachedSource, HttpSource
+from runtime.sources.remote import CachedSource, HttpSource
 from tests.project.shell import ROOT
 
 # Those that the issue lists.

@@ -23,7 +23,7 @@ from registry.contract import Artifact, Index, OpenIndex
 from registry.frames import unpack
 from runtime.errors import IntegrityError
 from runtime.sources.cache import DiskCache
-from runtime.sources.server import CachedSource
+from runtime.sources.remote import CachedSource
 
 PLANTED = 10  # bytes of an entry that was cut off on purpose
 SYSCALLS = ("open", "mkdir", "makedirs", "write", "fsync", "close", "rename", "replace", "unlink", "utime", "fstat",

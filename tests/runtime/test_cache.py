@@ -20,7 +20,7 @@ from runtime import config
 from runtime.errors import CubineryError, IntegrityError, SourceError
 from runtime.load import session
 from runtime.sources.cache import LIMIT, DiskCache
-from runtime.sources.server import CachedSource
+from runtime.sources.remote import CachedSource
 from tests.runtime.cache_programs import Bodies, Steps, release
 
 INDEX, BODIES = release(1, 5_000)

@@ -28,10 +28,10 @@ from registry.contract import sha256_hex
 from registry.store import Store
 from runtime.errors import InstallError, IntegrityError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources import server as server_source
+from runtime.sources import remote as server_source
 from runtime.sources import source as embedded
 from runtime.sources.cache import DiskCache
-from runtime.sources.server import CachedSource, HttpSource
+from runtime.sources.remote import CachedSource, HttpSource
 from runtime.sources.source import EmbeddedSource
 from tests.runtime.fakes import FakeBackend, toy_index, write_registry
 from tests.support.sources import URL, Server, reply, server

@@ -29,7 +29,7 @@ from runtime.sources import answers, folder
 from runtime.sources import source as embedded
 from runtime.sources.cache import DiskCache
 from runtime.sources.folder import FolderSource
-from runtime.sources.server import CachedSource, HttpSource, OfflineSource
+from runtime.sources.remote import CachedSource, HttpSource, OfflineSource
 from runtime.sources.source import EmbeddedSource
 from tests.runtime.fakes import FakeBackend, toy_index
 

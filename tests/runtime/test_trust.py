@@ -11,7 +11,7 @@ import runtime
 from runtime import config
 from runtime.errors import ConfigError, IntegrityError, NoKernelError, SourceError, UntrustedError
 from runtime.load import session
-from runtime.sources.server import HttpSource, OfflineSource
+from runtime.sources.remote import HttpSource, OfflineSource
 from runtime.sources.source import EmbeddedSource
 from runtime.trust import resolve
 from tests.runtime.fakes import write_registry

@@ -8,8 +8,8 @@ from functools import partial
 import httpx2
 import pytest
 
-from runtime.sources import server as server_source
-from runtime.sources.server import HttpSource
+from runtime.sources import remote as server_source
+from runtime.sources.remote import HttpSource
 from tests.runtime.fakes import toy_index
 
 URL = "http://registry.test"

@@ -15,7 +15,7 @@ import server.__main__
 from registry.releases import push
 from registry.releases.publish import DAYS
 from registry.store import Store
-from runtime.sources import server as server_source
+from runtime.sources import remote as server_source
 from server.app import create_app
 from server.upload import Settings
 from tests.runtime.fakes import write_registry

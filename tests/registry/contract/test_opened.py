@@ -9,14 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import dispatch
 from registry import ops
 from registry.contract import (
-    Artifact,
     Condition,
     ContractError,
     DispatchRow,
-    Grid,
     Index,
     IntegrityError,
     OpenIndex,
@@ -24,21 +21,8 @@ from registry.contract import (
     sha256_hex,
 )
 from tests.registry.contract.json_values import JSON
+from tests.registry.contract.opened_samples import ABI, INDEX, change, facts, first, paths
 
-ABI = ops.get("fwd").abi
-
-
-def artifact(variant: str) -> Artifact:
-    digest = sha256_hex(variant.encode())
-    return Artifact(
-        variant=variant, arch="sm_120", symbol="s", abi=ABI.digest, grid=Grid("rows", 4), threads=128, smem=0,
-        static_smem=0, registers=64, spills=0, stack=0, blocks_per_sm=1, hot_loop=(("HMMA", 4), ("LDS", 2)),
-        cubin_sha256=digest, cubin_size=10, frame_sha256=digest, frame_size=9, ptx_sha256=digest, toolchain="t",
-        min_driver=12080,
-    )  # fmt: skip
-
-
-INDEX = Index("sm_120", "0", tuple(artifact(v.key) for v in dispatch.variants()), dispatch.rows(), (ABI,))
 DATA = INDEX.to_bytes()
 
 
@@ -47,24 +31,6 @@ def opened(data: bytes) -> OpenIndex:
 
 
 WHOLE, OPEN = Index.from_bytes(DATA), opened(DATA)
-
-
-def first(index: Index, op: str, call: dict[str, Any]) -> DispatchRow | None:
-    rows = (row for row in index.rows if row.op == op)
-    return next((row for row in rows if all(condition.holds(call) for condition in row.when)), None)
-
-
-@st.composite
-def facts(draw: st.DrawFn) -> dict[str, Any]:
-    """Of a call, near the bounds that rows draw."""
-    heads_kv, group = draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([1, 4, 8, 16]))
-    seqlen_q, seqlen_k, batch = (draw(st.sampled_from([1, 2, 16, 17, 64, 65, 200, 4096])) for _ in range(3))
-    found = {name: draw(st.integers(0, 1)) for name in ("causal", "varlen", "varlen_k", "window")}
-    found |= {name: draw(st.sampled_from([8, 32, 40, 64, 96, 128, 192, 256])) for name in ("head_dim", "head_dim_v")}
-    found |= {"heads_q": heads_kv * group, "heads_kv": heads_kv, "group": group, "batch": batch}
-    found |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "packed_rows": seqlen_q * group, "rows": seqlen_q * batch}
-    dtypes = {"dtype": draw(st.sampled_from(["bf16", "fp16"])), "kv_dtype": draw(st.sampled_from(["bf16", "e4m3"]))}
-    return found | {"total_q": batch * seqlen_q, "total_k": batch * seqlen_k} | dtypes
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -89,24 +55,6 @@ def test_other_bytes_than_the_digest_names():
     with pytest.raises(IntegrityError) as error:
         OpenIndex(DATA + b" ", INDEX.digest)
     assert error.value.reason == "sha256"
-
-
-def change(value: Any, path: list[Any], new: Any) -> bytes:
-    """The index's JSON with another value at `path`; the value `...` leaves it out."""
-    value = json.loads(json.dumps(value))
-    at = value
-    for step in path[:-1]:
-        at = at[step]
-    if new is ...:
-        del at[path[-1]]
-    else:
-        at[path[-1]] = new
-    return json.dumps(value).encode()
-
-
-def paths(value: Any) -> list[list[Any]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [[name, *rest] for name, child in children for rest in ([], *paths(child))]
 
 
 SMALL = Index(

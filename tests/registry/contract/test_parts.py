@@ -29,7 +29,7 @@ from registry.contract import (
     sha256_hex,
 )
 from registry.contract import index as index_file
-from tests.registry.contract.test_opened import ABI, INDEX, artifact, change, facts, first, paths
+from tests.registry.contract.opened_samples import ABI, INDEX, artifact, change, facts, first, paths
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from runtime.sources.answers import MAX_CHANNEL, MAX_INDEX, document, tuf_path
 from runtime.sources.cache import DiskCache
 
 if TYPE_CHECKING:
-    from runtime.sources.source import Source
+    from runtime.sources import Source
     from runtime.sources.transport import Line
 
 DEADLINE_S = 60.0  # of a whole request with its retries
