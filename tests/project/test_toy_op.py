@@ -16,8 +16,9 @@ MOST = 8  # existing files that a new op may touch, generated ones included
 TABLE = re.compile(r"(\n##+ (?:registry/ops|runtime/api|runtime/call)\n.*?\n\|---\|---\|\n)", re.DOTALL)
 EDITS: dict[str, Edit] = {
     "registry/ops/catalogue.py": insert('"bwd_preprocess"', '"toy_scale", '),
-    "runtime/__init__.py": both(insert("from runtime.api.varlen", "from runtime.api.toy import toy_scale\n"),
-                                insert('"ledger"]', '"toy_scale", ')),
+    "runtime/__init__.py": both(insert("    from runtime.api.varlen", "    from runtime.api.toy import toy_scale\n"),
+                                both(insert('"ledger"]', '"toy_scale", '),
+                                     insert('    "api.varlen":', '    "api.toy": "toy_scale",\n'))),
     "runtime/call/autograd.py": both(insert("from runtime.call import", "from runtime.call import toy\n"),
                                      insert('"bwd": backward.gradients', '"toy_scale": toy.gradients, ')),
     "tests/gpu/conformance.json": insert('    "bwd_preprocess"', '    "toy_scale": [],\n'),
