@@ -141,49 +141,18 @@ def gradients(call: Call, saved: Mapping[str, Any], dout: Any, dlse: Any, needs:
     given["lse"] = saved["lse"].contiguous()  # which a hook of saved tensors may have changed
     if dlse is not None:
         given["dlse"] = dlse.resolve_neg()
-    every = given.values()
-    layouts = [*map(SHAPE_AND_DTYPE, every), *map(STRIDE, every), *map(DEVICE, every)]
-    last: Last | None = plans.plans.last.get(id(call))
-    if last is None or not last.serves(call, layouts, needs, deterministic):
+    numbers, facts, every = call.numbers, call.facts, given.values()
+    key = ("bwd", needs, deterministic, call.window, numbers["scale_log2"], numbers["softcap_scale"],
+           facts["seqlen_q"], facts["seqlen_k"],
+           *given, *map(SHAPE_AND_DTYPE, every), *map(STRIDE, every), *map(DEVICE, every))  # fmt: skip
+    kept: Plan | None = plans.plans.by_call.get(key)
+    if kept is None:
         steps = _steps(saved, needs)
         if not steps:
             return {name: _maker(saved[name], True)(saved[name]) for name in needs}
-        last = _find(Backward(call, steps, needs, deterministic), given, layouts)
-    return _run(last.plan, needs, given)
-
-
-class Last(NamedTuple):
-    """A thread's last backward of a call. A backward is most often like the one before, and comparing costs half of
-    what the hash of a key does."""
-
-    call: Call
-    layouts: list[Any]
-    needs: frozenset[str]
-    deterministic: bool
-    plan: Plan
-    key: Any
-
-    def serves(self, call: Call, layouts: list[Any], needs: frozenset[str], deterministic: bool) -> bool:
-        """Whether its plan, if it still is for the same, serves this one."""
-        return (self.layouts == layouts and self.needs == needs and self.deterministic == deterministic
-                and self.plan.key is self.key and self.call is call)  # fmt: skip
-
-
-def _find(role: Backward, given: Mapping[str, Any], layouts: list[Any]) -> Last:
-    """This thread's plan for such a call, made or changed if need be, and remembered."""
-    call = role.call
-    numbers, facts = call.numbers, call.facts
-    key = ("bwd", role.needs, role.deterministic, call.window, numbers["scale_log2"], numbers["softcap_scale"],
-           facts["seqlen_q"], facts["seqlen_k"], *given, *layouts)  # fmt: skip
-    kept = plans.plans  # before a plan is made: a configure() in between must not get one of the old configuration
-    found: Plan | None = kept.by_call.get(key)
-    if found is None:
         request = Request("bwd", {name: tensor for name, tensor in given.items() if name in KNOWN}, Options())
-        found = plan.prepare(role, request, key)
-    if len(kept.last) >= plans.MAX_PLANS:
-        kept.last.clear()
-    last = kept.last[id(call)] = Last(call, layouts, role.needs, role.deterministic, found, found.key)
-    return last
+        kept = plan.prepare(Backward(call, steps, needs, deterministic), request, key)
+    return _run(kept, needs, given)
 
 
 def _steps(saved: Mapping[str, Any], needs: frozenset[str]) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ class Plans(threading.local):
     def __init__(self) -> None:
         self.by_call: dict[Any, Any] = {}
         self.families: dict[Any, list[Any]] = {}  # the one that was made or changed longest ago comes first
-        self.last: dict[int, Any] = {}  # of runtime.call.backward: by the id of a call, which its entry keeps alive
 
 
 plans = Plans()
