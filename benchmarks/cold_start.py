@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,10 @@ def run(registry: Path, scratch: Path, processes: int) -> dict[str, Any]:
         "peer_all": _all(seen["sdpa"], "backward"),
         "whole": _medians(seen["whole"])["backward"], "whole_all": _all(seen["whole"], "backward"),
     }  # fmt: skip
-    more = {"peer_all": _all(seen["sdpa"], "total"), "bindings_all": _all(seen["bindings"], "import")}
+    more = {
+        "peer_all": _all(seen["sdpa"], "total"), "bindings_all": _all(seen["bindings"], "import"),
+        "bindings_version": metadata.version("cuda-bindings"),
+    }  # fmt: skip
     return measure.result("free", rows, **more, backward=backward, bars=bars(rows))
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from registry.contract.parts import ENTRY_FIELDS as ENTRY_FIELDS
     from registry.contract.parts import PART_FIELDS as PART_FIELDS
     from registry.contract.parts import PART_ROWS as PART_ROWS
+    from registry.contract.parts import bounds as bounds
     from registry.contract.parts import check_entry as check_entry
     from registry.contract.parts import check_part as check_part
     from registry.contract.parts import common_conditions as common_conditions
@@ -73,10 +74,11 @@ _FILES = {
     "grid": "GRID_RULES Grid",
     "index": "MAX_WHOLE Read Index part_digests verified_part",
     "opened": "Served OpenIndex",
-    "parts": "PART_ROWS ENTRY_FIELDS PART_FIELDS parts_of common_conditions check_entry read_part check_part is_part",
+    "parts": "PART_ROWS ENTRY_FIELDS PART_FIELDS parts_of bounds "
+    "common_conditions check_entry read_part check_part is_part",
     "record": "derived Record",
-    "storage": "SCHEMA MAX_CONTENT CHANNEL TUF_PATH FORMAT PARTED INDEX_FIELDS PARTED_FIELDS DTYPES ALL_DTYPES "
-    "RELATIONS",
+    "storage": "SCHEMA MAX_CONTENT CHANNEL TUF_PATH FORMAT "
+    "PARTED INDEX_FIELDS PARTED_FIELDS DTYPES ALL_DTYPES RELATIONS",
     "variant": "Variant",
 }  # file -> the names that it defines
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}

@@ -56,10 +56,10 @@ class OpenIndex:
             sound = {name: type(part) for name, part in value.items()} == fields
             sound = sound and value["format"] in (FORMAT, PARTED) and ARCH.fullmatch(value["arch"]) is not None
             if in_parts:
-                self._parts: list[tuple[str, list[Any], str]] = [_entry(entry) for entry in value["parts"]]
-                self._unread = dict.fromkeys(digest for _, _, digest in self._parts)
+                self._parts: list[dict[str, Any]] = value["parts"]
+                self._unread = dict.fromkeys(map(_digest_of, self._parts))
             elif sound:
-                self._parts = [("", [], "")]
+                self._parts = [{"sha256": ""}]
                 self._keep("", value)
         except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
             sound = False
@@ -98,10 +98,13 @@ class OpenIndex:
         from registry.contract.dispatch import DispatchRow
 
         found: list[DispatchRow] = []
-        for digest in self._parts_of(op, facts):
-            if (digest, op) not in self._row_objects:
-                self._row_objects[digest, op] = [DispatchRow.from_json(row) for row in self._of(op, digest)]
-            found += self._row_objects[digest, op]
+        try:
+            for digest in self._parts_of(op, facts):
+                if (digest, op) not in self._row_objects:
+                    self._row_objects[digest, op] = [DispatchRow.from_json(row) for row in self._of(op, digest)]
+                found += self._row_objects[digest, op]
+        except (TypeError, ValueError, KeyError) as error:
+            raise (error if isinstance(error, CubineryError) else self._refusal()) from None
         return found
 
     def _rows_of(self, op: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -110,9 +113,9 @@ class OpenIndex:
             yield from self._of(op, digest)
 
     def _parts_of(self, op: str, facts: Mapping[str, Any]) -> Iterator[str]:
-        for of_op, when, digest in self._parts:
-            if not digest or (of_op == op and _may_hold(when, facts)):
-                yield digest
+        for part in self._parts:
+            if not part["sha256"] or (part["op"] == op and _may_serve(part, facts)):
+                yield part["sha256"]
 
     def _of(self, op: str, digest: str) -> list[dict[str, Any]]:
         """An op's rows in a document. A relation that this client does not know is refused in any of them: a row behind
@@ -214,13 +217,19 @@ def _made(kind: type[_T], values: Mapping[str, Any]) -> _T:
     return record
 
 
-def _entry(value: dict[str, Any]) -> tuple[str, list[Any], str]:
-    """(op, when, digest) of a part. Raises what malformed JSON does."""
-    if not DIGEST.fullmatch(value["sha256"]):
+def _digest_of(part: dict[str, Any]) -> str:
+    """Of an entry of the list of parts. Raises what malformed JSON does."""
+    if part.keys() != {"op", "when", "head_dims", "sha256"} or not DIGEST.fullmatch(part["sha256"]):
         raise ValueError
-    return value["op"], value["when"], value["sha256"]
+    digest: str = part["sha256"]
+    return digest
 
 
-def _may_hold(when: list[Any], facts: Mapping[str, Any]) -> bool:
-    """Whether conditions hold of a call of which only `facts` are known."""
-    return all(fact not in facts or RELATIONS[relation](value, facts[fact]) for fact, relation, value in when)
+def _may_serve(part: dict[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a part may serve a call of which only `facts` are known."""
+    for fact, relation, value in part["when"]:
+        if fact in facts and not RELATIONS[relation](value, facts[fact]):
+            return False
+    head_dim, head_dim_v = facts.get("head_dim", 0), facts.get("head_dim_v", 0)
+    pairs = part["head_dims"]
+    return not pairs or any(head_dim <= most and head_dim_v <= most_v for most, most_v in pairs)

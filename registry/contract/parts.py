@@ -1,8 +1,9 @@
 """An index in parts: what a client reads of a table of thousands is a list of parts, and the one that serves its call.
 
-The index's document, whose digest is the index's, then lists parts: {"op", "when", "sha256"} each. A part is a document
-of its own: {"rows", "artifacts"}, consecutive dispatch rows of one op and the artifacts that they name. `when` holds
-for every call that one of the part's rows serves. What no row names stands in parts without rows or op.
+The index's document, whose digest is the index's, then lists parts: {"op", "when", "head_dims", "sha256"} each. A part
+is a document of its own: {"rows", "artifacts"}, consecutive dispatch rows of one op and the artifacts that they name.
+`when` holds for every call that one of the part's rows serves, and so does one of `head_dims`, the pairs of bounds that
+the rows have; there are none if a row lacks such bounds. What no row names stands in parts without rows or op.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from registry.contract.dispatch import DispatchRow
 from registry.contract.errors import ContractError
 
 PART_ROWS = 100  # at most, of a part
-ENTRY_FIELDS: dict[str, type] = {"op": str, "when": list, "sha256": str}
+ENTRY_FIELDS: dict[str, type] = {"op": str, "when": list, "head_dims": list, "sha256": str}
 PART_FIELDS: dict[str, type] = {"rows": list, "artifacts": list}
 
 
@@ -43,7 +44,17 @@ def _pieces(things: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _part(op: str, rows: Sequence[DispatchRow], artifacts: Iterable[Artifact]) -> tuple[dict[str, Any], bytes]:
     by_variant = sorted(artifacts, key=lambda a: a.variant)
     body = canonical_json({"rows": [r.to_json() for r in rows], "artifacts": [a.to_json() for a in by_variant]})
-    return {"op": op, "when": common_conditions(rows), "sha256": sha256_hex(body)}, body
+    return {"op": op, **bounds(rows), "sha256": sha256_hex(body)}, body
+
+
+def bounds(rows: Sequence[DispatchRow]) -> dict[str, Any]:
+    """What an entry says of its part's rows."""
+    pairs: dict[tuple[Any, Any], None] = {}
+    for row in rows:
+        most = {c.fact: c.value for c in row.when if c.op == "<="}
+        pairs[most.get("head_dim"), most.get("head_dim_v")] = None
+    known = [] if any(None in pair for pair in pairs) else [list(pair) for pair in pairs]
+    return {"when": common_conditions(rows), "head_dims": known}
 
 
 def common_conditions(rows: Sequence[DispatchRow]) -> list[list[Any]]:
@@ -72,7 +83,7 @@ def check_entry(value: Any) -> dict[str, Any]:
 def read_part(entry: Mapping[str, Any], data: bytes) -> tuple[list[DispatchRow], list[Artifact]]:
     """What a part holds, if it is what its entry says. Raises ContractError."""
     rows, artifacts = check_part(data)
-    if any(row.op != entry["op"] for row in rows) or common_conditions(rows) != entry["when"]:
+    if any(row.op != entry["op"] for row in rows) or entry != {**entry, **bounds(rows)}:
         raise ContractError(f"index part {entry['sha256'][:12]}…: its rows are not those that the index states")
     return rows, artifacts
 

@@ -179,21 +179,30 @@ def host_time() -> Rows:
 
 
 def cold_start() -> Rows:
-    """A dash in what older files do not have."""
-    rows = {row["case"].rpartition("/")[2]: row for row in result("cold_start.free")["rows"]}
+    """With each release of the bindings that was measured; a dash in what older files do not have."""
+    rows: Rows = []
+    for name in ("cold_start.free", "again/cold_start.free"):
+        if (RESULTS / f"{name}.json").exists():
+            rows += _cold_start(result(name))
+    return rows
+
+
+def _cold_start(value: dict[str, Any]) -> Rows:
+    rows = {row["case"].rpartition("/")[2]: row for row in value["rows"]}
     named = {"a registry file": "embedded", "the disk cache of a server's kernels": "disk_cache"}
     large = {f"{name}, {LARGE:,} artifacts": f"{kind}_{LARGE}" for name, kind in named.items()}
     parts = ("import", "first", "ours")
+    version = f", {value['bindings_version']}" if "bindings_version" in value else ""
     ours = [
-        [f"ours, from {name}", *(f"{rows[kind][part]:.1f}" if kind in rows else "–" for part in parts)]
+        [f"ours, from {name}{version}", *(f"{rows[kind][part]:.1f}" if kind in rows else "–" for part in parts)]
         for name, kind in (named | large).items()
     ]
     bindings = f"{rows['embedded']['bindings']:.1f}" if "bindings" in rows["embedded"] else "–"
     (peer,) = {f"{row['peer']:.1f}" for row in rows.values()}
     return [
         *ours,
-        ["`import cuda.bindings.driver` alone", bindings, "none", bindings],
-        ["SDPA, FlashAttention backend", "none", peer, peer],
+        [f"`import cuda.bindings.driver` alone{version}", bindings, "none", bindings],
+        [f"SDPA, FlashAttention backend{version and ', the same run'}", "none", peer, peer],
     ]
 
 

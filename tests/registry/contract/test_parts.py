@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_a_first_call_reads_the_part_that_serves_it_and_few_others(monkeypatch: 
     assert len(part_digests(index.to_bytes())) == 12 and len(shelf.read) == 1
 
 
+def test_a_part_is_passed_over_whose_pairs_of_head_dims_are_too_small_though_each_bound_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In a table by the sum of head dims, the parts before (128, 128) have bounds up to 252 of either."""
+    monkeypatch.setattr(parts, "PART_ROWS", 100)
+    pairs = sorted(((d, v) for d in range(8, 257, 8) for v in range(8, 257, 8)), key=lambda pair: (sum(pair), pair))
+    rows = [DispatchRow("fwd", (Condition("head_dim", "<=", d), Condition("head_dim_v", "<=", v)),
+                        f"fwd-bf16-d{d}-dv{v}") for d, v in pairs]  # fmt: skip
+    index = Index("sm_120", "0", tuple(artifact(row.variant) for row in rows), tuple(rows), (ABI,))
+    for dims in ((128, 128), (72, 40), (256, 8)):
+        call = dict(zip(("head_dim", "head_dim_v"), dims, strict=True))
+        served, shelf = opened(index)
+        assert served.serving("fwd", call) == Served(first(index, "fwd", call).variant, False)
+        assert len(shelf.read) == 1
+
+
 def test_artifacts_that_no_row_names_and_those_that_several_parts_name():
     row = INDEX.rows[0]
     twice = tuple(row.replace(when=(*row.when, Condition("batch", "==", n))) for n in range(9))
@@ -220,13 +237,24 @@ def test_a_damaged_part_means_the_same_or_a_contract_error(path: list[Any], new:
 @pytest.mark.parametrize(
     ("path", "new"),
     [(["parts", 0, "sha256"], "../../../victim"), (["parts", 0], 3), (["parts"], {}), (["parts", 0, "op"], ...),
-     (["parts", 0, "when"], [["batch", "==", 7]]), (["parts", 0, "op"], "bwd")],
+     (["parts", 0, "when"], [["batch", "==", 7]]), (["parts", 0, "op"], "bwd"), (["parts", 0, "head_dims"], [[8, 8]])],
 )  # fmt: skip
 def test_a_list_of_parts_that_says_something_else_is_refused(path: list[Any], new: Any):
     index = parted()
     head = change(json.loads(index.to_bytes()), path, new)
     with pytest.raises(ContractError):
         Index.from_bytes(head, index.documents.get)
+
+
+@pytest.mark.parametrize("new", [..., None, 7, {}, [7], [["head_dim", "!=", 3]], [[1]], [["x"] * 3]])
+@pytest.mark.parametrize("name", ["when", "head_dims", "op"])
+def test_a_damaged_list_of_parts_serves_or_is_a_contract_error(name: str, new: Any):
+    index = parted()
+    head = canonical_json(json.loads(change(json.loads(index.to_bytes()), ["parts", 0, name], new)))
+    call = {"dtype": "bf16", "head_dim": 64, "head_dim_v": 64}
+    for ask in (lambda it: it.serving("fwd", call), lambda it: it.rows("fwd", call)):
+        with contextlib.suppress(ContractError):
+            ask(OpenIndex(head, sha256_hex(head), index.documents.__getitem__))
 
 
 def test_check_part_refuses_what_is_none():
