@@ -33,7 +33,7 @@ class Plan:
     bytes: int
 
     def counts(self) -> dict[str, int]:
-        names = ("indexes", "artifacts", "ptx", "blobs")
+        names = ("indexes", "parts", "artifacts", "ptx", "blobs")
         return {**{name: len(getattr(self, name)) for name in names}, "bytes": self.bytes}
 
 

@@ -63,4 +63,8 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'runtime' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 _record(("import runtime", "", (_perf_counter() - _beside.STARTED) * 1e3))

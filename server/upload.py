@@ -83,8 +83,7 @@ class Uploads:
         with Store(self.path) as store:
             stored = store.get_frame(digest)
             _check_digest(frame, digest, stored is not None)
-            if stored is None:
-                store.put_blobs([frame])
+            store.put_blobs([frame])  # also what is there: gc then leaves it for a day
             return stored is None
 
     def index(self, digest: str, body: bytes) -> bool:
@@ -92,8 +91,7 @@ class Uploads:
         with Store(self.path) as store:
             stored = store.get_index(digest)
             _check_digest(body, digest, stored is not None)
-            if stored is None:
-                _put_document(store, digest, body)
+            _put_document(store, digest, body)  # also what is there: gc then leaves it for a day
             return stored is None
 
     def metadata(self, files: dict[str, bytes]) -> list[str]:

@@ -24,7 +24,8 @@ Read = Callable[[str], bytes | None]  # of a part, by its digest; None: it is no
 class Index(Record):
     """The immutable list of one release's artifacts for one architecture, with dispatch rows and ABIs.
 
-    Addressed by the SHA-256 of `to_bytes()`. No timestamps: equal inputs give equal digests.
+    Addressed by the SHA-256 of `to_bytes()`. No timestamps: one release of this code makes equal digests of equal
+    inputs; what another release cut otherwise keeps its own documents.
     """
 
     arch: str
@@ -120,7 +121,10 @@ def part_digests(data: bytes) -> list[str]:
 
 
 def _entries(value: dict[str, Any]) -> list[dict[str, Any]]:
-    return [check_entry(entry) for entry in value["parts"]]
+    found = [check_entry(entry) for entry in value["parts"]]
+    if len({entry["sha256"] for entry in found}) != len(found):
+        raise ContractError("index: a part is listed twice")
+    return found
 
 
 def verified_part(digest: str, read: Read | None) -> bytes:

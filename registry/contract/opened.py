@@ -58,6 +58,7 @@ class OpenIndex:
             if in_parts:
                 self._parts: list[dict[str, Any]] = value["parts"]
                 self._unread = dict.fromkeys(map(_digest_of, self._parts))
+                sound = sound and len(self._unread) == len(self._parts)
             elif sound:
                 self._parts = [{"sha256": ""}]
                 self._keep("", value)
@@ -159,8 +160,10 @@ class OpenIndex:
         """A variant's artifact, None if it is not listed. The part that names it has been read by `serving`; for
         another variant all may have to be."""
         if variant not in self._parsed:
-            while variant not in self._artifacts and self._unread:
-                self._take(next(iter(self._unread)))
+            for digest in tuple(self._unread):  # other threads may read them meanwhile
+                if variant in self._artifacts:
+                    break
+                self._take(digest)
             raw = self._artifacts.get(variant)
             if raw is None:
                 return None

@@ -164,9 +164,10 @@ def _check_signatures(new: Mapping[str, bytes], roots: Sequence[Root]) -> None:
 
 
 def _check_indexes(store: Store, channels: Iterable[Channel]) -> None:
+    there = store.indexes()
     for channel in channels:
         for digest in channel.indexes.values():
-            if store.get_index(digest) is None:
+            if digest not in there:
                 message = f"channel {channel.name}: index {digest} is not here; send it first"
                 raise ReleaseError(message, reason="missing")
 

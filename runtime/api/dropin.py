@@ -15,7 +15,7 @@ from runtime.api.varlen import flash_attn_varlen
 from runtime.call.cache import check_num_splits
 from runtime.call.plain import integer, number
 from runtime.call.request import SIDES
-from runtime.call.tensors import STRIDE, check_flag
+from runtime.call.tensors import MAX_HEAD_DIM, STRIDE, check_flag
 from runtime.errors import ArgumentError
 
 # FlashAttention's arguments that this package does not serve: each must be None, which is upstream's default.
@@ -121,7 +121,7 @@ def again(call: Callable[..., Any], error: ArgumentError, given: Mapping[str, An
         if error.reason in UNREADABLE and error.argument not in kept:
             for name in TOGETHER.get(error.argument, (error.argument,)):
                 given[name] = _copy(given[name])
-        elif error.reason == "head_dim" and "v" in given and given["v"].element_size() > 1:
+        elif error.reason == "head_dim" and _is_padded(given):
             width = given["v"].shape[-1]
             _pad(given)
         else:
@@ -133,6 +133,22 @@ def again(call: Callable[..., Any], error: ArgumentError, given: Mapping[str, An
             continue
         return found if width is None else _cut(found, width)
     raise renamed(error, names) from None
+
+
+def _is_padded(given: Mapping[str, Any]) -> bool:
+    """Whether padding makes its head dims served. Raises ArgumentError for what it would hide or lose."""
+    if "v" not in given or given["v"].element_size() == 1:  # of float8, whose pieces are twice as long
+        return False
+    head_dim, head_dim_v = given["q"].shape[-1], given["v"].shape[-1]
+    if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
+        return False
+    if "rotary_cos" in given and 2 * given["rotary_cos"].shape[-1] > head_dim:
+        message = f"shape {tuple(given['rotary_cos'].shape)}, its rotary_dim must be at most head_dim, {head_dim}"
+        raise ArgumentError("rotary_cos", message, reason="shape")
+    if "out" in given and head_dim_v % STRIDE:
+        message = f"cannot be given with a head_dim of v, {head_dim_v}, that is no multiple of {STRIDE}; leave it out"
+        raise ArgumentError("out", message, reason="unsupported")
+    return True
 
 
 def _copy(tensor: Any) -> Any:

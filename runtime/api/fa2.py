@@ -110,7 +110,7 @@ def flash_attn_varlen_func(
         names = names | {"page_table": "block_table"}
         if cu_seqlens_k is not None and seqused_k is None:
             names = names | {"seqused_k": "cu_seqlens_k"}  # whose errors they then are
-            seqused_k = cu_seqlens_k.diff() if hasattr(cu_seqlens_k, "diff") else cu_seqlens_k
+            seqused_k = _lengths(cu_seqlens_k)
         cu_seqlens_k = None
     found = dropin.varlen(q, k, v, names, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
                           max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
@@ -230,6 +230,14 @@ def flash_attn_varlen_kvpacked_func(
     return _with_probs(found) if return_attn_probs else found
 
 
+def _lengths(cu_seqlens_k: Any) -> Any:
+    """Of the sequences that cu_seqlens_k places."""
+    plain = str(getattr(cu_seqlens_k, "layout", "")) == "torch.strided" and not cu_seqlens_k.is_nested
+    if not plain or cu_seqlens_k.dim() != 1:
+        raise ArgumentError("cu_seqlens_k", "must be a plain torch.Tensor of shape (batch + 1,), int32", reason="rank")
+    return cu_seqlens_k.diff()
+
+
 def _parts(name: str, packed: Any, form: str, n: int, rank: int) -> tuple[Any, ...]:
     """The arrays that lie in a packed one, n of them along the dimension before heads.
 
@@ -237,6 +245,8 @@ def _parts(name: str, packed: Any, form: str, n: int, rank: int) -> tuple[Any, .
     """
     if not hasattr(packed, "unbind"):
         raise ArgumentError(name, f"{type(packed).__name__}, must be a torch.Tensor", reason="type")
+    if str(packed.layout) != "torch.strided" or packed.is_nested:
+        raise ArgumentError(name, f"layout {packed.layout}, must be a plain strided tensor", reason="layout")
     if packed.dim() != rank:
         raise ArgumentError(name, f"{packed.dim()} dimensions, must be the {rank} of {form}", reason="rank")
     if packed.shape[-3] != n:

@@ -1,8 +1,8 @@
 """Half of the time that `import cuda.bindings.driver` takes goes to cuda.pathfinder, which finds the libraries of CUDA
 toolkits. The driver module asks it for one thing, libcuda, which torch has loaded long before a first call.
 
-So while the bindings are imported, a module stands in its place that knows libcuda and fetches the real one for all
-else: for another name, for another library, or where libcuda is not loaded.
+So while the bindings are imported, a module stands in its place that knows libcuda, and fetches the real one for
+whatever else it is asked: another library, another name, or libcuda where it is not loaded.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-NAME = "cuda.pathfinder"
+PACKAGE, NAME = "cuda", "cuda.pathfinder"
 LIBCUDA = "libcuda.so.1"
 
 
@@ -30,7 +31,11 @@ class Libcuda:
 
 
 class Pathfinder(ModuleType):
-    """In the place of cuda.pathfinder."""
+    """In the place of cuda.pathfinder. Who else imports that meanwhile, or keeps this, gets the real one's names."""
+
+    def __init__(self, spec: ModuleSpec):
+        super().__init__(NAME)
+        self.__spec__, self.__path__ = spec, list(spec.submodule_search_locations or ())
 
     def load_nvidia_dynamic_lib(self, libname: str) -> Any:
         if libname == "cuda":
@@ -38,28 +43,39 @@ class Pathfinder(ModuleType):
                 return Libcuda()
             except OSError:
                 pass  # pathfinder says what is missing
-        return import_module(NAME).load_nvidia_dynamic_lib(libname)
+        return _real(self).load_nvidia_dynamic_lib(libname)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        _leave(self)
-        return getattr(import_module(NAME), name)
+        real = _real(self)
+        if name == "__all__":  # of `import *`, which otherwise takes what stands here
+            return getattr(real, name, [each for each in vars(real) if not each.startswith("_")])
+        return getattr(real, name)
 
 
 @contextmanager
 def without_pathfinder() -> Iterator[None]:
     """Within, cuda.pathfinder is not imported for its own sake; afterwards whoever imports it gets the real one."""
-    stand_in = Pathfinder(NAME)
-    if sys.modules.setdefault(NAME, stand_in) is not stand_in:
+    package = import_module(PACKAGE) if PathFinder.find_spec(PACKAGE) else None
+    spec = PathFinder.find_spec(NAME, package.__path__) if package and NAME not in sys.modules else None
+    if package is None or spec is None:  # of another release of the bindings, or imported already
         yield
         return
+    stand_in = Pathfinder(spec)
+    sys.modules[NAME] = package.pathfinder = stand_in  # type: ignore[attr-defined]
     try:
         yield
     finally:
         _leave(stand_in)
 
 
+def _real(stand_in: Pathfinder) -> ModuleType:
+    _leave(stand_in)
+    return import_module(NAME)
+
+
 def _leave(stand_in: Pathfinder) -> None:
     if sys.modules.get(NAME) is stand_in:
         del sys.modules[NAME]
+    package = sys.modules.get(PACKAGE)
+    if getattr(package, "pathfinder", None) is stand_in:
+        del package.pathfinder  # type: ignore[union-attr]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import runtime
-from registry.contract import WINDOW_OPEN, Index, OpenIndex, fast_divmod
+from registry.contract import WINDOW_OPEN, Index, OpenIndex, fast_divmod, parts
+from registry.contract import index as index_file
 from runtime import stages
 from runtime.api import attention
 from runtime.call import launch
@@ -291,6 +292,29 @@ def test_capture_refuses_before_disk_and_network(backend: FakeBackend, tmp_path:
     backend.capturing = False
     with pytest.raises(SourceError):
         runtime.flash_attn(*inputs())
+
+
+def test_capture_refuses_before_a_part_of_the_index_is_read(
+    backend: FakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(index_file, "MAX_WHOLE", 2)
+    monkeypatch.setattr(parts, "PART_ROWS", 2)
+    folder = tmp_path / "private"
+    folder.mkdir(mode=0o700)
+    write_registry(folder / "r.db", "sm_120")
+    runtime.configure(registry=folder / "r.db")
+    runtime.flash_attn(*inputs())
+    asked: list[str] = []
+    read = session.current().source.index
+    monkeypatch.setattr(session.current().source, "index", lambda digest: asked.append(digest) or read(digest))
+    backend.capturing = True
+    runtime.flash_attn(*inputs(seqlen_k=3))  # its part has been read
+    with pytest.raises(CaptureError, match="part of the index"):
+        runtime.flash_attn(*inputs(dtype=torch.float16, head_dim=128))
+    assert asked == []
+    backend.capturing = False
+    runtime.flash_attn(*inputs(dtype=torch.float16, head_dim=128))
+    assert asked
 
 
 def test_a_capture_on_the_current_device_forbids_a_load_on_another(

@@ -387,3 +387,35 @@ def test_a_gradient_through_pages_is_refused_when_it_is_asked_for(backend: FakeB
         assert (error.value.argument, error.value.reason) == (wanting, "requires_grad")
     with torch.no_grad():
         assert not out_of(function(**given)).requires_grad
+
+
+@pytest.mark.usefixtures("caches")
+def test_padding_hides_no_rotation_and_loses_no_out(backend: FakeBackend):
+    q, k, v = (torch.zeros(1, n, 2, 60, dtype=torch.bfloat16) for n in (1, 64, 64))
+    new = torch.zeros(1, 1, 2, 60, dtype=torch.bfloat16)
+    table = torch.zeros(64, 32, dtype=torch.bfloat16)
+    lengths = torch.ones(1, dtype=torch.int32)
+    for name, more in (("rotary_cos", (new, new, table, table)), ("out", ())):
+        given = {"out": torch.empty_like(q)} if name == "out" else {}
+        with pytest.raises(ArgumentError) as error:
+            runtime.flash_attn_with_kvcache(q, k, v, *more, cache_seqlens=lengths, causal=True, **given)
+        assert error.value.argument == name and "60" in str(error.value)
+
+
+def test_what_padding_cannot_serve_is_refused_as_it_was_given(backend: FakeBackend):
+    q = torch.zeros(1, 4, 2, 257, dtype=torch.bfloat16)
+    with pytest.raises(ArgumentError, match="257"):
+        runtime.flash_attn_func(q, q, q)
+
+
+def test_odd_kinds_of_tensors_are_refused_by_their_layout(backend: FakeBackend):
+    nested = torch.nested.nested_tensor([torch.zeros(4, 3, 2, 64), torch.zeros(3, 3, 2, 64)], dtype=torch.bfloat16)
+    with pytest.raises(ArgumentError) as error:
+        runtime.flash_attn_qkvpacked_func(nested)
+    assert (error.value.argument, error.value.reason) == ("qkv", "layout")
+    q, cache = torch.zeros(4, 2, 64, dtype=torch.bfloat16), torch.zeros(2, 16, 2, 64, dtype=torch.bfloat16)
+    table, starts = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    for odd in (torch.tensor(4, dtype=torch.int32), starts[None], starts.to_sparse(), [0, 4]):
+        with pytest.raises(ArgumentError) as error:
+            runtime.flash_attn_varlen_func(q, cache, cache, starts, odd, 4, 4, block_table=table)
+        assert error.value.argument == "cu_seqlens_k"

@@ -12,7 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 from tuf.api.metadata import Metadata
 
-from registry.contract import Index, canonical_json, sha256_hex
+from registry import gc
+from registry.contract import Index, canonical_json, parts, sha256_hex
+from registry.contract import index as index_file
 from registry.errors import ConflictError, ReleaseError
 from registry.releases import publish, signing
 from registry.releases import upload as accepting
@@ -185,6 +187,32 @@ def test_blobs_then_indexes(publisher, client):
     for wrong in (b"", b"no frame", frame + frame, frame + b"x"):
         answer = client.put(f"/v1/blobs/sha256/{sha256_hex(wrong)}", content=wrong, headers=HEADERS)
         problem(answer, 422, "integrity")
+
+
+def test_an_index_in_parts_follows_its_parts_and_what_is_sent_again_stays_a_day(publisher, client, path, monkeypatch):
+    monkeypatch.setattr(index_file, "MAX_WHOLE", 0)
+    monkeypatch.setattr(parts, "PART_ROWS", 2)
+    with Store(publisher.path) as store:
+        made = store.index(publisher.digests["sm_120"]).replace(release="in parts")
+        frames = [store.get_frame(a.frame_sha256) for a in made.artifacts]
+    *some, last = made.documents.items()
+    for frame in frames:
+        client.put(f"/v1/blobs/sha256/{sha256_hex(frame)}", content=frame, headers=HEADERS)
+    send = lambda item: client.put(f"/v1/indexes/sha256/{item[0]}", content=item[1], headers=HEADERS)  # noqa: E731
+    assert "put it first" in problem(send(last), 409, "not_found") and len(some) > 1
+    assert [send(item).status_code for item in some] == [201] * len(some)
+    with Store(path) as store, store.transaction() as db:
+        db.execute("UPDATE indexes SET added = 0")
+        db.execute("UPDATE blobs SET added = 0")
+    assert [send(item).status_code for item in some] == [200] * len(some)
+    for frame in frames:
+        client.put(f"/v1/blobs/sha256/{sha256_hex(frame)}", content=frame, headers=HEADERS)
+    with Store(path) as store:
+        assert (gc.collect(store).parts, gc.collect(store).blobs) == ((), ())
+    assert send(last).status_code == 201
+    with Store(path, readonly=True) as store:
+        assert store.index(made.digest) == made and made.digest in store.indexes()
+    assert client.get(f"/v1/indexes/sha256/{some[0][0]}").content == some[0][1]
 
 
 # -- metadata ---------------------------------------------------------------------------------------------------------

@@ -57,13 +57,13 @@ def test_files_define_names_and_do_nothing_else(name):
 
 
 def test_the_package_does_nothing_but_hand_on():
-    *imports, typed, files, file_of, names, function = body("__init__")
+    *imports, typed, files, file_of, names, function, listing = body("__init__")
     assert all(isinstance(node, ast.ImportFrom) for node in imports)
     assert isinstance(typed, ast.If) and all(isinstance(node, ast.ImportFrom) for node in typed.body)
     told = {alias.name: node.module for node in typed.body for alias in node.names}
     assert told == {name: f"registry.contract.{file}" for name, file in contract._FILE_OF.items()}  # to type checkers
     assert [ast.unparse(node.targets[0]) for node in (files, file_of, names)] == ["_FILES", "_FILE_OF", "__all__"]
-    assert isinstance(function, ast.FunctionDef) and function.name == "__getattr__"
+    assert [function.name, listing.name] == ["__getattr__", "__dir__"] and set(contract.__all__) <= set(dir(contract))
 
 
 def test_it_imports_a_file_when_one_of_its_names_is_asked_for():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -244,6 +246,31 @@ def test_a_list_of_parts_that_says_something_else_is_refused(path: list[Any], ne
     head = change(json.loads(index.to_bytes()), path, new)
     with pytest.raises(ContractError):
         Index.from_bytes(head, index.documents.get)
+
+
+def test_a_part_that_is_listed_twice_is_refused():
+    value = json.loads(parted().to_bytes())
+    value["parts"].append(value["parts"][0])
+    head = canonical_json(value)
+    for read in (lambda: Index.from_bytes(head, parted().documents.get), lambda: part_digests(head),
+                 lambda: OpenIndex(head, sha256_hex(head), parted().documents.__getitem__)):  # fmt: skip
+        with pytest.raises(ContractError, match="listed twice"):
+            read()
+
+
+def test_threads_that_ask_for_what_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    index, answers = opened(parted())[0], list[Any]()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda: answers.append(index.artifact("none"))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert answers == [None] * 8
 
 
 @pytest.mark.parametrize("new", [..., None, 7, {}, [7], [["head_dim", "!=", 3]], [[1]], [["x"] * 3]])
