@@ -178,6 +178,12 @@ def host_time() -> Rows:
     return [[c, us[c], us[f"{c}/lse"], us[f"{c}/out"], f"{rows[c]['peer'] * 1e3:.1f}"] for c in plain]
 
 
+def host_backward() -> Rows:
+    rows = [row for row in result("host_overhead.free")["rows"] if row["case"].endswith("/backward")]
+    names = ("ours", "peer", "both_ours", "both_peer")
+    return [[row["case"].removesuffix("/backward"), *(f"{row[name] * 1e3:.0f}" for name in names)] for row in rows]
+
+
 def cold_start() -> Rows:
     """With each release of the bindings that was measured; a dash in what older files do not have."""
     rows: Rows = []
@@ -218,7 +224,7 @@ def first_backward() -> Rows:
 
 TABLES: tuple[Callable[[], Rows], ...] = (
     *(forward, models, backward, backward_models, training, factors, asymmetric, packing, decode),
-    *(build, host_time, cold_start, first_backward),
+    *(build, host_time, host_backward, cold_start, first_backward),
 )
 
 
