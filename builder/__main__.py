@@ -292,17 +292,17 @@ def report(result: Result, options: argparse.Namespace, table_size: int, path: P
 
 def _other_format(channel: str, arch: str, number: int, moved: bool) -> str:
     """About a channel whose index another release wrote."""
-    from registry.contract import FORMAT
+    from registry.contract import PARTED
 
     if moved:
         return (
             f"channel {channel} left its {arch} index of format {number}, which this release does not read; it stays "
             "in the registry under its digest"
         )
-    if number > FORMAT:
+    if number > PARTED:
         return (
             f"channel {channel} keeps its {arch} index of format {number}, of a newer release than this (format "
-            f"{FORMAT}): update the checkout, or give --allow-partial to replace it"
+            f"{PARTED}): update the checkout, or give --allow-partial to replace it"
         )
     return f"channel {channel} keeps its {arch} index of format {number}, an older release's, until a build replaces it"
 

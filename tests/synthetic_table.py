@@ -150,7 +150,7 @@ def _beside(variant: Variant, values: dict[str, set[int]]) -> Iterator[Variant]:
     for letter, sizes in values.items():
         for size in sorted(sizes - {variant.size(letter)}):
             named = {other: size if other == letter else variant.size(other) for other in values}
-            yield replace(variant, tile=tuple((other, n) for other, n in named.items() if n))  # 0 is not written
+            yield variant.replace(tile=tuple((other, n) for other, n in named.items() if n))  # 0 is not written
 
 
 def enlarged(table: Tiles, added: Iterable[Tile]) -> Tiles:

@@ -266,10 +266,10 @@ def test_a_channel_at_an_index_of_a_newer_format_moves_only_if_allowed(
     store: Store, good: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run(store, good).indexes
-    rewrite(store, before["sm_120"], b'{"format":3}', monkeypatch)
+    rewrite(store, before["sm_120"], b'{"format":4}', monkeypatch)
     smaller = toys.table(*good.variants[:2], folder=good.folder or Path())
     result = run(store, smaller)
-    assert (result.moved, result.formats) == ([], {"sm_120": 3}) and store.channel("stable") == before
+    assert (result.moved, result.formats) == ([], {"sm_120": 4}) and store.channel("stable") == before
     assert run(store, smaller, allow_partial=True).moved == ["sm_120"]
 
 

@@ -193,7 +193,7 @@ def test_a_part_of_a_changed_table_leaves_the_channel_and_says_so(
     ("number", "message"),
     [
         (1, "channel stable left its sm_120 index of format 1, which this release does not read; it stays in the"),
-        (3, "channel stable keeps its sm_120 index of format 3, of a newer release than this (format 2): update the"),
+        (4, "channel stable keeps its sm_120 index of format 4, of a newer release than this (format 3): update the"),
     ],
 )
 def test_a_channel_of_another_release_is_told_of(

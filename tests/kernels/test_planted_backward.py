@@ -136,7 +136,7 @@ def test_unbounded_copies(variant: Variant, variant_of: Callable[[str], Compiled
     assert left_of(kernel, trio, ragged(variant)) == []
 
 
-@of([replace(SMALLEST, dtype="fp16")])
+@of([SMALLEST.replace(dtype="fp16")])
 def test_shifted_bounds(variant: Variant, variant_of: Callable[[str], Compiled]):
     """Whatever can make a difference in these calls, because its two sides are equal at times, is caught."""
     trio = Trio.of(variant, variant_of)

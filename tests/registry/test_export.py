@@ -24,7 +24,7 @@ from tests.registry.samples import KEYS, fill, ptx
 ROOT = Path(__file__).parents[2]
 
 READ_AS_NOBODY = """
-import os, sys
+import os, sqlite3, sys
 from runtime.sources.source import EmbeddedSource
 if os.geteuid() == 0: os.setuid(65534)
 print(EmbeddedSource(sys.argv[1]).channel("stable")["sm_120"])
