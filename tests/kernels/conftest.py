@@ -51,7 +51,8 @@ def variant_key(item: pytest.Item) -> str | None:
 
 
 def _needs(item: pytest.Item) -> Iterator[str]:
-    if key := variant_key(item):
+    """Keys of the variants that a test runs. One of a variant that asks for no kernel needs none compiled."""
+    if (key := variant_key(item)) and "variant_of" in getattr(item, "fixturenames", ()):
         yield key
     for mark in item.iter_markers("variants"):
         yield from (variant.key for variant in mark.args)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from kernels import dispatch
-from tests.kernels import executed
+from tests.kernels import conftest, executed
 from tests.kernels.executed import Ledger, Record
 
 MODULE = "tests.kernels.test_sum_cpu"  # the smallest, of two variants
@@ -37,6 +37,18 @@ def test_a_suite_is_all_that_its_tests_import():
     of = executed.closure([MODULE], packages=("tests",), folder=executed.ROOT)
     assert {"tests.ptx.machine", "tests.ptx.races", "tests.kernels.launch", MODULE} <= of.keys()
     assert executed.suite(MODULE) != executed.suite("tests.kernels.test_combine_cpu")
+
+
+def test_a_test_that_asks_for_no_kernel_has_none_compiled():
+    """The table's own tests have each variant as a parameter: for them alone, all were compiled."""
+    variant = dispatch.variants()[0]
+
+    def item(*fixtures: str) -> SimpleNamespace:
+        found = SimpleNamespace(callspec=SimpleNamespace(params={"variant": variant}), fixturenames=fixtures)
+        found.iter_markers = lambda _: ()
+        return found
+
+    assert list(conftest._needs(item("variant_of"))) == [variant.key] and list(conftest._needs(item())) == []
 
 
 def test_writing_replaces_what_was_executed_anew(tmp_path: Path):
