@@ -182,6 +182,8 @@ def _run_dense(plan: Plan, q: Any, k: Any, v: Any, return_lse: Any, out: Any, de
         q_at = k_at = v_at = out_at = 0
     if not (q_at and k_at and v_at and out_at):  # as an empty k and v may have it
         tensors.check_storage(("q", q), ("k", k), ("v", v), ("out", out))
+    if q.is_neg() or k.is_neg() or v.is_neg() or out.is_neg():
+        tensors.check_positive(("q", q), ("k", k), ("v", v), ("out", out))
     if (q_at | k_at | v_at | out_at) & 15:
         tensors.check_alignment(tensors.ALIGNMENT, ("q", q_at), ("k", k_at), ("v", v_at), ("out", out_at))
     if is_given:

@@ -78,7 +78,7 @@ class Plan:
     """Belongs to one thread. `prepare` makes one, or changes one of the same family."""
 
     __slots__ = ("alignment_masks", "call", "chain", "empty", "family", "first", "float32", "forward_ad",
-                 "grad_enabled", "gradients", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out",
+                 "grad_enabled", "gradients", "is_neg", "key", "maker", "mark_written", "nbytes", "new_lse", "new_out",
                  "new_space", "null_addresses", "offsets", "out_span", "recorded", "single", "spans", "uint8",
                  "written_names", "zero_lse", "zero_out", "zeros_from")  # fmt: skip
     key: Any
@@ -99,6 +99,7 @@ class Plan:
     grad_enabled: Callable[[], bool]
     forward_ad: Any  # torch.autograd.forward_ad
     mark_written: Callable[[Any], None]  # tells autograd that a tensor's values change
+    is_neg: Callable[[Any], bool]  # whether a view is still to be negated
     new_out: Callable[[Any], Any]
     new_lse: Callable[[], Any]
     zero_out: Callable[[Any], Any]
@@ -177,7 +178,7 @@ def _new(torch: Any, maker: Maker) -> Plan:
     plan = Plan()
     plan.maker = maker
     plan.grad_enabled, plan.forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
-    plan.mark_written = torch.autograd.graph.increment_version
+    plan.mark_written, plan.is_neg = torch.autograd.graph.increment_version, torch.Tensor.is_neg
     plan.empty, plan.uint8, plan.float32 = torch.empty, torch.uint8, torch.float32
     return plan
 
@@ -283,6 +284,8 @@ def addresses(plan: Plan, given: Mapping[str, Any]) -> dict[str, int]:
             address = found[name] = given[name].data_ptr()
             if address & mask or not address:
                 tensors.check_address(name, given[name], address, mask + 1)
+        if any(map(plan.is_neg, given.values())):
+            tensors.check_positive(*given.items())
     except RuntimeError:  # of torch.func's wrappers
         tensors.check_storage(*given.items())
         raise

@@ -179,8 +179,7 @@ def _check_tensor(name: str, tensor: Any, torch: Any, device_type: str, forms: M
         raise ArgumentError(name, f"{type(tensor).__name__}, must be a torch.Tensor", reason="type")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ArgumentError(name, f"layout {tensor.layout}, must be a plain strided tensor", reason="layout")
-    if tensor.is_neg():  # not asked again by warm calls: only as_strided gives one a contiguous head_dim
-        raise ArgumentError(name, "is a view still to be negated (is_neg); .resolve_neg() it", reason="layout")
+    check_positive((name, tensor))
     if tensor.dim() not in forms:
         wanted = " or ".join(f"the {n} of {form.text}" for n, form in forms.items())
         raise ArgumentError(name, f"{tensor.dim()} dimensions, must be {wanted}", reason="rank")
@@ -301,6 +300,13 @@ def check_storage(*tensors: tuple[str, Any]) -> None:
                 "storage), must be a plain tensor; a DTensor's is .to_local()"
             )
             raise ArgumentError(name, message, reason="storage")
+
+
+def check_positive(*tensors: tuple[str, Any]) -> None:
+    """ArgumentError for a view whose elements torch has yet to negate, such as the imaginary part of a conjugate."""
+    for name, tensor in tensors:
+        if tensor.is_neg():
+            raise ArgumentError(name, "is a view still to be negated (is_neg); .resolve_neg() it", reason="layout")
 
 
 def check_alignment(alignment: int, *pointers: tuple[str, int]) -> None:

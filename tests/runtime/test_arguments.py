@@ -170,6 +170,23 @@ def test_forward_mode_tangents_are_refused_first_and_warm(backend: FakeBackend, 
             runtime.flash_attn(q, k, k, out=t(*Q))
 
 
+def test_negated_views_are_refused_warm_too(backend: FakeBackend, registry: Path):
+    """The plan's key does not hold that bit: such a view was served as what it is a view of."""
+    q, k = t(*Q), t(*K)
+    lengths = {"cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32)}
+    packed = q[0, :1]
+    runtime.flash_attn(q, k, k)
+    runtime.flash_attn_varlen(packed, k[:1], k[:1], **lengths)
+    for name in ("q", "k", "v"):
+        given = {"q": q, "k": k, "v": k}
+        with pytest.raises(ArgumentError, match="resolve_neg") as error:
+            runtime.flash_attn(**given | {name: torch._neg_view(given[name])})
+        assert (error.value.argument, error.value.reason) == (name, "layout")
+    with pytest.raises(ArgumentError, match="resolve_neg") as error:
+        runtime.flash_attn_varlen(torch._neg_view(packed), k[:1], k[:1], **lengths)
+    assert error.value.argument == "q"
+
+
 def test_negated_views_are_refused(backend: FakeBackend, registry: Path):
     with pytest.raises(ArgumentError, match="resolve_neg") as error:
         runtime.flash_attn(torch._neg_view(t(*Q)), t(*K), t(*K))
