@@ -1,5 +1,5 @@
-"""Half of the time that `import cuda.bindings.driver` takes goes to cuda.pathfinder, which finds the libraries of CUDA
-toolkits. The driver module asks it for one thing, libcuda, which torch has loaded long before a first call.
+"""Newer releases of cuda.bindings.driver import cuda.pathfinder, which finds the libraries of CUDA toolkits and takes
+longer to import than the driver module itself. That asks it for one thing, libcuda, which torch has loaded before.
 
 So while the bindings are imported, a module stands in its place that knows libcuda, and fetches the real one for
 whatever else it is asked: another library, another name, or libcuda where it is not loaded.

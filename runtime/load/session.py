@@ -38,7 +38,6 @@ class Session:
         self._indexes: dict[str, OpenIndex] = {}
         self._kernels: dict[tuple[str, int], Kernel] = {}  # by variant and device
         self._loading: dict[tuple[str, int], threading.Lock] = {}
-        self._capturing = threading.local()  # .now: whether this thread's call comes while it captures a graph
 
     @cached_property
     def backend(self) -> Any:
@@ -100,7 +99,7 @@ class Session:
     def _part(self, digest: str) -> bytes:
         """A part of an index; a corrupt copy in the disk cache is set aside and fetched again, once."""
 
-        if getattr(self._capturing, "now", False):
+        if "backend" in self.__dict__ and self.backend.is_capturing():
             raise _unloaded("the part of the index that serves this call has not been read yet")
 
         def read() -> bytes:
@@ -166,7 +165,7 @@ class Session:
         if capturing and not any(where == device for _, where in list(self._kernels)):
             raise _unloaded("no kernel is loaded yet on this device")
         index = self.index_for_device(self.backend.capability(device))
-        start, self._capturing.now = perf_counter(), capturing
+        start = perf_counter()
         served = index.serving(op, facts)
         artifact = index.artifact(served.variant) if served else None
         spent = (perf_counter() - start) * 1e3

@@ -198,7 +198,10 @@ def test_an_index_in_parts_follows_its_parts_and_what_is_sent_again_stays_a_day(
     *some, last = made.documents.items()
     for frame in frames:
         client.put(f"/v1/blobs/sha256/{sha256_hex(frame)}", content=frame, headers=HEADERS)
-    send = lambda item: client.put(f"/v1/indexes/sha256/{item[0]}", content=item[1], headers=HEADERS)  # noqa: E731
+
+    def send(item: tuple[str, bytes]):
+        return client.put(f"/v1/indexes/sha256/{item[0]}", content=item[1], headers=HEADERS)
+
     assert "put it first" in problem(send(last), 409, "not_found") and len(some) > 1
     assert [send(item).status_code for item in some] == [201] * len(some)
     with Store(path) as store, store.transaction() as db:
